@@ -1,0 +1,39 @@
+# make demo   installs, compresses the bundled model, shows before and after
+# make test   installs, checks style, runs every test
+# make style  formats and lints
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# A CPU build; set TORCH=torch to take whatever pip finds.
+TORCH ?= torch==2.13.0
+DEMO ?= demo-output
+
+.PHONY: demo test slow style install clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,recover,plot]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m sp3llm.compress --keep 0.75 --out $(DEMO)
+	$(BIN)/python eval/continue_prompt.py sp3llm/bundled/llama-8m $(DEMO)
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+slow: install
+	$(BIN)/python -m pytest
+
+style: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .ruff_cache

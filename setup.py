@@ -1,0 +1,58 @@
+"""Packaging of sp3llm. `pip install .` carries the bundled model and the calibration manifest."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "sp3llm" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+EXTRAS = {
+    # Named sets and hub data sets; .parquet files. Part of the core, as --calib's default needs it.
+    "eval": ["lm-eval>=0.4.8"],
+    "quantize": ["bitsandbytes>=0.45"],
+    "recover": ["peft>=0.15"],
+    "plot": ["matplotlib>=3.8"],
+    "dev": ["pytest>=8", "ruff>=0.8"],
+    # Only to train the bundled models anew: eval/train_bundled.py.
+    "train": ["sentencepiece>=0.2", "matplotlib>=3.8"],
+}
+EXTRAS["all"] = sorted({need for name in EXTRAS if name != "dev" for need in EXTRAS[name]})
+
+setup(
+    name="sp3llm",
+    version=VERSION,
+    description="Compress Hugging Face decoder models into smaller ones of the same architecture",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # The calibration manifest lives at the top of the repository and inside the installed package.
+    packages=["sp3llm", "sp3llm.calib_data"],
+    package_dir={"sp3llm": "sp3llm", "sp3llm.calib_data": "calib_data"},
+    package_data={
+        "sp3llm": ["bundled/llama-8m/*", "py.typed"],
+        "sp3llm.calib_data": ["*.json"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0",
+        "accelerate>=1.0",
+        "safetensors>=0.4.5",
+        "huggingface_hub>=0.30",
+        "numpy>=1.26",
+        "rich>=13",
+        "datasets>=3.0",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["sp3llm = sp3llm.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

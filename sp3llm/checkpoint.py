@@ -1,0 +1,457 @@
+"""Checkpoints on disk: find them, read them a group at a time, write new ones safely.
+
+Reading never loads more than the tensors asked for. Writing goes to a folder beside the target
+that gets its `config.json` last and the target's name only when everything is in it, so that a
+killed run leaves nothing that loads.
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sp3llm.errors import UserError
+from sp3llm.families import Family, Group, groups, is_tied, parameter_shapes
+
+RECORD = "sp3llm.json"
+BUNDLED = "bundled/llama-8m"
+
+# Repositories in Meta's own format, and the Hugging Face twin of each.
+_HF_TWINS = {
+    f"meta-llama/Llama-2-{size}{chat}": f"meta-llama/Llama-2-{size}{chat}-hf"
+    for size in ("7b", "13b", "70b")
+    for chat in ("", "-chat")
+}
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+# Not weights of the model: training state, and formats of other tools.
+_NOT_CARRIED = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json", ".md", ".h5")
+_CARRIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+_NEVER_CARRIED = ("config.json", RECORD, "trainer_state.json", "training_args.json")
+
+_SHARD_BYTES = 2 * 10**9
+# Headers, tokenizer, card, and what a file system loses to blocks.
+_DISK_MARGIN = 64 * 2**20
+
+
+# --------------------------------------------------------------------------- finding
+
+
+def bundled_model() -> Path:
+    """The small trained model that comes with the package."""
+    return Path(__file__).parent / BUNDLED
+
+
+def resolve_model(model: str | None) -> tuple[Path, str, str | None]:
+    """Turn what the user named into a local folder.
+
+    `model` is None (the bundled model), a folder, or a hub id, which is downloaded into the hub
+    cache (safetensors where there are any, `.bin` shards otherwise).
+
+    Returns the folder, the name to show, and a line to print if another repository was taken.
+    Raises UserError if there is no such model or it is not in Hugging Face format.
+    """
+    if model is None:
+        return bundled_model(), "the bundled Llama", None
+    folder = Path(model)
+    if folder.is_dir():
+        return folder, folder.resolve().name, None
+    if folder.exists():
+        raise UserError(
+            f"Expected a model folder or a hub id, found the file '{model}': name the folder that "
+            "holds config.json and the weights."
+        )
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(
+            f"Expected a model folder or a hub id (owner/name), found '{model}', which is no "
+            "folder here: check the path."
+        )
+    note = None
+    if model in _HF_TWINS:
+        note = f"{model} is in Meta's own format; taking its Hugging Face twin {_HF_TWINS[model]}."
+        model = _HF_TWINS[model]
+    return _download(model), model, note
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
+        has_weights = any(folder.glob("*.safetensors"))
+        if (folder / "config.json").exists() and not has_weights:
+            folder = Path(snapshot_download(model, allow_patterns=[*_HUB_PATTERNS, "*.bin"]))
+    except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"Cannot get '{model}' from the hub ({type(error).__name__}: {reason}): check the "
+            "name, the network, and for gated models `hf auth login`, or name a local folder."
+        ) from error
+    return folder
+
+
+# --------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint on disk: its config, and where each tensor lies."""
+
+    folder: Path
+    """The folder of the checkpoint."""
+    config: Mapping[str, Any]
+    """`config.json` as it stands."""
+    files: Mapping[str, Path]
+    """Tensor name to the shard that holds it."""
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors, on the CPU and in their own dtype.
+
+        Raises UserError if a shard is damaged or a tensor holds NaN or infinity.
+        """
+        tensors = {name: _read_tensor(self.files[name], name) for name in names}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"Tensor '{name}' in '{self.files[name].name}' holds NaN or infinity: get an "
+                    "undamaged copy of the checkpoint."
+                )
+        return tensors
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint's weights: that of its first matrix."""
+        for name, path in self.files.items():
+            tensor = _read_tensor(path, name)
+            if tensor.ndim == 2:
+                return tensor.dtype
+        raise UserError(f"'{self.folder}' holds no matrix: expected a model's weights.")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Find config and weights in a folder, without reading the weights.
+
+    Raises UserError if one is missing, or a shard is missing or damaged.
+    """
+    return Checkpoint(folder, read_config(folder), _locate_tensors(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model folder.
+
+    Raises UserError where there is none, and says so where the folder is in Meta's own format.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "params.json").exists() or any(folder.glob("consolidated.*")):
+            raise UserError(
+                f"'{folder}' is in Meta's own format (params.json, consolidated.*.pth): name the "
+                "Hugging Face version of the model, usually called the same with -hf."
+            )
+        raise UserError(
+            f"Expected config.json in '{folder}', found none: name the folder of a Hugging Face "
+            "model."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"'{path}' is not JSON ({error}): get an undamaged copy of the checkpoint."
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"Expected an object in '{path}', found {type(config).__name__}.")
+    return config
+
+
+def _locate_tensors(folder: Path) -> dict[str, Path]:
+    for index, single in (
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
+        if (folder / index).is_file():
+            try:
+                weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise UserError(
+                    f"'{folder / index}' is damaged ({error}): get an undamaged copy."
+                ) from error
+            shards = {
+                shard: set(_shard_names(folder / shard)) for shard in set(weight_map.values())
+            }
+            for name, shard in weight_map.items():
+                if name not in shards[shard]:
+                    raise UserError(
+                        f"Expected tensor '{name}' in shard '{shard}', as {index} says, found "
+                        "none: get an undamaged copy of the checkpoint."
+                    )
+            return {name: folder / shard for name, shard in weight_map.items()}
+        if (folder / single).is_file():
+            return dict.fromkeys(_shard_names(folder / single), folder / single)
+    raise UserError(
+        f"Expected weights in '{folder}' (model.safetensors, pytorch_model.bin, or shards with an "
+        "index), found none: name a folder that holds the model's weights."
+    )
+
+
+def _damaged(shard: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return UserError(
+        f"Shard '{shard}' is truncated or corrupt ({reason}): get an undamaged copy of it."
+    )
+
+
+def _shard_names(shard: Path) -> list[str]:
+    if not shard.is_file():
+        raise UserError(f"Shard '{shard}' is missing: get a complete copy of the checkpoint.")
+    if shard.suffix == ".bin":
+        return list(_load_bin(shard))
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _damaged(shard, error) from error
+
+
+@functools.lru_cache(maxsize=1)
+def _load_bin(shard: Path) -> dict[str, Tensor]:
+    """A legacy shard, mapped into memory where its format allows. Never runs code from it."""
+    try:
+        try:
+            return torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(shard, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise many kinds for damaged files
+        raise _damaged(shard, error) from error
+
+
+def _read_tensor(shard: Path, name: str) -> Tensor:
+    if shard.suffix == ".bin":
+        return _load_bin(shard)[name]
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(shard, error) from error
+
+
+def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
+    """Compare the names, shapes and dtypes on disk with what the family's table predicts.
+
+    Raises UserError naming the first tensor that is missing, not expected, or of another shape.
+    """
+    expected = parameter_shapes(family, checkpoint.config)
+    tied_head = f"{family.head}.weight" if is_tied(family, checkpoint.config) else None
+    for name in checkpoint.files:
+        known = name in expected or name == tied_head or name.endswith(family.ignored_suffixes)
+        if not known:
+            raise UserError(
+                f"Found tensor '{name}' that a {family.architecture} of this config.json does not "
+                "have: the checkpoint holds more than this model, or a variant of it; choose "
+                "another."
+            )
+    for name, shape in expected.items():
+        if name not in checkpoint.files:
+            raise UserError(
+                f"Expected tensor '{name}', which config.json asks for, found none in "
+                f"'{checkpoint.folder}': get a complete copy of the checkpoint."
+            )
+        found_shape, found_dtype = _shape_and_dtype(checkpoint.files[name], name)
+        if found_shape != shape:
+            raise UserError(
+                f"Expected tensor '{name}' of shape {shape}, found {found_shape}: config.json and "
+                "weights do not belong together."
+            )
+        if found_dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(
+                f"Expected tensor '{name}' in float32, float16 or bfloat16, found {found_dtype}: "
+                "the checkpoint is quantized; load the unquantized one it was made from."
+            )
+
+
+def _shape_and_dtype(shard: Path, name: str) -> tuple[tuple[int, ...], str]:
+    if shard.suffix == ".bin":
+        tensor = _load_bin(shard)[name]
+        names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
+        names[torch.bfloat16] = "BF16"
+        return tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype))
+    with safe_open(shard, framework="pt") as file:
+        view = file.get_slice(name)
+        return tuple(view.get_shape()), view.get_dtype()
+
+
+# --------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` when the block ends without an exception.
+
+    Until then it is called `out` + `.partial`; an exception removes it, and what a killed run
+    left under that name is removed by the next one. An earlier result of sp3llm at `out` is
+    replaced at the very end.
+
+    Raises UserError if `out` exists and is not ours, or another run is writing it.
+    """
+    check_output(out)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
+        lock = (partial / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to '{out.parent}' ({error.strerror}): choose another --out."
+        ) from error
+    try:
+        _take_lock(lock, out)
+        for leftover in partial.iterdir():
+            if leftover.name != ".lock":
+                leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+        yield partial
+        (partial / ".lock").unlink()
+        _replace_folder(partial, out)
+    except BaseException as error:
+        if not isinstance(error, _LockedError):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        lock.close()
+
+
+class _LockedError(UserError):
+    """Another process holds the folder."""
+
+
+def _take_lock(lock: IO[str], out: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise _LockedError(
+            f"Another sp3llm run is writing '{out}': wait for it, or choose another --out."
+        ) from error
+
+
+def check_output(out: Path) -> None:
+    """Raise UserError if `out` exists and is neither empty nor an earlier result of sp3llm."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"Expected a folder for --out, found the file '{out}': choose another.")
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise UserError(
+            f"The output folder '{out}' exists and was not written by sp3llm (no {RECORD} in it): "
+            "choose another --out, or empty it."
+        )
+
+
+def _replace_folder(partial: Path, out: Path) -> None:
+    """Give `partial` the name `out`; an earlier result goes only when the new one stands."""
+    earlier = out.with_name(out.name + ".replaced")
+    if out.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        os.replace(out, earlier)
+    os.replace(partial, out)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def check_disk(out: Path, weight_bytes: int) -> None:
+    """Raise UserError if the disk of `out` has no room for the compressed weights."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = weight_bytes + _DISK_MARGIN
+    if free < needed:
+        raise UserError(
+            f"Expected {needed / 1e9:.2f} GB of free disk for '{out}', found {free / 1e9:.2f} GB: "
+            "free some, or choose another --out."
+        )
+
+
+def shard_layout(
+    family: Family, config: Mapping[str, Any], dtype: torch.dtype, shard_bytes: int = _SHARD_BYTES
+) -> list[list[Group]]:
+    """Which groups share a shard: whole groups, in order, up to `shard_bytes` (one at least)."""
+    shapes = parameter_shapes(family, config)
+    layout: list[list[Group]] = []
+    room = 0
+    for group in groups(family, config):
+        size = sum(math.prod(shapes[name]) for name in group.parameters) * dtype.itemsize
+        if not layout or size > room:
+            layout.append([])
+            room = shard_bytes
+        layout[-1].append(group)
+        room -= size
+    return layout
+
+
+def write_shard(folder: Path, number: int, count: int, tensors: Mapping[str, Tensor]) -> Path:
+    """Write shard `number` (from 0) of `count` under the name stock transformers gives it."""
+    path = folder / _shard_name(number, count)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"Cannot write '{path.name}' ({str(error)[:160]}): free some disk space, or choose "
+            "another --out."
+        ) from error
+    # safetensors writes for the owner alone; a model folder is shared like any other file.
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    return path
+
+
+def _shard_name(number: int, count: int) -> str:
+    return (
+        "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    )
+
+
+def write_index(
+    folder: Path, layout: list[list[Group]], weight_bytes: int, parameters: int
+) -> None:
+    """Write the index that says which shard holds which tensor; none is needed for one shard."""
+    if len(layout) == 1:
+        return
+    weight_map = {
+        name: _shard_name(number, len(layout))
+        for number, shard in enumerate(layout)
+        for group in shard
+        for name in group.parameters
+    }
+    metadata = {"total_size": weight_bytes, "total_parameters": parameters}
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map}
+    )
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, chat templates and generation config as they are; return their names."""
+    copied = []
+    for path in sorted(source.iterdir()):
+        carried = path.suffix in _CARRIED and not path.name.endswith(_NOT_CARRIED)
+        if path.is_file() and carried and path.name not in _NEVER_CARRIED:
+            shutil.copyfile(path, target / path.name)
+            copied.append(path.name)
+    for folder in ("chat_templates", "additional_chat_templates"):
+        if (source / folder).is_dir():
+            shutil.copytree(source / folder, target / folder)
+            copied.append(folder)
+    return copied
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, indented, with a closing newline."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

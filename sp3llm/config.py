@@ -1,0 +1,63 @@
+"""What a run is asked to do, checked where it enters."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from sp3llm.errors import UserError
+
+MOMENTS = ("normalised", "raw")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """Settings of `sp3llm compress`."""
+
+    model: str | None = None
+    """Hub id or folder; None: the small trained model that comes with the package."""
+    keep: float = 0.75
+    """Fraction of the dense checkpoint's parameters (tied weights once); never exceeded."""
+    out: Path | None = None
+    """Where the compressed model goes; None: `./<model>-keep<percent>`."""
+    calib: str | None = None
+    """Calibration sets; None: `stdlib` for the bundled model, `wikitext2` for any other."""
+    samples: int = 128
+    """Calibration windows."""
+    seq_len: int | None = None
+    """Tokens a window; None: 2048, or the model's positions if fewer."""
+    eval_text: str | None = None
+    """Held-out text; None: the evaluation split of the calibration set, or `stdlib`."""
+    eval_samples: int = 128
+    """Evaluation windows at most."""
+    moments: str = "normalised"
+    """Which second moments the basis comes from: of the normalised stream, or of the raw one."""
+    multiple_of: int | None = None
+    """What the new hidden size must be a multiple of; None: chosen from width and heads."""
+    device: str = "auto"
+    """Where to compute: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    dtype: str = "auto"
+    """Dtype of the weights written; `auto`: as in the checkpoint."""
+    seed: int = 0
+    """Chooses the calibration windows; everything else is deterministic."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.keep) and 0 < self.keep < 1):
+            raise UserError(
+                f"Expected --keep between 0 and 1 (exclusive), found {self.keep:g}: give the "
+                "fraction of parameters to keep, such as 0.75."
+            )
+        for name in ("samples", "eval_samples", "seq_len", "multiple_of"):
+            value = getattr(self, name)
+            least = 2 if name == "seq_len" else 1
+            if value is not None and value < least:
+                raise UserError(
+                    f"Expected --{name.replace('_', '-')} of at least {least}, found {value}: "
+                    "give a larger number."
+                )
+        for name, choices in (("moments", MOMENTS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"Expected --{name} to be one of {', '.join(choices)}, found "
+                    f"'{getattr(self, name)}': choose one of them."
+                )

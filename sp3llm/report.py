@@ -1,0 +1,156 @@
+"""What a run tells its user: progress, the closing table, the record and the model card."""
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sp3llm.compress import Result
+
+
+def progress_bars(console: Console) -> Progress:
+    """Progress bars with the time left."""
+    return Progress(
+        TextColumn("{task.description:<34}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("sp3llm", "torch", "transformers", "tokenizers", "safetensors", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The machine a number was measured on."""
+    found = {"processor": platform.machine(), "cpus": os.cpu_count(), "device": device}
+    if device.startswith("cuda"):
+        import torch
+
+        found["device_name"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def human_bytes(count: float) -> str:
+    """`15.8 MB`: decimal units, as disks and model hubs count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def human_time(seconds: float) -> str:
+    """`42 s`, `3 min 5 s`, `2 h 10 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def rows(result: "Result") -> list[tuple[str, str, str]]:
+    """The before/after table: name, dense, compressed."""
+    plan, excess = result.plan, result.excess
+    return [
+        ("parameters", f"{plan.dense_parameters:,}", f"{plan.parameters:,}"),
+        ("of the dense model", "100 %", f"{100 * plan.keep_params:.2f} %"),
+        ("weights", human_bytes(result.dense_bytes), human_bytes(result.weight_bytes)),
+        ("hidden_size", str(plan.dense_hidden_size), str(plan.hidden_size)),
+        (
+            f"perplexity ({', '.join(result.evaluation.sources)})",
+            f"{result.dense_perplexity:.3f}",
+            f"{result.perplexity:.3f}",
+        ),
+        ("excess log-perplexity", "", f"{excess.mean:.4f} ± {excess.standard_error:.4f}"),
+    ]
+
+
+def closing_table(result: "Result") -> Table:
+    """The table printed at the end of a run."""
+    table = Table(title=f"{result.name}, compressed")
+    table.add_column("")
+    table.add_column("dense", justify="right")
+    table.add_column("compressed", justify="right")
+    for row in rows(result):
+        table.add_row(*row)
+    evaluated = result.evaluation
+    table.caption = (
+        f"{evaluated.tokens.numel():,} held-out tokens in {len(evaluated.tokens)} windows"
+        + f", {evaluated.dropped_documents} documents dropped as calibrated on"
+        + f"\ntime {human_time(result.seconds)}, peak memory {human_bytes(result.peak_memory)}"
+    )
+    return table
+
+
+def model_card(result: "Result", base_model: str) -> str:
+    """README.md of the compressed model."""
+    table = "\n".join(f"| {name} | {dense} | {small} |" for name, dense, small in rows(result))
+    calibration = result.calibration
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {base_model}
+tags:
+- sp3llm
+- pruned
+---
+
+# {result.name}, compressed to {100 * result.plan.keep_params:.1f} % of its parameters
+
+A stock `{result.architecture}`: it loads with plain transformers, and with every tool that
+loads the original. The residual stream was projected onto the top {result.plan.hidden_size} of
+{result.plan.dense_hidden_size} principal components with
+[sp3llm](https://arxiv.org/abs/2308.16475); the licence and the limits of the original apply.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+| | dense | compressed |
+|---|---|---|
+{table}
+
+Perplexity on {result.evaluation.tokens.numel():,} tokens of held-out text
+({", ".join(result.evaluation.sources)}), the standard error paired over
+{len(result.evaluation.tokens)} windows. Calibrated on {len(calibration.tokens)} windows of
+{calibration.tokens.shape[1]} tokens from {", ".join(calibration.sources)}. Everything needed to
+repeat it is in `sp3llm.json`.
+
+    {result.command}
+"""

@@ -1,0 +1,37 @@
+"""Perplexity on held-out text, streamed like everything else, and what it is compared with."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Excess:
+    """Log-perplexity of a model over another's on the same tokens."""
+
+    mean: float
+    """Mean difference of the loss, nats a token."""
+    standard_error: float
+    """Its paired standard error: windows are the independent units, tokens in one are not."""
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {"mean": self.mean, "paired_standard_error": self.standard_error}
+
+
+def perplexity(losses: Tensor) -> float:
+    """`exp` of the mean loss, from token losses in nats."""
+    return math.exp(losses.mean().item())
+
+
+def excess_log_perplexity(losses: Tensor, baseline: Tensor) -> Excess:
+    """Compare token losses `(windows, tokens)` with a baseline's on the same windows.
+
+    With a single window the standard error is NaN.
+    """
+    differences = (losses - baseline).mean(1)
+    count = len(differences)
+    spread = differences.std().item() if count > 1 else math.nan
+    return Excess(differences.mean().item(), spread / math.sqrt(count))

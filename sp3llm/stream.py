@@ -1,0 +1,267 @@
+"""Run a stock model layer by layer: the one module that knows devices, hooks and accelerate.
+
+The model is built from its config with weights on the meta device. Its own `forward` is called
+with recorders in place of the layers, which tells what each layer is called with (masks, rotary
+embeddings) without a line of it being copied; then the weights of one layer at a time are placed,
+all windows go through it, and the weights go again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sp3llm.errors import UserError
+from sp3llm.families import Family
+
+Probe = Callable[[Tensor], None]
+"""Called with what a norm is called with: the stream at a read site, `(windows, tokens, D)`."""
+
+# Tokens that go through a layer at once.
+_TOKENS_A_BATCH = 8192
+# Logits computed at once.
+_LOGITS_A_BATCH = 2**26
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and in which arithmetic a model runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream of a set of windows, between two layers."""
+
+    hidden: Tensor
+    """`(windows, tokens, D)` on the host, replaced in place as layers run."""
+    calls: Mapping[int, list[dict[str, Any]]]
+    """By number of windows in a batch: the keyword arguments of every layer."""
+
+
+def execution(device: str, dtype: torch.dtype) -> Execution:
+    """Resolve `--device` (`auto`: a GPU if there is one) and the arithmetic that goes with it.
+
+    On a CPU everything runs in float32 (float64 for float64 weights), on an accelerator in the
+    weights' own dtype. TF32 is never used.
+
+    Raises UserError if there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"Expected a device that torch can use, found '{device}' "
+            f"({str(error).splitlines()[0][:120]}): use --device cpu or auto."
+        ) from error
+    on_cpu = resolved.type == "cpu" and dtype != torch.float64
+    return Execution(resolved, torch.float32 if on_cpu else dtype)
+
+
+def empty_model(config: Mapping[str, Any]) -> nn.Module:
+    """The stock model of a config, with weights on the meta device and real buffers."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    stock.use_cache = False
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(stock)
+    return model.eval()
+
+
+class _Recorder(nn.Module):
+    """Stands where a layer stood and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.kwargs = hidden_states, kwargs
+        return hidden_states
+
+
+class _Injector(nn.Module):
+    """Stands where a layer stood and hands on a stream computed elsewhere."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden
+
+
+@contextmanager
+def _placed(model: nn.Module, tensors: Mapping[str, Tensor], on: Execution) -> Iterator[None]:
+    """Give the named parameters real values for the duration of the block."""
+    from accelerate.utils import set_module_tensor_to_device
+
+    for name, tensor in tensors.items():
+        set_module_tensor_to_device(model, name, on.device, value=tensor, dtype=on.dtype)
+    try:
+        yield
+    finally:
+        for name in tensors:
+            set_module_tensor_to_device(model, name, "meta")
+
+
+@contextmanager
+def _in_place_of(model: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
+    """Put another module at `path` for the duration of the block."""
+    stock = model.get_submodule(path)
+    owner_path, _, attribute = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    setattr(owner, attribute, module)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, stock)
+
+
+def _batches(windows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, windows)) for start in range(0, windows, size)]
+
+
+def _windows_a_batch(seq_len: int) -> int:
+    return max(1, _TOKENS_A_BATCH // seq_len)
+
+
+@torch.no_grad()
+def open_stream(
+    model: nn.Module,
+    family: Family,
+    embeddings: Mapping[str, Tensor],
+    tokens: Tensor,
+    on: Execution,
+) -> Stream:
+    """Embed `tokens` (`(windows, tokens)`) by the stock forward and note each layer's arguments.
+
+    Raises UserError if the embeddings yield NaN or infinity.
+    """
+    recorders = [_Recorder() for _ in model.get_submodule(family.layers_module)]
+    hidden: Tensor | None = None
+    calls: dict[int, list[dict[str, Any]]] = {}
+    decoder = model.get_submodule(family.layers_module.rpartition(".")[0])
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(on.device))
+    with (
+        _placed(model, embeddings, on),
+        _in_place_of(model, family.layers_module, nn.ModuleList(recorders)),
+        _in_place_of(model, family.final_norm, nn.Identity()),
+    ):
+        for rows in _batches(len(tokens), _windows_a_batch(tokens.shape[1])):
+            batch = tokens[rows].to(on.device)
+            decoder(input_ids=batch, use_cache=False)
+            embedded = recorders[0].hidden
+            if hidden is None:
+                hidden = torch.empty(
+                    (*tokens.shape, embedded.shape[-1]), dtype=embedded.dtype, device="cpu"
+                )
+            hidden[rows] = embedded.cpu()
+            calls.setdefault(len(batch), [recorder.kwargs for recorder in recorders])
+    _check_finite(hidden, "the embeddings")
+    return Stream(hidden, calls)
+
+
+@torch.no_grad()
+def run_layer(
+    model: nn.Module,
+    family: Family,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    streams: list[tuple[Stream, Mapping[str, Probe]]],
+    on: Execution,
+) -> None:
+    """Send each stream through layer `index`, in place, with its weights placed for that long.
+
+    Each stream comes with probes by module name, relative to the layer, which see that module's
+    input.
+
+    Raises UserError, naming the layer, if its output holds NaN or infinity.
+    """
+    layer = model.get_submodule(family.layers_module)[index]
+    with _placed(model, tensors, on):
+        for stream, probes in streams:
+            handles = [
+                layer.get_submodule(name).register_forward_pre_hook(_calling(probe))
+                for name, probe in probes.items()
+            ]
+            hidden = stream.hidden
+            for rows in _batches(len(hidden), _windows_a_batch(hidden.shape[1])):
+                batch = hidden[rows].to(on.device)
+                output = layer(batch, **stream.calls[len(batch)][index])
+                hidden[rows] = (output[0] if isinstance(output, tuple) else output).cpu()
+            for handle in handles:
+                handle.remove()
+            _check_finite(hidden, f"layer {index}")
+
+
+def _calling(probe: Probe) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        probe(args[0])
+
+    return hook
+
+
+def probe_stream(stream: Stream, probe: Probe, on: Execution) -> None:
+    """Show the stream as it stands (after the last layer: what the final norm reads)."""
+    for rows in _batches(len(stream.hidden), _windows_a_batch(stream.hidden.shape[1])):
+        probe(stream.hidden[rows].to(on.device))
+
+
+@torch.no_grad()
+def token_losses(
+    model: nn.Module,
+    family: Family,
+    head: Mapping[str, Tensor],
+    stream: Stream,
+    tokens: Tensor,
+    on: Execution,
+) -> Tensor:
+    """Negative log-likelihood of every next token, `(windows, tokens - 1)`, float64, in nats.
+
+    `stream` is the one after the last layer of `tokens`. Norm, head and whatever the model does
+    to its logits are those of the stock forward. `head` holds the final norm's weight and the
+    head's (for tied embeddings: the table, under the head's name).
+    """
+    losses = torch.empty((len(tokens), tokens.shape[1] - 1), dtype=torch.float64)
+    layers = model.config.num_hidden_layers
+    step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
+    with _placed(model, head, on):
+        for row, window in enumerate(tokens):
+            for start in range(0, len(window) - 1, step):
+                piece = stream.hidden[row : row + 1, start : min(start + step, len(window) - 1)]
+                piece = piece.to(on.device)
+                injectors = nn.ModuleList([_Injector(piece) for _ in range(layers)])
+                with _in_place_of(model, family.layers_module, injectors):
+                    logits = model(inputs_embeds=piece, use_cache=False).logits[0]
+                targets = window[start + 1 : start + 1 + len(logits)].to(on.device)
+                wide = logits if logits.dtype == torch.float64 else logits.float()
+                loss = nn.functional.cross_entropy(wide, targets, reduction="none")
+                losses[row, start : start + len(loss)] = loss.double().cpu()
+    if not torch.isfinite(losses).all():
+        raise UserError(
+            "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
+        )
+    return losses
+
+
+def _check_finite(hidden: Tensor, where: str) -> None:
+    if not torch.isfinite(hidden).all():
+        raise UserError(
+            f"The activations after {where} hold NaN or infinity: try --dtype float32, or an "
+            "undamaged copy of the checkpoint."
+        )
