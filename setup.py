@@ -17,7 +17,7 @@ EXTRAS = {
     "quantize": ["bitsandbytes>=0.45"],
     "recover": ["peft>=0.15"],
     "plot": ["matplotlib>=3.8"],
-    "dev": ["pytest>=8", "ruff>=0.8"],
+    "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8"],
     # Only to train the bundled models anew: eval/train_bundled.py.
     "train": ["sentencepiece>=0.2", "matplotlib>=3.8"],
 }

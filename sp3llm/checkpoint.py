@@ -379,9 +379,9 @@ def check_disk(out: Path, weight_bytes: int) -> None:
 
 
 def shard_layout(
-    family: Family, config: Mapping[str, Any], dtype: torch.dtype, shard_bytes: int = _SHARD_BYTES
+    family: Family, config: Mapping[str, Any], dtype: torch.dtype
 ) -> list[list[Group]]:
-    """Which groups share a shard: whole groups, in order, up to `shard_bytes` (one at least)."""
+    """Which groups share a shard: whole groups, in order, up to 2 GB (one at least)."""
     shapes = parameter_shapes(family, config)
     layout: list[list[Group]] = []
     room = 0
@@ -389,7 +389,7 @@ def shard_layout(
         size = sum(math.prod(shapes[name]) for name in group.parameters) * dtype.itemsize
         if not layout or size > room:
             layout.append([])
-            room = shard_bytes
+            room = _SHARD_BYTES
         layout[-1].append(group)
         room -= size
     return layout

@@ -1,0 +1,173 @@
+"""Tiny seeded models of every family, and the float64 reference they are compared in."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from sp3llm.checkpoint import Checkpoint, bundled_model, open_checkpoint
+from sp3llm.families import FAMILIES, Family, groups
+from sp3llm.project import project_group
+
+_COMMON = {
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+# Every family, with the variants that its config allows.
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama-head-dim": {"model_type": "llama", "head_dim": 20},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-rope-scaling": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "llama-9-heads": {
+        "model_type": "llama",
+        "hidden_size": 144,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 7},
+    "mistral-12-heads": {
+        "model_type": "mistral",
+        "hidden_size": 96,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "sliding_window": None,
+    },
+    "qwen2": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen3-biases-tied": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def tiny_model(variant: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> nn.Module:
+    """A seeded stock model whose norm weights and biases are far from trivial."""
+    settings = {**_COMMON, **TINY[variant], **overrides}
+    config = CONFIG_MAPPING[settings["model_type"]](**settings)
+    torch.manual_seed(sum(map(ord, variant)))
+    model = AutoModelForCausalLM.from_config(config).to(torch.float64).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.2)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model.to(dtype)
+
+
+def save_model(model: nn.Module, folder: Path, tokenizer: bool = False) -> Checkpoint:
+    """Lay a model out as a checkpoint, with the bundled tokenizer if it needs one."""
+    model.save_pretrained(folder)
+    if tokenizer:
+        for file in bundled_model().glob("tokenizer*"):
+            shutil.copy(file, folder)
+    return open_checkpoint(folder)
+
+
+def family_of_model(model: nn.Module) -> Family:
+    return FAMILIES[model.config.model_type]
+
+
+def disk_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint."""
+    return {
+        name: tensor
+        for group in groups(family, checkpoint.config)
+        for name, tensor in checkpoint.read(group.parameters).items()
+    }
+
+
+def project_checkpoint(
+    checkpoint: Checkpoint, family: Family, basis: Tensor, tied_scale: Tensor | None = None
+) -> dict[str, Tensor]:
+    """All groups through `project_group`."""
+    projected: dict[str, Tensor] = {}
+    for group in groups(family, checkpoint.config):
+        tensors = checkpoint.read(group.parameters)
+        projected |= project_group(family, group, tensors, basis, tied_scale)
+    return projected
+
+
+def exact_norms(model: nn.Module) -> nn.Module:
+    """Replace Hugging Face's RMSNorms, which compute in float32, by torch's own in float64."""
+    for owner in list(model.modules()):
+        for name, module in list(owner.named_children()):
+            if type(module).__name__.endswith("RMSNorm"):
+                exact = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
+                exact.weight = module.weight
+                setattr(owner, name, exact.double())
+    return model
+
+
+def stock_model(config: dict[str, Any], tensors: dict[str, Tensor], exact: bool) -> nn.Module:
+    """A stock float64 model of these tensors; `exact` makes its norms float64 too."""
+    stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    model = AutoModelForCausalLM.from_config(stock).double().eval()
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    assert set(missing) <= tied
+    assert not unexpected
+    model.tie_weights()
+    return exact_norms(model) if exact else model
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def random_orthogonal(size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))[0]
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """Four windows of 24 token ids."""
+    return torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(3))

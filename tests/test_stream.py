@@ -1,0 +1,107 @@
+"""Layer by layer equals all at once."""
+
+import pytest
+import torch
+
+from sp3llm import stream as streaming
+from sp3llm.compress import measure_dense, measure_losses
+from sp3llm.moments import add_second_moment, eigenbasis, normalise
+from sp3llm.stream import Execution
+
+from .conftest import TINY, family_of_model, relative_error, save_model, tiny_model
+
+FLOAT32 = Execution(torch.device("cpu"), torch.float32)
+
+
+def dense_moments(model, family, tokens, raw: bool) -> torch.Tensor:
+    """From a plain whole-model forward with hooks on the norms."""
+    width, eps = model.config.hidden_size, model.config.rms_norm_eps
+    total = torch.zeros(width, width, dtype=torch.float64)
+
+    def hook(_, args):
+        x = args[0].double().reshape(-1, width)
+        n = x if raw else x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+        total.add_(n.T @ n)
+
+    norms = [f"model.layers.{i}.{site.norm}" for i in range(3) for site in family.sites]
+    for name in [*norms, "model.norm"]:
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    return total / tokens.numel()
+
+
+@pytest.mark.parametrize("moments", ["normalised", "raw"])
+@pytest.mark.parametrize("variant", list(TINY))
+def test_streamed_moments_equal_those_of_a_plain_forward(variant, moments, tokens, tmp_path):
+    model = tiny_model(variant, torch.float32)
+    checkpoint = save_model(model, tmp_path)
+    family = family_of_model(model)
+    found, _ = measure_dense(checkpoint, family, tokens, None, moments, FLOAT32)
+    expected = dense_moments(model, family, tokens, moments == "raw")
+    assert relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("variant", list(TINY))
+def test_streamed_losses_equal_those_of_a_plain_forward(variant, tokens, tmp_path):
+    model = tiny_model(variant, torch.float32)
+    checkpoint = save_model(model, tmp_path)
+    family = family_of_model(model)
+    found = measure_losses(checkpoint, family, tokens, FLOAT32)
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), tokens[:, 1:], reduction="none"
+    )
+    assert torch.allclose(found.float(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_and_pieces_do_not_change_the_result(tokens, tmp_path, monkeypatch):
+    """Ragged last batches and logits in pieces: the same moments and losses."""
+    model = tiny_model("qwen2", torch.float32)
+    checkpoint = save_model(model, tmp_path)
+    family = family_of_model(model)
+    whole = measure_dense(checkpoint, family, tokens, tokens, "normalised", FLOAT32)
+    monkeypatch.setattr(streaming, "_TOKENS_A_BATCH", 3 * tokens.shape[1])
+    monkeypatch.setattr(streaming, "_LOGITS_A_BATCH", 5 * 96)
+    pieces = measure_dense(checkpoint, family, tokens, tokens, "normalised", FLOAT32)
+    assert relative_error(pieces[0], whole[0]) < 1e-6
+    assert torch.allclose(pieces[1], whole[1], atol=1e-5)
+
+
+def test_only_one_layer_has_weights_at_a_time(tokens, tmp_path):
+    """While a layer runs, every other parameter of the model is on the meta device."""
+    model = tiny_model("llama", torch.float32)
+    checkpoint = save_model(model, tmp_path)
+    family = family_of_model(model)
+    shell = streaming.empty_model(checkpoint.config)
+    real: list[set[str]] = []
+
+    def probe(_):
+        real.append({n for n, p in shell.named_parameters() if p.device.type != "meta"})
+
+    table = checkpoint.read(["model.embed_tokens.weight"])
+    stream = streaming.open_stream(shell, family, table, tokens, FLOAT32)
+    names = [n for n in checkpoint.files if n.startswith("model.layers.1.")]
+    streams = [(stream, {"input_layernorm": probe})]
+    streaming.run_layer(shell, family, 1, checkpoint.read(names), streams, FLOAT32)
+    assert real == [set(names)]
+    assert all(p.device.type == "meta" for p in shell.parameters())
+
+
+def test_moments_do_not_depend_on_how_tokens_are_split():
+    x = torch.randn(9000, 24, generator=torch.Generator().manual_seed(0))
+    whole, parts = torch.zeros(2, 24, 24, dtype=torch.float64)
+    add_second_moment(whole, normalise(x, 1e-5))
+    for piece in x.split(777):
+        add_second_moment(parts, normalise(piece, 1e-5))
+    assert relative_error(parts, whole) < 1e-6
+
+
+def test_eigenbasis_diagonalises_in_falling_order_with_a_fixed_sign():
+    x = torch.randn(100, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moment = x.T @ x
+    values, basis = eigenbasis(moment)
+    assert relative_error(basis @ torch.diag(values) @ basis.T, moment) < 1e-13
+    assert (values.diff() <= 0).all()
+    assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
