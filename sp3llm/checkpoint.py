@@ -6,12 +6,15 @@ killed run leaves nothing that loads.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
 import math
 import os
+import pickle
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sp3llm.errors import UserError
+from sp3llm.errors import UserError, reason
 from sp3llm.families import Family, Group, groups, is_tied, parameter_shapes
 
 RECORD = "sp3llm.json"
@@ -93,9 +96,8 @@ def _download(model: str) -> Path:
         if (folder / "config.json").exists() and not has_weights:
             folder = Path(snapshot_download(model, allow_patterns=[*_HUB_PATTERNS, "*.bin"]))
     except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
-        reason = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
-            f"Cannot get '{model}' from the hub ({type(error).__name__}: {reason}): check the "
+            f"Cannot get '{model}' from the hub ({type(error).__name__}: {reason(error)}): check the "
             "name, the network, and for gated models `hf auth login`, or name a local folder."
         ) from error
     return folder
@@ -166,10 +168,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"'{path}' is not JSON ({error}): get an undamaged copy of the checkpoint."
+            f"'{path}' is not JSON ({reason(error)}): get an undamaged copy of the checkpoint."
         ) from error
     if not isinstance(config, dict):
-        raise UserError(f"Expected an object in '{path}', found {type(config).__name__}.")
+        raise UserError(
+            f"Expected an object in '{path}', found {type(config).__name__}: get an undamaged copy "
+            "of the checkpoint."
+        )
     return config
 
 
@@ -179,12 +184,7 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
         if (folder / index).is_file():
-            try:
-                weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise UserError(
-                    f"'{folder / index}' is damaged ({error}): get an undamaged copy."
-                ) from error
+            weight_map = _weight_map(folder / index)
             shards = {
                 shard: set(_shard_names(folder / shard)) for shard in set(weight_map.values())
             }
@@ -203,10 +203,20 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     )
 
 
-def _damaged(shard: Path, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): os.fspath(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{index}' is no index of shards ({type(error).__name__}: {reason(error)}): get an "
+            "undamaged copy of it."
+        ) from error
+
+
+def _damaged(shard: Path, why: str) -> UserError:
     return UserError(
-        f"Shard '{shard}' is truncated or corrupt ({reason}): get an undamaged copy of it."
+        f"Shard '{shard}' is truncated or corrupt ({why}): get an undamaged copy of it."
     )
 
 
@@ -219,21 +229,38 @@ def _shard_names(shard: Path) -> list[str]:
         with safe_open(shard, framework="pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise _damaged(shard, error) from error
+        raise _damaged(shard, reason(error)) from error
 
 
 @functools.lru_cache(maxsize=1)
 def _load_bin(shard: Path) -> dict[str, Tensor]:
     """A legacy shard, mapped into memory where its format allows. Never runs code from it."""
     try:
-        try:
-            return torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(shard, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch raise many kinds for damaged files
-        raise _damaged(shard, error) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols
+            try:
+                tensors = torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                tensors = torch.load(shard, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text goes on about weights_only=False
+        if "GLOBAL" in str(error) or "Unsupported class" in str(error):
+            raise UserError(
+                f"Shard '{shard}' holds objects other than tensors, which can run code when they "
+                "are loaded: get the model as safetensors."
+            ) from error
+        raise _damaged(shard, "no file of tensors") from error
+    except Exception as error:  # zip and torch raise many kinds for damaged files
+        raise _damaged(shard, reason(error, 80)) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
+        raise UserError(
+            f"Expected a dictionary of tensors in shard '{shard}', found something else: get the "
+            "model's own pytorch_model.bin, or its safetensors."
+        )
+    return tensors
 
 
 def _read_tensor(shard: Path, name: str) -> Tensor:
@@ -243,7 +270,7 @@ def _read_tensor(shard: Path, name: str) -> Tensor:
         with safe_open(shard, framework="pt") as file:
             return file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise _damaged(shard, error) from error
+        raise _damaged(shard, reason(error)) from error
 
 
 def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
@@ -305,7 +332,14 @@ def output_folder(out: Path) -> Iterator[Path]:
     Raises UserError if `out` exists and is not ours, or another run is writing it.
     """
     check_output(out)
+    out = Path(os.path.abspath(out))  # `.` and `..` have no name to add to
     partial = out.with_name(out.name + ".partial")
+    for beside in (partial, _earlier(out)):
+        if beside.is_dir() and any(beside.iterdir()) and not _is_ours(beside):
+            raise UserError(
+                f"The folder '{beside}' is needed while '{out}' is written, but exists and was not "
+                "written by sp3llm: move it away, or choose another --out."
+            )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
@@ -325,6 +359,11 @@ def output_folder(out: Path) -> Iterator[Path]:
     except BaseException as error:
         if not isinstance(error, _LockedError):
             shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"Cannot write to '{partial}' ({error.strerror}): free some disk space, or choose "
+                "another --out."
+            ) from error
         raise
     finally:
         lock.close()
@@ -354,14 +393,25 @@ def check_output(out: Path) -> None:
         )
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether sp3llm wrote the folder, or began to."""
+    return (folder / RECORD).is_file() or (folder / ".lock").is_file()
+
+
 def _replace_folder(partial: Path, out: Path) -> None:
     """Give `partial` the name `out`; an earlier result goes only when the new one stands."""
-    earlier = out.with_name(out.name + ".replaced")
-    if out.exists():
+    earlier = _earlier(out)
+    if out.is_dir() and any(out.iterdir()):
         shutil.rmtree(earlier, ignore_errors=True)
         os.replace(out, earlier)
     os.replace(partial, out)
-    shutil.rmtree(earlier, ignore_errors=True)
+    if _is_ours(earlier):
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _earlier(out: Path) -> Path:
+    """Where an earlier result waits while the new one takes its name."""
+    return out.with_name(out.name + ".replaced")
 
 
 def check_disk(out: Path, weight_bytes: int) -> None:

@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, without the usage text, and exits with code 2."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+        self.exit(2, f"sp3llm: {message}; see {self.prog} --help.\n")
 
 
 def parser(prog: str = "sp3llm") -> argparse.ArgumentParser:
@@ -94,6 +94,12 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         default=default.moments,
         help=f"moments of which stream give the basis: {' or '.join(MOMENTS)} (default: "
         f"{default.moments}; raw is there to compare with)",
+    )
+    add.add_argument(
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        default=default.refit,
+        help="refit what is left in closed form, layer by layer (default: yes)",
     )
     add.add_argument(
         "--multiple-of",

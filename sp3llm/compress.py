@@ -7,7 +7,8 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 3. stream the dense model over calibration text, layer by layer, and sum the second moments of the
    normalised residual stream; held-out text goes along for the perplexity before;
 4. take the top principal components as the one global basis;
-5. fold the norms, rotate, cut and write each layer;
+5. fold the norms, rotate, cut; then, layer by layer beside the dense model, refit what is left in
+   closed form, and write it;
 6. stream the result over the held-out text for the perplexity after.
 
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
@@ -15,7 +16,7 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,22 +32,11 @@ if TYPE_CHECKING:
 
     from sp3llm.checkpoint import Checkpoint
     from sp3llm.data import Windows
-    from sp3llm.families import Family
+    from sp3llm.families import Family, Group
     from sp3llm.plan import Plan
+    from sp3llm.rebuild import Projection
     from sp3llm.score import Excess
     from sp3llm.stream import Execution, Stream
-
-
-@dataclass(frozen=True)
-class Basis:
-    """The global basis of the residual stream."""
-
-    eigenvalues_D: "Tensor"
-    """Eigenvalues of the summed second moments, falling, float64."""
-    basis_DK: "Tensor"
-    """Old coordinates to new ones: orthonormal columns, float64."""
-    tied_scale_K: "Tensor | None"
-    """For tied embeddings: the final norm's weight in the new coordinates (DESIGN 3.5)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +48,8 @@ class Result:
     architecture: str
     command: str
     plan: "Plan"
+    eigenvalues: "Tensor"
+    fits: list[dict[str, Any]]
     dense_bytes: int
     weight_bytes: int
     calibration: "Windows"
@@ -77,6 +69,7 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
     from sp3llm import checkpoint as disk
     from sp3llm import families, report, score
     from sp3llm.plan import plan_width, resized_config
+    from sp3llm.rebuild import Refitter, held_back_from, plain_groups, refitted_groups
     from sp3llm.stream import execution
 
     started = time.monotonic()
@@ -90,25 +83,40 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
 
     out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
     disk.check_output(out)
+    held_from = held_back_from(settings.samples) if settings.refit else settings.samples
     dense_dtype = dense.dtype()
     dtype = _dtype(settings.dtype, dense_dtype)
     weight_bytes = plan.parameters * dtype.itemsize
     disk.check_disk(out, weight_bytes)
     on = execution(settings.device, dtype)
     calibration, evaluation = _windows(settings, dense, family)
+    before, after = plan.dense_shape.hidden_size, plan.shape.hidden_size
     console.print(
-        f"{name}: {plan.dense_parameters:,} parameters, hidden_size {plan.dense_hidden_size} -> "
-        f"{plan.parameters:,} ({100 * plan.keep_params:.2f} %), hidden_size {plan.hidden_size}"
+        f"{name}: {plan.dense_parameters:,} parameters, hidden_size {before} -> "
+        f"{plan.parameters:,} ({100 * plan.keep_params:.2f} %), hidden_size {after}"
     )
 
     with disk.output_folder(out) as partial, report.progress_bars(console) as progress:
         moment_DD, dense_losses = measure_dense(
             dense, family, calibration.tokens, evaluation.tokens, settings.moments, on, progress
         )
-        basis = choose_basis(dense, family, moment_DD, plan.hidden_size)
-        small_config = resized_config(family, dense.config, plan.hidden_size)
+        eigenvalues, projection = choose_basis(dense, family, moment_DD, plan.shape.hidden_size)
+        small_config = resized_config(family, dense.config, plan.shape)
         small_config = _with_dtype(small_config, dtype, dense_dtype)
-        small = write_model(dense, family, small_config, basis, dtype, partial, on, progress)
+        fits: list[dict[str, Any]] = []
+        groups = _tracked(
+            progress,
+            "refit layer by layer" if settings.refit else "fold, rotate, cut",
+            families.groups(family, dense.config),
+        )
+        if settings.refit:
+            refitter = Refitter(
+                dense, family, plan.shape, projection, dtype, on, settings.choose, held_from, fits
+            )
+            compressed = refitted_groups(refitter, calibration.tokens, groups)
+        else:
+            compressed = plain_groups(dense, family, projection, dtype, on, groups)
+        small = write_model(family, small_config, compressed, dtype, partial)
         losses = measure_losses(small, family, evaluation.tokens, on, progress)
         companions = disk.copy_companions(folder, partial)
         result = Result(
@@ -117,6 +125,8 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
             architecture=family.architecture,
             command=command or _command(settings),
             plan=plan,
+            eigenvalues=eigenvalues,
+            fits=fits,
             dense_bytes=plan.dense_parameters * dense_dtype.itemsize,
             weight_bytes=weight_bytes,
             calibration=calibration,
@@ -127,7 +137,7 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
             seconds=time.monotonic() - started,
             peak_memory=report.peak_memory(),
         )
-        record = _record(result, settings, basis, on, dtype, companions)
+        record = _record(result, settings, on, dtype, companions)
         disk.write_json(partial / disk.RECORD, record)
         base_model = (
             settings.model if settings.model and not Path(settings.model).exists() else name
@@ -170,7 +180,7 @@ def measure_dense(
     width = families.axis_sizes(family, dense.config)[families.RESIDUAL]
     total_DD = torch.zeros(width, width, dtype=torch.float64, device=on.device)
 
-    def probe(x: "Tensor") -> None:
+    def probe(_: slice, x: "Tensor") -> None:
         seen = normalise(x, eps) if moments == "normalised" else widen(x)
         add_second_moment(total_DD, seen)
 
@@ -226,10 +236,14 @@ def head_tensors(checkpoint: "Checkpoint", family: "Family") -> "dict[str, Tenso
 
 def choose_basis(
     dense: "Checkpoint", family: "Family", moment_DD: "Tensor", hidden_size: int
-) -> Basis:
-    """The top principal components of the stream; for tied models turned so that the tie holds."""
+) -> "tuple[Tensor, Projection]":
+    """The top principal components of the stream; for tied models turned so that the tie holds.
+
+    Returns all eigenvalues, falling, and the projection.
+    """
     from sp3llm import families
     from sp3llm.moments import eigenbasis, tied_rotation
+    from sp3llm.rebuild import Projection
 
     eigenvalues_D, vectors_DD = eigenbasis(moment_DD)
     basis_DK, tied_scale_K = vectors_DD[:, :hidden_size], None
@@ -237,56 +251,36 @@ def choose_basis(
         norm = f"{family.final_norm}.weight"
         norm_weight_D = dense.read([norm])[norm].to(basis_DK)
         basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_weight_D)
-    return Basis(eigenvalues_D, basis_DK, tied_scale_K)
+    return eigenvalues_D, Projection(basis_DK, tied_scale_K)
 
 
 def write_model(
-    dense: "Checkpoint",
     family: "Family",
     small_config: Mapping[str, Any],
-    basis: Basis,
+    compressed: "Iterator[tuple[Group, dict[str, Tensor]]]",
     dtype: "torch.dtype",
     folder: Path,
-    on: "Execution",
-    progress: "Progress | None" = None,
 ) -> "Checkpoint":
-    """Fold, rotate, cut and write every group; returns the checkpoint written.
+    """Write groups as they come, a shard at a time; returns the checkpoint written.
 
     `config.json` is not written yet: the folder does not load until the caller says it is whole.
     """
     from sp3llm import checkpoint as disk
     from sp3llm.families import count_parameters
-    from sp3llm.project import project_group
 
     layout = disk.shard_layout(family, small_config, dtype)
-    groups = [group for shard in layout for group in shard]
-    tracked = iter(_tracked(progress, "fold, rotate, cut, write", groups))
     files: dict[str, Path] = {}
     for number, shard in enumerate(layout):
         tensors: dict[str, Tensor] = {}
         for _ in shard:
-            group = next(tracked)
-            source = {k: v.to(on.device) for k, v in dense.read(group.parameters).items()}
-            projected = project_group(family, group, source, basis.basis_DK, basis.tied_scale_K)
-            tensors |= {name: _rounded(name, value, dtype) for name, value in projected.items()}
+            _, group = next(compressed)
+            tensors |= {name: tensor.cpu() for name, tensor in group.items()}
         path = disk.write_shard(folder, number, len(layout), tensors)
         files |= dict.fromkeys(tensors, path)
-    list(tracked)
+    assert next(compressed, None) is None
     parameters = count_parameters(family, small_config)
     disk.write_index(folder, layout, parameters * dtype.itemsize, parameters)
     return disk.Checkpoint(folder, small_config, files)
-
-
-def _rounded(name: str, value: "Tensor", dtype: "torch.dtype") -> "Tensor":
-    import torch
-
-    rounded = value.to(dtype)
-    if not torch.isfinite(rounded).all():
-        raise UserError(
-            f"Tensor '{name}' of the compressed model does not fit {dtype}: use --dtype bfloat16 "
-            "or float32."
-        )
-    return rounded.cpu()
 
 
 def _tracked(progress: "Progress | None", description: str, items: list[Any]) -> Any:
@@ -347,7 +341,6 @@ def _windows(
 def _record(
     result: Result,
     settings: CompressConfig,
-    basis: Basis,
     on: "Execution",
     dtype: "torch.dtype",
     companions: list[str],
@@ -366,8 +359,8 @@ def _record(
         "dense_perplexity": result.dense_perplexity,
         "perplexity": result.perplexity,
         "excess_log_perplexity": result.excess.describe(),
-        "eigenvalues": basis.eigenvalues_D.tolist(),
-        "tied_embeddings": basis.tied_scale_K is not None,
+        "eigenvalues": result.eigenvalues.tolist(),
+        "fits": result.fits,
         "dtype": str(dtype).removeprefix("torch."),
         "compute_dtype": str(on.dtype).removeprefix("torch."),
         "weight_bytes": result.weight_bytes,

@@ -7,6 +7,7 @@ from pathlib import Path
 from sp3llm.errors import UserError
 
 MOMENTS = ("normalised", "raw")
+CHOICES = ("obs", "energy")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -32,6 +33,10 @@ class CompressConfig:
     """Evaluation windows at most."""
     moments: str = "normalised"
     """Which second moments the basis comes from: of the normalised stream, or of the raw one."""
+    refit: bool = True
+    """Refit what is left in closed form, layer by layer (a second pass over the calibration)."""
+    choose: str = "obs"
+    """How neurons and KV groups are chosen: by the loss of the refit, or by their own energy."""
     multiple_of: int | None = None
     """What the new hidden size must be a multiple of; None: chosen from width and heads."""
     device: str = "auto"
@@ -55,7 +60,7 @@ class CompressConfig:
                     f"Expected --{name.replace('_', '-')} of at least {least}, found {value}: "
                     "give a larger number."
                 )
-        for name, choices in (("moments", MOMENTS), ("dtype", DTYPES)):
+        for name, choices in (("moments", MOMENTS), ("choose", CHOICES), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise UserError(
                     f"Expected --{name} to be one of {', '.join(choices)}, found "

@@ -19,13 +19,14 @@ import json
 import random
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.errors import UserError
+from sp3llm.errors import UserError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -200,6 +201,7 @@ def _data_suffix(path: Path) -> str:
 
 def _read_file(path: Path, column: str | None) -> Iterator[str]:
     opener = gzip.open if path.suffix == ".gz" else open
+    utf8 = "utf-8-sig"  # with or without a byte order mark
     suffix = _data_suffix(path)
     try:
         if suffix == ".parquet":
@@ -211,16 +213,16 @@ def _read_file(path: Path, column: str | None) -> Iterator[str]:
                     for row in batch.to_pylist():
                         yield _text_of(row, column, str(path))
         elif suffix == ".jsonl":
-            with opener(path, "rt", encoding="utf-8") as file:
+            with opener(path, "rt", encoding=utf8) as file:
                 for line in file:
                     if line.strip():
                         yield _text_of(json.loads(line), column, str(path))
         else:
-            with opener(path, "rt", encoding="utf-8") as file:
+            with opener(path, "rt", encoding=utf8) as file:
                 yield from _blocks(file)
-    except (ValueError, OSError, EOFError) as error:  # undecodable, not JSON, not parquet, not gzip
+    except (ValueError, OSError, EOFError, zlib.error) as error:  # UTF-8, JSON, parquet, gzip
         raise UserError(
-            f"Cannot read '{path}' as {suffix} text ({str(error).splitlines()[0]}): expected "
+            f"Cannot read '{path}' as {suffix} text ({reason(error)}): expected "
             "UTF-8 text, one JSON object a line, or a parquet table."
         ) from error
 
@@ -241,18 +243,25 @@ def _blocks(lines: Iterable[str]) -> Iterator[str]:
 def _text_of(row: Any, column: str | None, origin: str) -> str:
     """The text of a row: the named column, `text`, `content`, or the only string there is."""
     if isinstance(row, str):
-        return row
+        return _valid(row)
     strings = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
     candidates = [column] if column else ["text", "content"]
     for name in candidates:
         if name in strings:
-            return row[name]
+            return _valid(row[name])
+    if isinstance(row, dict) and any(row.get(name, row) is None for name in candidates):
+        return ""  # a row without text, and no other column stands in for it
     if column is None and len(strings) == 1:
-        return row[strings[0]]
+        return _valid(row[strings[0]])
     raise UserError(
         f"Expected a text column {' or '.join(repr(c) for c in candidates)} in '{origin}', found "
         f"columns {sorted(row) if isinstance(row, dict) else type(row).__name__}: rename one."
     )
+
+
+def _valid(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    return text.encode(errors="replace").decode()
 
 
 def _read_hub(source: TextSource, split: str, seed: int) -> Iterator[str]:
@@ -280,8 +289,8 @@ def _read_hub(source: TextSource, split: str, seed: int) -> Iterator[str]:
     except Exception as error:  # datasets raises many kinds, most of them about the network
         raise UserError(
             f"Cannot load the hub dataset '{source.dataset}' ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0][:200]}): check the name and the network, or "
-            "use --calib stdlib or a local file."
+            f"{reason(error)}): check the name (owner/name or owner/name:config) and the network, "
+            "or use --calib stdlib or a local file."
         ) from error
 
 
@@ -320,8 +329,11 @@ def stdlib_documents() -> tuple[str, ...]:
     for name in sorted(sys.stdlib_module_names):
         if "test" not in name and not (root / f"{name}.py").exists() and not (root / name).is_dir():
             texts.extend(_docstrings_of_extension(name))
-    unique = {content_hash(text): text.strip() for text in reversed(texts) if len(text) >= 80}
-    return tuple(reversed(unique.values()))
+    unique: dict[str, str] = {}
+    for text in texts:
+        if len(text) >= 80:
+            unique.setdefault(content_hash(text), text.strip())
+    return tuple(unique.values())
 
 
 def _docstrings_of_source(path: Path) -> Iterator[str]:
@@ -341,13 +353,22 @@ def _docstrings_of_extension(name: str) -> Iterator[str]:
         module = importlib.import_module(name)
     except ImportError:  # not built on this machine
         return
-    members = [module, *(vars(module)[key] for key in sorted(vars(module)))]
+    names = sorted(vars(module).keys() - {"_"})  # builtins._ is the last value of a session
+    members = [module, *(vars(module)[name] for name in names)]
     for member in members:
+        if not _is_stdlib(member):  # such as sys.stdout and sys.excepthook in a notebook
+            continue
         owned = [vars(member)[key] for key in sorted(vars(member))] if _is_class(member) else []
         for item in (member, *owned):
             text = getattr(item, "__doc__", None)
             if isinstance(text, str):
                 yield text
+
+
+def _is_stdlib(value: object) -> bool:
+    origin = getattr(value, "__module__", None)
+    origin = origin if isinstance(origin, str) else type(value).__module__
+    return origin.partition(".")[0] in sys.stdlib_module_names
 
 
 def _is_class(value: object) -> bool:
@@ -367,10 +388,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds
-        reason = (str(error).splitlines() or [""])[0][:160]
         raise UserError(
             f"Expected a tokenizer in '{folder}', found none that loads "
-            f"({type(error).__name__}: {reason}): put the model's tokenizer files there."
+            f"({type(error).__name__}: {reason(error)}): put the model's tokenizer files there."
         ) from error
 
 

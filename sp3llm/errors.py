@@ -1,5 +1,7 @@
 """The one exception that a user is meant to read."""
 
+import re
+
 
 class UserError(Exception):
     """Bad input. The message is one sentence: what was expected, what was found, what to do.
@@ -7,3 +9,9 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with code 2; a program that calls
     sp3llm as a library catches it like any other exception.
     """
+
+
+def reason(error: Exception, limit: int = 200) -> str:
+    """What another package's exception says, on one line and fit to stand inside a sentence."""
+    text = re.sub(r"[.!?] (?=[A-Z])", "; ", " ".join(str(error).split()))
+    return text[:limit].rstrip(" .;") or type(error).__name__

@@ -1,12 +1,13 @@
-"""From a budget to widths, before any weight is touched."""
+"""From a budget to a shape, before any weight is touched."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sp3llm.errors import UserError
 from sp3llm.families import (
+    FFN,
     HEAD_DIM,
     RESIDUAL,
     Family,
@@ -14,6 +15,49 @@ from sp3llm.families import (
     count_parameters,
     setting,
 )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that a plan may change, and those that follow from them."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @staticmethod
+    def of(family: Family, config: Mapping[str, Any]) -> "Shape":
+        """The shape that a `config.json` describes."""
+        sizes = axis_sizes(family, config)
+        heads = setting(family, config, "num_attention_heads")
+        return Shape(
+            hidden_size=sizes[RESIDUAL],
+            intermediate_size=sizes[FFN],
+            num_attention_heads=heads,
+            num_key_value_heads=setting(family, config, "num_key_value_heads") or heads,
+            head_dim=sizes[HEAD_DIM],
+        )
+
+    def with_width(self, hidden_size: int) -> "Shape":
+        """The same with another hidden size."""
+        return replace(self, hidden_size=hidden_size)
+
+    def with_groups(self, num_key_value_heads: int) -> "Shape":
+        """The same with fewer KV groups, each with its query heads."""
+        group = self.num_attention_heads // self.num_key_value_heads
+        return replace(
+            self,
+            num_attention_heads=group * num_key_value_heads,
+            num_key_value_heads=num_key_value_heads,
+        )
+
+    def with_axis_of(self, other: "Shape", axis: str) -> "Shape":
+        """The same with `other`'s size of the axis that a writer reads: FFN or heads."""
+        if axis == FFN:
+            return replace(self, intermediate_size=other.intermediate_size)
+        return self.with_groups(other.num_key_value_heads)
 
 
 @dataclass(frozen=True)
@@ -28,10 +72,10 @@ class Plan:
     """True parameters before, tied weights once."""
     parameters: int
     """True parameters after, tied weights once."""
-    dense_hidden_size: int
-    """`hidden_size` before."""
-    hidden_size: int
-    """`hidden_size` after."""
+    dense_shape: Shape
+    """Before."""
+    shape: Shape
+    """After."""
     multiple_of: int
     """What `hidden_size` is a multiple of."""
 
@@ -55,15 +99,16 @@ def width_multiple(hidden_size: int, num_attention_heads: int) -> int:
     return math.lcm(8, num_attention_heads)
 
 
-def resized_config(family: Family, config: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
-    """`config.json` of the compressed model: the dense one's own, with the new width.
+def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    """`config.json` of the compressed model: the dense one's own, with the new shape.
 
     The file is carried over key by key rather than written anew, so that RoPE scaling, sliding
     windows and whatever else a tool reads there stay as their author wrote them. `head_dim` is
     written out, as it is no longer the quotient of width and heads.
     """
-    head_dim = axis_sizes(family, config)[HEAD_DIM]
-    return {**config, "hidden_size": hidden_size, "head_dim": head_dim}
+    dense = asdict(Shape.of(family, config))
+    changed = {k: v for k, v in asdict(shape).items() if v != dense[k] or k == "head_dim"}
+    return {**config, **changed}
 
 
 def plan_width(
@@ -73,35 +118,35 @@ def plan_width(
 
     Raises UserError if no width fits.
     """
-    dense_width = axis_sizes(family, config)[RESIDUAL]
-    heads = setting(family, config, "num_attention_heads")
-    multiple = multiple_of or width_multiple(dense_width, heads)
+    dense_shape = Shape.of(family, config)
+    heads = dense_shape.num_attention_heads
+    multiple = multiple_of or width_multiple(dense_shape.hidden_size, heads)
     if multiple % heads:
         raise UserError(
             f"Expected --multiple-of to be a multiple of the {heads} attention heads, which must "
             f"divide the hidden size, found {multiple}: use {math.lcm(multiple, heads)}."
         )
     dense = count_parameters(family, config)
-    widths = range(multiple, dense_width, multiple)
-    counts = {k: count_parameters(family, resized_config(family, config, k)) for k in widths}
-    fitting = [k for k, count in counts.items() if count <= keep * dense]
+    widths = range(multiple, dense_shape.hidden_size, multiple)
+    shapes = [dense_shape.with_width(width) for width in widths]
+    counts = {s: count_parameters(family, resized_config(family, config, s)) for s in shapes}
+    fitting = [shape for shape, count in counts.items() if count <= keep * dense]
+    if not counts:
+        raise UserError(
+            f"The hidden size {dense_shape.hidden_size} cannot be cut in multiples of {multiple}: "
+            f"set --multiple-of to a smaller multiple of the {heads} attention heads."
+        )
     if not fitting:
-        if not counts:
-            raise UserError(
-                f"The hidden size {dense_width} cannot be cut in multiples of {multiple}: set "
-                f"--multiple-of to a smaller multiple of the {heads} attention heads."
-            )
         raise UserError(
             f"No shape keeps {keep:.4g} of the {dense:,} parameters: the smallest hidden size, "
-            f"{multiple}, keeps {counts[multiple] / dense:.4f}; raise --keep to at least that."
+            f"{multiple}, keeps {counts[shapes[0]] / dense:.4f}; raise --keep to at least that."
         )
-    hidden_size = max(fitting)
     return Plan(
         keep_params_asked=keep,
-        keep_params=counts[hidden_size] / dense,
+        keep_params=counts[fitting[-1]] / dense,
         dense_parameters=dense,
-        parameters=counts[hidden_size],
-        dense_hidden_size=dense_width,
-        hidden_size=hidden_size,
+        parameters=counts[fitting[-1]],
+        dense_shape=dense_shape,
+        shape=fitting[-1],
         multiple_of=multiple,
     )

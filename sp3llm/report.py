@@ -88,7 +88,10 @@ def rows(result: "Result") -> list[tuple[str, str, str]]:
         ("parameters", f"{plan.dense_parameters:,}", f"{plan.parameters:,}"),
         ("of the dense model", "100 %", f"{100 * plan.keep_params:.2f} %"),
         ("weights", human_bytes(result.dense_bytes), human_bytes(result.weight_bytes)),
-        ("hidden_size", str(plan.dense_hidden_size), str(plan.hidden_size)),
+        *[
+            (key, str(getattr(plan.dense_shape, key)), str(getattr(plan.shape, key)))
+            for key in ("hidden_size", "intermediate_size", "num_key_value_heads")
+        ],
         (
             f"perplexity ({', '.join(result.evaluation.sources)})",
             f"{result.dense_perplexity:.3f}",
@@ -119,6 +122,7 @@ def model_card(result: "Result", base_model: str) -> str:
     """README.md of the compressed model."""
     table = "\n".join(f"| {name} | {dense} | {small} |" for name, dense, small in rows(result))
     calibration = result.calibration
+    shape, dense_shape = result.plan.shape, result.plan.dense_shape
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -131,8 +135,8 @@ tags:
 # {result.name}, compressed to {100 * result.plan.keep_params:.1f} % of its parameters
 
 A stock `{result.architecture}`: it loads with plain transformers, and with every tool that
-loads the original. The residual stream was projected onto the top {result.plan.hidden_size} of
-{result.plan.dense_hidden_size} principal components with
+loads the original. The residual stream was projected onto the top {shape.hidden_size} of
+{dense_shape.hidden_size} principal components with
 [sp3llm](https://arxiv.org/abs/2308.16475); the licence and the limits of the original apply.
 
 ```python

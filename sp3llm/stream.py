@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from sp3llm.errors import UserError
 from sp3llm.families import Family
 
-Probe = Callable[[Tensor], None]
-"""Called with what a norm is called with: the stream at a read site, `(windows, tokens, D)`."""
+Probe = Callable[[slice, Tensor], None]
+"""Called with the rows of a batch and what a module is called with there: for a norm the stream at
+its read site, `(windows, tokens, D)`."""
 
 # Tokens that go through a layer at once.
 _TOKENS_A_BATCH = 8192
@@ -176,6 +177,10 @@ def open_stream(
     return Stream(hidden, calls)
 
 
+class _Reached(Exception):  # noqa: N818  (not an error: the way out of a forward)
+    """The module that a layer was to be run up to has been reached."""
+
+
 @torch.no_grad()
 def run_layer(
     model: nn.Module,
@@ -184,42 +189,58 @@ def run_layer(
     tensors: Mapping[str, Tensor],
     streams: list[tuple[Stream, Mapping[str, Probe]]],
     on: Execution,
+    until: str | None = None,
 ) -> None:
     """Send each stream through layer `index`, in place, with its weights placed for that long.
 
     Each stream comes with probes by module name, relative to the layer, which see that module's
-    input.
+    input. With `until` the layer runs up to that module only, and the streams stay as they are.
 
     Raises UserError, naming the layer, if its output holds NaN or infinity.
     """
     layer = model.get_submodule(family.layers_module)[index]
     with _placed(model, tensors, on):
         for stream, probes in streams:
-            handles = [
-                layer.get_submodule(name).register_forward_pre_hook(_calling(probe))
-                for name, probe in probes.items()
-            ]
             hidden = stream.hidden
             for rows in _batches(len(hidden), _windows_a_batch(hidden.shape[1])):
                 batch = hidden[rows].to(on.device)
-                output = layer(batch, **stream.calls[len(batch)][index])
-                hidden[rows] = (output[0] if isinstance(output, tuple) else output).cpu()
-            for handle in handles:
-                handle.remove()
-            _check_finite(hidden, f"layer {index}")
+                with _probed(layer, rows, probes, until):
+                    output = layer(batch, **stream.calls[len(batch)][index])
+                    hidden[rows] = (output[0] if isinstance(output, tuple) else output).cpu()
+            if until is None:
+                _check_finite(hidden, f"layer {index}")
 
 
-def _calling(probe: Probe) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        probe(args[0])
+@contextmanager
+def _probed(
+    layer: nn.Module, rows: slice, probes: Mapping[str, Probe], until: str | None
+) -> Iterator[None]:
+    """Show modules' inputs to probes; leave the block at once when `until` is reached."""
 
-    return hook
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name in probes:
+                probes[name](rows, args[0])
+            if name == until:
+                raise _Reached
+
+        return hook
+
+    names = dict.fromkeys([*probes, *([until] if until else [])])
+    handles = [layer.get_submodule(n).register_forward_pre_hook(hook_of(n)) for n in names]
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def probe_stream(stream: Stream, probe: Probe, on: Execution) -> None:
     """Show the stream as it stands (after the last layer: what the final norm reads)."""
     for rows in _batches(len(stream.hidden), _windows_a_batch(stream.hidden.shape[1])):
-        probe(stream.hidden[rows].to(on.device))
+        probe(rows, stream.hidden[rows].to(on.device))
 
 
 @torch.no_grad()

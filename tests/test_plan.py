@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sp3llm.errors import UserError
 from sp3llm.families import FAMILIES, count_parameters
-from sp3llm.plan import plan_width, resized_config, width_multiple
+from sp3llm.plan import Shape, plan_width, resized_config, width_multiple
 
 LLAMA_2_7B = {"model_type": "llama", "num_attention_heads": 32}
 SMOLLM = {
@@ -29,7 +29,7 @@ def test_llama_2_7b_counts_what_it_has():
 
 def test_three_quarters_of_llama_2_7b():
     plan = plan_width(FAMILIES["llama"], LLAMA_2_7B, 0.75)
-    assert plan.hidden_size == 3072
+    assert plan.shape.hidden_size == 3072
     assert plan.keep_params <= 0.75
     assert plan.keep_params > 0.749
 
@@ -63,16 +63,21 @@ def test_budget_is_never_exceeded_and_the_next_width_would(keep, heads, head_dim
     except UserError:
         multiple = width_multiple(heads * head_dim, heads)
         if multiple < heads * head_dim:
-            smallest = count_parameters(family, resized_config(family, config, multiple))
+            smallest = count_parameters(
+                family,
+                resized_config(family, config, Shape.of(family, config).with_width(multiple)),
+            )
             assert smallest > keep * count_parameters(family, config)
         return
     assert plan.parameters <= keep * plan.dense_parameters
-    assert plan.hidden_size % heads == 0
-    assert plan.hidden_size % plan.multiple_of == 0
-    assert plan.hidden_size < plan.dense_hidden_size
-    wider = plan.hidden_size + plan.multiple_of
-    if wider < plan.dense_hidden_size:
-        count = count_parameters(family, resized_config(family, config, wider))
+    assert plan.shape.hidden_size % heads == 0
+    assert plan.shape.hidden_size % plan.multiple_of == 0
+    assert plan.shape.hidden_size < plan.dense_shape.hidden_size
+    wider = plan.shape.hidden_size + plan.multiple_of
+    if wider < plan.dense_shape.hidden_size:
+        count = count_parameters(
+            family, resized_config(family, config, plan.shape.with_width(wider))
+        )
         assert count > keep * plan.dense_parameters
 
 
@@ -90,7 +95,7 @@ def test_heads_must_divide_a_multiple_given_by_hand():
     with pytest.raises(UserError, match="9 attention heads"):
         plan_width(FAMILIES["llama"], SMOLLM, 0.75, multiple_of=8)
     plan = plan_width(FAMILIES["llama"], SMOLLM, 0.75, multiple_of=9)
-    assert plan.hidden_size % 9 == 0
+    assert plan.shape.hidden_size % 9 == 0
 
 
 def test_a_budget_below_the_smallest_shape_says_what_that_is():
@@ -99,6 +104,7 @@ def test_a_budget_below_the_smallest_shape_says_what_that_is():
 
 
 def test_head_dim_is_written_out():
-    config = resized_config(FAMILIES["llama"], LLAMA_2_7B, 3072)
+    family = FAMILIES["llama"]
+    config = resized_config(family, LLAMA_2_7B, Shape.of(family, LLAMA_2_7B).with_width(3072))
     assert config["head_dim"] == 128
     assert math.prod([config["num_attention_heads"], config["head_dim"]]) == 4096

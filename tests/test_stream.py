@@ -77,7 +77,7 @@ def test_only_one_layer_has_weights_at_a_time(tokens, tmp_path):
     shell = streaming.empty_model(checkpoint.config)
     real: list[set[str]] = []
 
-    def probe(_):
+    def probe(*_):
         real.append({n for n, p in shell.named_parameters() if p.device.type != "meta"})
 
     table = checkpoint.read(["model.embed_tokens.weight"])

@@ -1,0 +1,417 @@
+"""The second streaming pass: build the small model layer by layer beside the dense one.
+
+Dense and small streams run side by side over the calibration text. At each read site the readers
+are fitted to turn the small stream into what the dense readers see; at each writer the surviving
+inputs are chosen and the writer is fitted to bring the small stream back to the dense one. What
+has been fitted is rounded to the dtype of the export before the next fit sees its output.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sp3llm import families
+from sp3llm.checkpoint import Checkpoint
+from sp3llm.errors import UserError
+from sp3llm.families import Family, Group, Site
+from sp3llm.moments import normalise, widen
+from sp3llm.plan import Shape, resized_config
+from sp3llm.project import project_group, stream_scale
+from sp3llm.refit import (
+    Fit,
+    Gram,
+    add_to_gram,
+    choose_units,
+    empty_gram,
+    joined,
+    restricted,
+    ridge_fit,
+    ridge_solution,
+)
+from sp3llm.stream import (
+    Execution,
+    Stream,
+    empty_model,
+    open_stream,
+    probe_stream,
+    run_layer,
+)
+
+# Held back from every fit to choose its ridge: one window in this many, one at least.
+_HELD_BACK = 8
+# Ridge of the writer that neurons and groups are chosen by, relative to the mean diagonal.
+_CHOICE_RIDGE = 1e-4
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How the small model's coordinates come from the dense one's."""
+
+    basis_DK: Tensor
+    """Old to new, orthonormal columns, float64."""
+    tied_scale_K: Tensor | None
+    """Final norm's weight of a tied model (DESIGN 3.5)."""
+
+
+@dataclass(frozen=True)
+class Refitter:
+    """What every step of the second pass needs."""
+
+    dense: Checkpoint
+    family: Family
+    shape: Shape
+    projection: Projection
+    dtype: torch.dtype
+    """Of the export: fitted tensors are rounded to it before their output is used."""
+    on: Execution
+    choose: str
+    """How neurons and groups are chosen: see `refit.choose_units`."""
+    held_from: int
+    """First window that is held back to choose ridges."""
+    log: list[dict[str, Any]]
+    """One entry a fit."""
+
+    @property
+    def eps(self) -> float:
+        """The norms' epsilon."""
+        return families.setting(self.family, self.dense.config, "rms_norm_eps")
+
+
+def plain_groups(
+    dense: Checkpoint,
+    family: Family,
+    projection: Projection,
+    dtype: torch.dtype,
+    on: Execution,
+    groups: Iterator[Group] | list[Group],
+) -> Iterator[tuple[Group, dict[str, Tensor]]]:
+    """Fold, rotate and cut every group, and nothing else."""
+    for group in groups:
+        yield group, _projected(dense, family, projection, dtype, on, group)
+
+
+def _projected(
+    dense: Checkpoint,
+    family: Family,
+    projection: Projection,
+    dtype: torch.dtype,
+    on: Execution,
+    group: Group,
+) -> dict[str, Tensor]:
+    source = {name: t.to(on.device) for name, t in dense.read(group.parameters).items()}
+    projected = project_group(family, group, source, projection.basis_DK, projection.tied_scale_K)
+    return {name: rounded(name, tensor, dtype) for name, tensor in projected.items()}
+
+
+def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the dtype of the export.
+
+    Raises UserError if a value does not fit it.
+    """
+    result = value.to(dtype)
+    if not torch.isfinite(result).all():
+        raise UserError(
+            f"Tensor '{name}' of the compressed model does not fit {dtype}: use --dtype bfloat16 "
+            "or float32."
+        )
+    return result
+
+
+def refitted_groups(
+    refitter: Refitter, tokens: Tensor, groups: Iterator[Group] | list[Group]
+) -> Iterator[tuple[Group, dict[str, Tensor]]]:
+    """Project, choose and refit every group, in order, on `tokens` (`(windows, tokens)`)."""
+    family, on = refitter.family, refitter.on
+    shells = _shells(refitter)
+    dense_model = empty_model(refitter.dense.config)
+    dense_stream = small_stream = None
+    for index, group in enumerate(groups):
+        tensors = _projected(refitter.dense, family, refitter.projection, refitter.dtype, on, group)
+        if group.name == "embeddings":
+            source = refitter.dense.read(group.parameters)
+            dense_stream = open_stream(dense_model, family, source, tokens, on)
+            small_stream = open_stream(shells[0], family, tensors, tokens, on)
+        elif group.name == "head":
+            _fit_head(refitter, group, tensors, dense_stream, small_stream)
+        else:
+            _fit_layer(
+                refitter, index - 1, group, tensors, dense_model, shells, dense_stream, small_stream
+            )
+        yield group, tensors
+
+
+def _shells(refitter: Refitter) -> list[nn.Module]:
+    """Empty small models whose first 0, 1, ... writers have their inputs cut already."""
+    family, dense, shape = refitter.family, refitter.dense.config, refitter.shape
+    steps = [Shape.of(family, dense).with_width(shape.hidden_size)]
+    for writer in family.writers:
+        axis = family.layer[f"{writer}.weight"][1]
+        steps.append(steps[-1].with_axis_of(shape, axis))
+    return [empty_model(resized_config(family, dense, step)) for step in steps]
+
+
+def _fit_layer(
+    refitter: Refitter,
+    index: int,
+    group: Group,
+    tensors: dict[str, Tensor],
+    dense_model: nn.Module,
+    shells: list[nn.Module],
+    dense_stream: Stream,
+    small_stream: Stream,
+) -> None:
+    """Fit one layer, `tensors` in place, and send both streams through it."""
+    family, on = refitter.family, refitter.on
+    source = refitter.dense.read(group.parameters)
+    first = _fit_readers_of_streams(refitter, dense_stream, small_stream)
+    targets = _run_dense(refitter, index, source, dense_model, dense_stream)
+    for number, (site, writer) in enumerate(zip(family.sites, family.writers, strict=True)):
+        shell = shells[number]
+        if number == 0:
+            grams = first
+        else:
+            grams = _reader_grams(refitter)
+
+            def see(
+                rows: slice, x: Tensor, grams: tuple[Gram, Gram] = grams, number: int = number
+            ) -> None:
+                _add_reader(refitter, grams, rows, targets[number - 1][rows], x)
+
+            probes = {site.norm: see}
+            run_layer(shell, family, index, tensors, [(small_stream, probes)], on, until=site.norm)
+        _fit_readers(refitter, group, site, grams, source, tensors)
+        _fit_writer(
+            refitter, index, group, site, writer, targets[number], tensors, shell, small_stream
+        )
+    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on)
+
+
+def _run_dense(
+    refitter: Refitter,
+    index: int,
+    source: Mapping[str, Tensor],
+    dense_model: nn.Module,
+    dense_stream: Stream,
+) -> list[Tensor]:
+    """Run the dense layer; the stream after each of its writers, on the host."""
+    family = refitter.family
+    between = [torch.empty_like(dense_stream.hidden) for _ in family.sites[1:]]
+    probes = {}
+    for site, store in zip(family.sites[1:], between, strict=True):
+
+        def keep(rows: slice, x: Tensor, store: Tensor = store) -> None:
+            store[rows] = x.cpu()
+
+        probes[site.norm] = keep
+    run_layer(dense_model, family, index, source, [(dense_stream, probes)], refitter.on)
+    return [*between, dense_stream.hidden]
+
+
+# --------------------------------------------------------------------------- readers
+
+
+def _reader_grams(refitter: Refitter) -> tuple[Gram, Gram]:
+    width, kept = refitter.projection.basis_DK.shape
+    return tuple(empty_gram(kept, width, refitter.on.device) for _ in range(2))
+
+
+def _add(
+    refitter: Refitter,
+    grams: tuple[Gram, Gram],
+    rows: slice,
+    a: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+) -> None:
+    """Add a batch of windows to the fitting Gram and to the one held back."""
+    cut = min(max(refitter.held_from - rows.start, 0), len(a))
+    for gram, part in zip(grams, (slice(0, cut), slice(cut, None)), strict=True):
+        if len(a[part]):
+            add_to_gram(gram, a[part], y[part], None if weight is None else weight[part])
+
+
+def _add_reader(
+    refitter: Refitter, grams: tuple[Gram, Gram], rows: slice, dense_x: Tensor, small_x: Tensor
+) -> None:
+    dense_n = normalise(dense_x.to(refitter.on.device), refitter.eps)
+    _add(refitter, grams, rows, normalise(small_x, refitter.eps), dense_n)
+
+
+def _fit_readers_of_streams(
+    refitter: Refitter, dense_stream: Stream, small_stream: Stream
+) -> tuple[Gram, Gram]:
+    """Grams of a site that reads the streams as they stand."""
+    grams = _reader_grams(refitter)
+
+    def see(rows: slice, x: Tensor) -> None:
+        _add_reader(refitter, grams, rows, dense_stream.hidden[rows], x)
+
+    probe_stream(small_stream, see, refitter.on)
+    return grams
+
+
+def _reader_map(refitter: Refitter, grams: tuple[Gram, Gram], intercept: bool, name: str) -> Fit:
+    """`argmin_M |n - n' M|^2 + lambda |M - T^T / c|^2`, `M` `(K, D)`."""
+    basis_DK = refitter.projection.basis_DK
+    prior_KD = basis_DK.T / stream_scale(basis_DK)
+    zero_D = torch.zeros_like(prior_KD[0]) if intercept else None
+    fit = ridge_fit(*grams, prior_KD, zero_D)
+    _log(refitter, name, fit)
+    return fit
+
+
+def _fit_readers(
+    refitter: Refitter,
+    group: Group,
+    site: Site,
+    grams: tuple[Gram, Gram],
+    source: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Readers of one site through one map: `W' = W diag(g) M^T`, constants into their biases."""
+    names = [f"{group.prefix}{reader}" for reader in site.readers]
+    intercept = all(f"{name}.bias" in source for name in names)
+    fit = _reader_map(refitter, grams, intercept, f"{group.prefix}{site.norm}")
+    norm_D = source[f"{group.prefix}{site.norm}.weight"].to(fit.solution_PQ)
+    for name in names:
+        folded = source[f"{name}.weight"].to(norm_D) * norm_D
+        weight = f"{name}.weight"
+        tensors[weight] = rounded(weight, folded @ fit.solution_PQ.T, refitter.dtype)
+        if intercept:
+            bias = source[f"{name}.bias"].to(norm_D) + folded @ fit.intercept_Q
+            tensors[f"{name}.bias"] = rounded(f"{name}.bias", bias, refitter.dtype)
+
+
+def _fit_head(
+    refitter: Refitter,
+    group: Group,
+    tensors: dict[str, Tensor],
+    dense_stream: Stream,
+    small_stream: Stream,
+) -> None:
+    """The head is one more reader; a tied table, with its two roles, stays as DESIGN 3.5 has it."""
+    family = refitter.family
+    if refitter.projection.tied_scale_K is not None:
+        return
+    grams = _fit_readers_of_streams(refitter, dense_stream, small_stream)
+    fit = _reader_map(refitter, grams, False, family.final_norm)
+    head, norm = f"{family.head}.weight", f"{family.final_norm}.weight"
+    source = refitter.dense.read(group.parameters)
+    folded = source[head].to(fit.solution_PQ) * source[norm].to(fit.solution_PQ)
+    tensors[head] = rounded(head, folded @ fit.solution_PQ.T, refitter.dtype)
+
+
+# --------------------------------------------------------------------------- writers
+
+
+def _fit_writer(
+    refitter: Refitter,
+    index: int,
+    group: Group,
+    site: Site,
+    writer: str,
+    target: Tensor,
+    tensors: dict[str, Tensor],
+    shell: nn.Module,
+    small_stream: Stream,
+) -> None:
+    """Choose the writer's surviving inputs and fit it to chase the dense stream.
+
+    `W' = argmin sum_t |c X_out T - X' - a' W'^T|^2 / mean(X_out^2) + lambda |W' - c T^T W|^2`:
+    each token weighs as the next norm will read it.
+    """
+    family, on = refitter.family, refitter.on
+    name = f"{group.prefix}{writer}"
+    prior_PK = tensors[f"{name}.weight"].T.double()
+    bias = tensors.get(f"{name}.bias")
+    prior_bias_K = None if bias is None else bias.double()
+    basis_DK = refitter.projection.basis_DK
+    scaled_DK = (stream_scale(basis_DK) * basis_DK).to(
+        torch.float64 if on.dtype == torch.float64 else torch.float32
+    )
+    grams = tuple(empty_gram(*prior_PK.shape, on.device) for _ in range(2))
+    before: dict[int, Tensor] = {}
+
+    def see_stream(rows: slice, x: Tensor) -> None:
+        before[rows.start] = x
+
+    def see_input(rows: slice, a: Tensor) -> None:
+        wanted = widen(target[rows].to(on.device))
+        weight = 1 / wanted.square().mean(-1).clamp_min(1e-12)
+        missing = wanted @ scaled_DK - widen(before.pop(rows.start))
+        _add(refitter, grams, rows, widen(a), missing, weight)
+
+    probes = {site.norm: see_stream, writer: see_input}
+    run_layer(shell, family, index, tensors, [(small_stream, probes)], on, until=writer)
+    kept_P = _survivors(refitter, group, writer, joined(*grams), prior_PK, tensors)
+    if kept_P is not None:
+        grams, prior_PK = tuple(restricted(gram, kept_P) for gram in grams), prior_PK[kept_P]
+    fit = ridge_fit(*grams, prior_PK, prior_bias_K)
+    _log(refitter, name, fit)
+    tensors[f"{name}.weight"] = rounded(f"{name}.weight", fit.solution_PQ.T, refitter.dtype)
+    if bias is not None:
+        tensors[f"{name}.bias"] = rounded(f"{name}.bias", fit.intercept_Q, refitter.dtype)
+
+
+def _survivors(
+    refitter: Refitter,
+    group: Group,
+    writer: str,
+    gram: Gram,
+    prior_PK: Tensor,
+    tensors: dict[str, Tensor],
+) -> Tensor | None:
+    """Kept inputs of a writer, and everything that feeds the others cut away; None: keep all."""
+    family, shape = refitter.family, refitter.shape
+    dense = Shape.of(family, refitter.dense.config)
+    axis = family.layer[f"{writer}.weight"][1]
+    if axis == families.FFN:
+        keep, total, unit = shape.intermediate_size, dense.intermediate_size, 1
+        cut_axes = {families.FFN: 1}
+    else:
+        keep, total = shape.num_key_value_heads, dense.num_key_value_heads
+        unit = dense.num_attention_heads // total * dense.head_dim
+        cut_axes = {families.QUERY: unit, families.KEY_VALUE: dense.head_dim}
+    if keep == total:
+        return None
+    weight_PK, _, used = ridge_solution(gram, prior_PK, _CHOICE_RIDGE, intercept=False)
+    ridged_PP = gram.inputs_PP.clone()
+    ridged_PP.diagonal().add_(used * gram.inputs_PP.diagonal().mean())
+    kept_P = choose_units(ridged_PP, weight_PK, keep, unit, refitter.choose)
+    kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
+    for name, axes in group.parameters.items():
+        for dim, axis in enumerate(axes):
+            if axis in cut_axes and name != f"{group.prefix}{writer}.weight":
+                size = cut_axes[axis]
+                offsets = torch.arange(size, device=kept_U.device)
+                rows = (kept_U[:, None] * size + offsets).reshape(-1)
+                tensors[name] = tensors[name].index_select(dim, rows.to(tensors[name].device))
+    return kept_P
+
+
+def _log(refitter: Refitter, name: str, fit: Fit) -> None:
+    refitter.log.append(
+        {
+            "name": name,
+            "ridge": None if fit.ridge == float("inf") else fit.ridge,
+            "error": fit.error,
+            "plain_error": fit.plain_error,
+            "raised": fit.raised,
+        }
+    )
+
+
+def held_back_from(windows: int) -> int:
+    """First window that is held back to choose ridges.
+
+    Raises UserError if there is nothing to hold back.
+    """
+    if windows < 2:
+        raise UserError(
+            f"The refit needs at least 2 calibration windows, one of them held back, found "
+            f"{windows}: raise --samples, or use --no-refit."
+        )
+    return windows - max(1, windows // _HELD_BACK)

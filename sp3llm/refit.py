@@ -1,0 +1,221 @@
+"""Closed-form refit: ridge regressions from Gram matrices (DESIGN 3.7). Tensors only.
+
+Cutting is not the end. Every matrix is fitted again to what the small model really sees: readers
+of a site share one map from the small stream to the dense one, writers chase the dense stream
+with the errors made so far. Only Gram matrices are kept, so memory does not grow with the text.
+
+Shape suffixes: N tokens, P inputs, Q outputs, D and K residual width before and after, F the
+width that a writer reads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Relative to the mean diagonal of the Gram matrix. Infinity, plain projection, is always tried.
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Everything a linear least-squares fit of `y ~ a X + b` needs, summed over tokens.
+
+    All float64, on one device, added to in place.
+    """
+
+    inputs_PP: Tensor
+    """`sum w a a^T`."""
+    cross_PQ: Tensor
+    """`sum w a y^T`."""
+    input_sum_P: Tensor
+    """`sum w a`."""
+    target_sum_Q: Tensor
+    """`sum w y`."""
+    energy: Tensor
+    """`sum w |y|^2`, scalar."""
+    weight: Tensor
+    """`sum w`, scalar."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A solution and how it was found."""
+
+    solution_PQ: Tensor
+    """`X`, float64."""
+    intercept_Q: Tensor | None
+    """`b`, float64; None where none was asked for."""
+    ridge: float
+    """Chosen ridge, relative to the mean diagonal; infinity: the plain projection was kept."""
+    error: float
+    """Relative squared error of the choice on the held-back tokens."""
+    plain_error: float
+    """The plain projection's."""
+    raised: bool
+    """The ridge was raised above what held-back tokens chose since the matrix was singular."""
+
+
+def empty_gram(inputs: int, outputs: int, device: torch.device) -> Gram:
+    """A Gram of no tokens."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    return Gram(
+        zeros(inputs, inputs),
+        zeros(inputs, outputs),
+        zeros(inputs),
+        zeros(outputs),
+        zeros(),
+        zeros(),
+    )
+
+
+def add_to_gram(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None = None) -> None:
+    """Add tokens, in place. `a` is `(..., P)`, `y` `(..., Q)`, `weight` `(...)`, all floating.
+
+    Products are float32 over blocks (float64 for float64 input), sums float64.
+    """
+    a_NP, y_NQ = a_NP.reshape(-1, a_NP.shape[-1]), y_NQ.reshape(-1, y_NQ.shape[-1])
+    if weight_N is None:
+        weight_N = torch.ones(len(a_NP), dtype=a_NP.dtype, device=a_NP.device)
+    weight_N = weight_N.reshape(-1)
+    blocks = zip(a_NP.split(_BLOCK), y_NQ.split(_BLOCK), weight_N.split(_BLOCK), strict=True)
+    for block_NP, block_NQ, block_N in blocks:
+        weighted_NP = block_NP * block_N[:, None]
+        gram.inputs_PP.add_((weighted_NP.T @ block_NP).double())
+        gram.cross_PQ.add_((weighted_NP.T @ block_NQ).double())
+        gram.input_sum_P.add_(weighted_NP.sum(0, dtype=torch.float64))
+        gram.target_sum_Q.add_((block_N @ block_NQ).double())
+        gram.energy.add_((block_N * block_NQ.square().sum(1)).sum(dtype=torch.float64))
+        gram.weight.add_(block_N.sum(dtype=torch.float64))
+
+
+def joined(one: Gram, two: Gram) -> Gram:
+    """The Gram of both sets of tokens."""
+    return Gram(*(getattr(one, n) + getattr(two, n) for n in Gram.__dataclass_fields__))
+
+
+def squared_error(gram: Gram, solution_PQ: Tensor, intercept_Q: Tensor | None) -> float:
+    """`sum w |y - a X - b|^2` over the Gram's tokens, divided by `sum w |y|^2`."""
+    through_PQ = gram.inputs_PP @ solution_PQ
+    error = gram.energy - 2 * (gram.cross_PQ * solution_PQ).sum() + (through_PQ * solution_PQ).sum()
+    if intercept_Q is not None:
+        mean_Q = gram.input_sum_P @ solution_PQ
+        error = error + 2 * intercept_Q @ (mean_Q - gram.target_sum_Q)
+        error = error + gram.weight * intercept_Q.square().sum()
+    return (error / gram.energy.clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def ridge_solution(
+    gram: Gram, prior_PQ: Tensor, ridge: float, intercept: bool
+) -> tuple[Tensor, Tensor | None, float]:
+    """`argmin_X sum w |y - a X - b|^2 + lambda |X - prior|^2`, `b` unpenalised, by Cholesky.
+
+    `lambda` is `ridge` times the mean diagonal of `sum w a a^T` (centred if there is an
+    intercept). Where the matrix is not positive definite to working precision the ridge is raised
+    tenfold until it is.
+
+    Returns `X`, `b` (None without intercept) and the ridge used.
+    """
+    inputs_PP, cross_PQ = gram.inputs_PP, gram.cross_PQ
+    if intercept:
+        mean_P, mean_Q = gram.input_sum_P / gram.weight, gram.target_sum_Q / gram.weight
+        inputs_PP = inputs_PP - torch.outer(gram.input_sum_P, mean_P)
+        cross_PQ = cross_PQ - torch.outer(gram.input_sum_P, mean_Q)
+    scale = inputs_PP.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    while True:
+        shifted_PP = inputs_PP.clone()
+        shifted_PP.diagonal().add_(ridge * scale)
+        factor_PP, info = torch.linalg.cholesky_ex(shifted_PP)
+        if info.item() == 0:
+            break
+        ridge *= 10
+    right_PQ = cross_PQ + ridge * scale * prior_PQ
+    solution_PQ = torch.cholesky_solve(right_PQ, factor_PP)
+    return solution_PQ, mean_Q - mean_P @ solution_PQ if intercept else None, ridge
+
+
+def ridge_fit(
+    fitting: Gram,
+    held_back: Gram,
+    prior_PQ: Tensor,
+    prior_intercept_Q: Tensor | None = None,
+    ridges: tuple[float, ...] = RIDGES,
+) -> Fit:
+    """Fit towards a prior, the ridge chosen on held-back tokens, then on all tokens together.
+
+    A fixed ridge is not safe: with few tokens a small one doubles the error of the plain
+    projection, with many a large one loses the gain. The grid ends in infinity, the prior itself,
+    so the fit never does worse on the held-back tokens than plain projection. An intercept is
+    fitted where `prior_intercept_Q` is given.
+    """
+    intercept = prior_intercept_Q is not None
+    plain_error = squared_error(held_back, prior_PQ, prior_intercept_Q)
+    best, best_error = float("inf"), plain_error
+    for ridge in ridges:
+        solution_PQ, intercept_Q, used = ridge_solution(fitting, prior_PQ, ridge, intercept)
+        error = squared_error(held_back, solution_PQ, intercept_Q)
+        if error < best_error:
+            best, best_error = used, error
+    if best == float("inf"):
+        return Fit(prior_PQ, prior_intercept_Q, best, best_error, plain_error, False)
+    both = joined(fitting, held_back)
+    solution_PQ, intercept_Q, used = ridge_solution(both, prior_PQ, best, intercept)
+    return Fit(solution_PQ, intercept_Q, used, best_error, plain_error, used > best)
+
+
+def choose_units(
+    gram_PP: Tensor, weight_PQ: Tensor, keep: int, unit: int, method: str, steps: int = 16
+) -> Tensor:
+    """Which units of a writer's input to keep: neurons (`unit` 1) or the heads of KV groups.
+
+    `obs`: drop what costs the refitted writer least, `tr(W_u^T [G^-1]_uu^-1 W_u)` for unit `u`
+    (Hassibi and Stork 1993; `w^2 / [G^-1]_jj` for single neurons), in `steps` rounds with the
+    survivors' weights and inverse updated in between. `energy`: drop what contributes least by
+    itself, `sum_j G_jj |W_j|^2`, which knows nothing of what survivors can take over.
+
+    `gram_PP` is the (ridged) Gram of the writer's input, `weight_PQ` the fitted writer. Returns
+    the kept input indices, rising, `(keep * unit,)`.
+    """
+    units = len(gram_PP) // unit
+    members_UP = torch.arange(len(gram_PP), device=gram_PP.device).reshape(units, unit)
+    if method == "energy":
+        score_P = gram_PP.diagonal() * weight_PQ.square().sum(1)
+        kept_U = score_P.reshape(units, unit).sum(1).topk(keep).indices.sort().values
+        return members_UP[kept_U].reshape(-1)
+    inverse_PP = torch.cholesky_inverse(torch.linalg.cholesky(gram_PP))
+    while len(members_UP) > keep:
+        left = len(members_UP)
+        blocks_Uuu = inverse_PP.reshape(left, unit, left, unit).diagonal(dim1=0, dim2=2)
+        blocks_Uuu = blocks_Uuu.permute(2, 0, 1)
+        weights_UuQ = weight_PQ.reshape(left, unit, -1)
+        loss_U = (torch.linalg.solve(blocks_Uuu, weights_UuQ) * weights_UuQ).sum((1, 2))
+        count = min(left - keep, max(1, (units - keep) // steps))
+        order_U = loss_U.argsort()
+        gone_P = _positions(order_U[:count], unit)
+        stays_P = _positions(order_U[count:].sort().values, unit)
+        members_UP = members_UP[order_U[count:].sort().values]
+        across = torch.linalg.solve(inverse_PP[gone_P][:, gone_P], inverse_PP[gone_P][:, stays_P])
+        weight_PQ = weight_PQ[stays_P] - across.T @ weight_PQ[gone_P]
+        inverse_PP = inverse_PP[stays_P][:, stays_P] - inverse_PP[stays_P][:, gone_P] @ across
+    return members_UP.reshape(-1)
+
+
+def _positions(units_U: Tensor, unit: int) -> Tensor:
+    offsets = torch.arange(unit, device=units_U.device)
+    return (units_U[:, None] * unit + offsets).reshape(-1)
+
+
+def restricted(gram: Gram, kept_P: Tensor) -> Gram:
+    """The Gram of some of the inputs."""
+    return Gram(
+        gram.inputs_PP[kept_P][:, kept_P],
+        gram.cross_PQ[kept_P],
+        gram.input_sum_P[kept_P],
+        gram.target_sum_Q,
+        gram.energy,
+        gram.weight,
+    )

@@ -1,0 +1,803 @@
+"""Bad input: one sentence on stderr, exit code 2, no traceback, and nothing left behind."""
+
+import fcntl
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from sp3llm.checkpoint import RECORD, open_checkpoint, resolve_model
+from sp3llm.cli import main
+from sp3llm.families import FAMILIES
+
+POSITIONS = 64
+EMBEDDINGS = "model.embed_tokens.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+NORM = "model.norm.weight"
+
+
+# --------------------------------------------------------------------------- a tiny model
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A tiny Llama in one safetensors file, with a tokenizer of one token a byte."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    vocab = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    FastTokenizer(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(vocab),
+        max_position_embeddings=POSITIONS,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(dense, tmp_path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(dense, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> tuple[str, str]:
+    """Paths of calibration and evaluation text."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name in ("calib", "eval"):
+        rows = [{"text": f"{name} sentence {i}, {i * i} and {i**3}."} for i in range(60)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "calib.jsonl"), str(folder / "eval.jsonl")
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """Where results go."""
+    return tmp_path / "results" / "small"
+
+
+@pytest.fixture
+def arguments(texts, out) -> Callable[..., list[str]]:
+    """The command line for a model; later options win."""
+
+    def build(model: Any, *options: Any) -> list[str]:
+        sizes = "--samples 8 --eval-samples 2 --seq-len 32 --device cpu --keep 0.7".split()
+        texts_ = ["--calib", texts[0], "--eval-text", texts[1]]
+        words = ["compress", model, *sizes, *texts_, "--out", out, *options]
+        return [str(word) for word in words]
+
+    return build
+
+
+@pytest.fixture
+def run(arguments) -> Callable[..., None]:
+    """Compress in this process."""
+    return lambda model, *options: main(arguments(model, *options))
+
+
+@pytest.fixture
+def refused(run, out, capsys) -> Callable[..., str]:
+    """Compress, expect a refusal that leaves nothing behind, and return its sentence."""
+
+    def refuse(model: Any, *options: Any) -> str:
+        before = content(out.parent)
+        with pytest.raises(SystemExit) as caught:
+            run(model, *options)
+        printed, message = capsys.readouterr()
+        assert caught.value.code == 2
+        assert "Traceback" not in printed + message
+        assert content(out.parent) == before
+        return sentence(message)
+
+    return refuse
+
+
+def sentence(message: str) -> str:
+    """Check that stderr holds one sentence, and return it."""
+    assert message.startswith("sp3llm: ")
+    assert message.endswith(".\n")
+    assert len(message.splitlines()) == 1
+    assert not re.search(r"[.!?] [A-Z]", message), "more than one sentence"
+    return message
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder: Path, **changes: Tensor | None) -> None:
+    """Replace, add or (None) remove tensors; names with `/` for `.`."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors |= {name.replace("/", "."): value for name, value in changes.items()}
+    kept = {name: value.clone() for name, value in tensors.items() if value is not None}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def replace_tensor(folder: Path, name: str, value: Tensor | None) -> None:
+    edit_tensors(folder, **{name.replace(".", "/"): value})
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def shard(folder: Path, suffix: str = ".safetensors", **options: Any) -> list[Path]:
+    """Lay the weights out in two shards with an index."""
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    names = sorted(tensors)
+    weight_map, paths = {}, []
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):
+        path = folder / f"{stem}-{number + 1:05d}-of-00002{suffix}"
+        held = {name: tensors[name] for name in part}
+        if suffix == ".safetensors":
+            save_file(held, path, metadata={"format": "pt"})
+        else:
+            torch.save(held, path, **options)
+        weight_map |= dict.fromkeys(part, path.name)
+        paths.append(path)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    return paths
+
+
+def to_bin(folder: Path, **options: Any) -> Path:
+    """Turn the weights into one legacy file."""
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors_of(folder), path, **options)
+    (folder / "model.safetensors").unlink()
+    return path
+
+
+# --------------------------------------------------------------------------- it works otherwise
+
+
+def test_undamaged_model_is_compressed_and_loads(dense, run, out):
+    run(dense)
+    assert AutoModelForCausalLM.from_pretrained(out).config.hidden_size < 32
+    assert json.loads((out / RECORD).read_text())["plan"]["keep_params"] <= 0.7
+    assert [path.name for path in out.parent.iterdir()] == ["small"]
+    assert not (out / ".lock").exists()
+
+
+# --------------------------------------------------------------------------- families and folders
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "mixtral", "bert", "unheard-of", None])
+def test_unsupported_family_is_refused_by_name_with_what_is_supported(model_type, model, refused):
+    edit_json(model / "config.json", model_type=model_type, architectures=None)
+    message = refused(model)
+    assert f"'{model_type}'" in message
+    for family in FAMILIES:
+        assert family in message
+
+
+def test_other_head_than_the_language_model_is_refused(model, refused):
+    edit_json(model / "config.json", architectures=["LlamaForSequenceClassification"])
+    message = refused(model)
+    assert "LlamaForSequenceClassification" in message
+    assert "LlamaForCausalLM" in message
+
+
+def test_folder_without_config_is_refused(model, refused):
+    (model / "config.json").unlink()
+    message = refused(model)
+    assert "config.json" in message
+    assert str(model) in message
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", '"llama"', "\x00\xff"])
+def test_config_that_is_no_object_is_refused(text, model, refused):
+    (model / "config.json").write_bytes(text.encode("latin-1"))
+    assert str(model / "config.json") in refused(model)
+
+
+def test_folder_without_weights_is_refused(model, refused):
+    (model / "model.safetensors").unlink()
+    message = refused(model)
+    assert "model.safetensors" in message
+    assert str(model) in message
+
+
+def test_folder_in_the_format_of_meta_is_refused_as_such(tmp_path, refused):
+    folder = tmp_path / "llama-2-7b"
+    folder.mkdir()
+    (folder / "params.json").write_text("{}")
+    (folder / "consolidated.00.pth").write_bytes(b"weights")
+    message = refused(folder)
+    assert "Meta's own format" in message
+    assert "-hf" in message
+
+
+@pytest.mark.parametrize("name", ["./no/such/model", "/no/such/model", "model", "a/b/c", "~/model"])
+def test_path_that_does_not_exist_is_refused(name, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"'{name}'" in refused(name)
+
+
+def test_file_in_place_of_a_model_folder_is_refused(model, refused):
+    path = model / "model.safetensors"
+    assert f"the file '{path}'" in refused(path)
+
+
+# --------------------------------------------------------------------------- damaged weights
+
+
+def test_missing_shard_is_named(model, refused):
+    _, second = shard(model)
+    second.unlink()
+    message = refused(model)
+    assert second.name in message
+    assert "missing" in message
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1, -1000])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_truncated_shard_is_named(length, suffix, model, refused):
+    _, second = shard(model, suffix)
+    second.write_bytes(second.read_bytes()[:length])
+    message = refused(model)
+    assert second.name in message
+    assert "truncated or corrupt" in message
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shard_with_a_corrupt_header_is_named(suffix, model, refused):
+    first, _ = shard(model, suffix)
+    whole = first.read_bytes()
+    first.write_bytes(bytes(byte ^ 0x5A for byte in whole[:64]) + whole[64:])
+    message = refused(model)
+    assert first.name in message
+    assert "truncated or corrupt" in message
+
+
+@pytest.mark.parametrize("junk", [b"", b"this is no archive", b"\x80\x02."])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_file_that_holds_no_weights_is_named(name, junk, model, refused):
+    (model / "model.safetensors").unlink()
+    (model / name).write_bytes(junk)
+    message = refused(model)
+    assert name in message
+    assert "truncated or corrupt" in message
+
+
+@pytest.mark.parametrize(
+    "value", [[torch.zeros(2)], torch.zeros(2), {"model": {"weight": torch.zeros(2)}}, {3: "x"}, {}]
+)
+def test_bin_file_that_holds_something_else_than_tensors_is_refused(value, model, refused):
+    (model / "model.safetensors").unlink()
+    torch.save(value, model / "pytorch_model.bin")
+    refused(model)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}']
+)
+def test_damaged_index_is_named(text, model, refused):
+    shard(model)
+    (model / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json" in refused(model)
+
+
+def test_tensor_that_its_shard_does_not_hold_is_named_with_the_shard(model, refused):
+    first, second = shard(model)
+    index = model / "model.safetensors.index.json"
+    held = json.loads(index.read_text())["weight_map"]
+    assert held[NORM] == second.name
+    edit_json(index, weight_map={**held, NORM: first.name})
+    message = refused(model)
+    assert NORM in message
+    assert first.name in message
+
+
+def test_missing_tensor_is_named(model, refused):
+    replace_tensor(model, DOWN, None)
+    assert DOWN in refused(model)
+
+
+def test_unexpected_tensor_is_named(model, refused):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    replace_tensor(model, name, torch.zeros(32))
+    assert name in refused(model)
+
+
+def test_tensor_of_another_shape_is_named_with_both_shapes(model, refused):
+    replace_tensor(model, DOWN, torch.zeros(32, 49))
+    message = refused(model)
+    assert DOWN in message
+    assert "(32, 48)" in message
+    assert "(32, 49)" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [EMBEDDINGS, DOWN, NORM, "lm_head.weight"])
+def test_tensor_with_nan_or_infinity_is_named(name, value, model, refused):
+    tensor = tensors_of(model)[name]
+    tensor.view(-1)[-1] = value
+    replace_tensor(model, name, tensor)
+    message = refused(model)
+    assert f"'{name}'" in message
+    assert "NaN or infinity" in message
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_activations_that_overflow_name_the_layer(layer, model, refused):
+    for name, shape in (("up_proj", (48, 32)), ("down_proj", (32, 48))):
+        replace_tensor(model, f"model.layers.{layer}.mlp.{name}.weight", torch.full(shape, 1e30))
+    message = refused(model)
+    assert f"layer {layer}" in message
+    assert "NaN or infinity" in message
+
+
+def test_logits_that_overflow_are_refused(model, refused):
+    replace_tensor(model, "lm_head.weight", torch.full((259, 32), 3e38))
+    assert "logits" in refused(model)
+
+
+def test_stream_too_large_for_its_raw_moments_is_refused(model, refused):
+    replace_tensor(model, EMBEDDINGS, tensors_of(model)[EMBEDDINGS] * 1e25)
+    refused(model, "--moments", "raw")
+
+
+def test_weights_that_do_not_fit_the_dtype_asked_for_are_refused(model, refused):
+    replace_tensor(model, DOWN, tensors_of(model)[DOWN] * 1e8)
+    message = refused(model, "--dtype", "float16")
+    assert DOWN in message
+    assert "float16" in message
+
+
+# --------------------------------------------------------------------------- quantized
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+def test_quantized_checkpoint_is_refused_with_what_to_load_instead(method, model, refused):
+    edit_json(model / "config.json", quantization_config={"quant_method": method})
+    message = refused(model)
+    assert method in message
+    assert "unquantized" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_integer_and_float8_weights_are_refused_as_quantized(dtype, suffix, model, refused):
+    replace_tensor(model, DOWN, torch.ones(32, 48).to(dtype))
+    if suffix == ".bin":
+        to_bin(model)
+    message = refused(model)
+    assert DOWN in message
+    assert "unquantized" in message
+
+
+# --------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("keep", ["0", "1", "1.5", "-0.5", "75", "nan", "inf", "1e-400"])
+def test_keep_outside_zero_and_one_is_refused(keep, dense, refused):
+    message = refused(dense, "--keep", keep)
+    assert "--keep" in message
+    assert "0.75" in message
+
+
+@pytest.mark.parametrize("keep", ["banana", "", "75%", "0,75", "1/2"])
+def test_keep_that_is_no_number_is_refused(keep, dense, refused):
+    message = refused(dense, "--keep", keep)
+    assert "--keep" in message
+    assert f"'{keep}'" in message
+
+
+@pytest.mark.parametrize("keep", ["0.01", "1e-9"])
+def test_keep_so_small_that_no_shape_fits_says_what_would(keep, dense, refused):
+    message = refused(dense, "--keep", keep)
+    assert "No shape" in message
+    assert "--keep" in message
+
+
+def test_smallest_keep_that_the_refusal_names_is_accepted(dense, refused, run, out):
+    message = refused(dense, "--keep", "0.01")
+    smallest = re.search(r"keeps (0\.\d+);", message).group(1)
+    run(dense, "--keep", smallest)
+    assert (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize("seq_len", [POSITIONS + 1, 10**6])
+def test_seq_len_beyond_the_positions_is_refused(seq_len, dense, refused):
+    message = refused(dense, "--seq-len", seq_len)
+    assert "--seq-len" in message
+    assert str(POSITIONS) in message
+    assert str(seq_len) in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--seq-len", "1"),
+        ("--seq-len", "0"),
+        ("--seq-len", "-8"),
+        ("--seq-len", "many"),
+        ("--samples", "0"),
+        ("--samples", "1.5"),
+        ("--eval-samples", "0"),
+        ("--multiple-of", "0"),
+        ("--multiple-of", "6"),
+        ("--multiple-of", "32"),
+        ("--seed", "x"),
+        ("--moments", "banana"),
+        ("--dtype", "banana"),
+        ("--dtype", "int8"),
+        ("--device", "banana"),
+        ("--device", "cuda:99"),
+        ("--device", "meta"),
+        ("--device", ""),
+        ("--no-such-option", "1"),
+    ],
+)
+def test_impossible_option_is_refused_by_name(option, value, dense, refused):
+    assert option in refused(dense, option, value)
+
+
+def test_word_too_many_is_refused(dense, refused):
+    assert "banana" in refused(dense, "banana")
+
+
+def test_command_line_refuses_in_a_sentence_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "sp3llm.compress", "--keep", "banana"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "banana" in sentence(done.stderr)
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------- text and tokenizer
+
+
+def test_missing_calibration_is_refused(dense, refused, tmp_path):
+    message = refused(dense, "--calib", tmp_path / "gone.jsonl")
+    assert "gone.jsonl" in message
+    assert "does not exist" in message
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.jsonl.gz"])
+def test_empty_calibration_is_refused(name, dense, refused, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    message = refused(dense, "--calib", tmp_path / name)
+    assert name in message
+    assert "0 windows" in message
+
+
+def test_calibration_that_is_too_small_says_what_there_is(dense, refused):
+    assert re.search(
+        r"holds \d+ windows of 32 tokens, 5000 were", refused(dense, "--samples", 5000)
+    )
+
+
+def test_evaluation_on_the_calibration_text_alone_is_refused(dense, refused, texts):
+    # More samples than the text has would be refused before; so all of it is taken.
+    message = refused(dense, "--eval-text", texts[0], "--seq-len", POSITIONS, "--samples", 32)
+    assert "--eval-text" in message
+
+
+def test_folder_without_tokenizer_is_refused(model, refused):
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    message = refused(model)
+    assert "tokenizer" in message
+    assert str(model) in message
+
+
+def test_tokenizer_of_another_model_is_refused(model, refused):
+    edit_json(model / "config.json", vocab_size=100)
+    for name in (EMBEDDINGS, "lm_head.weight"):
+        replace_tensor(model, name, tensors_of(model)[name][:100].clone())
+    message = refused(model)
+    assert "tokenizer" in message
+    assert "100" in message
+
+
+# --------------------------------------------------------------------------- output
+
+
+def test_output_folder_that_is_not_ours_stays_as_it_is(dense, refused, out):
+    out.mkdir(parents=True)
+    (out / "thesis.txt").write_text("years of work")
+    message = refused(dense)
+    assert str(out) in message
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_output_that_is_a_file_stays_as_it_is(dense, refused, out):
+    out.parent.mkdir()
+    out.write_text("years of work")
+    assert str(out) in refused(dense)
+    assert out.read_text() == "years of work"
+
+
+def test_output_below_a_file_is_refused(dense, refused, tmp_path):
+    (tmp_path / "file").write_text("x")
+    message = refused(dense, "--out", tmp_path / "file" / "small")
+    assert "--out" in message
+
+
+def test_dense_model_is_not_overwritten_by_its_compressed_self(model, refused):
+    before = content(model)
+    refused(model, "--out", model)
+    assert content(model) == before
+
+
+def test_empty_output_folder_is_taken(dense, run, out):
+    out.mkdir(parents=True)
+    run(dense)
+    assert (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", [".", "new/../small", "small/", "./small"])
+def test_output_may_be_named_in_any_way(name, dense, run, tmp_path, monkeypatch):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    run(dense, "--out", name)
+    assert (folder / name / "config.json").is_file() or (folder / "small/config.json").is_file()
+    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.replaced"))
+
+
+def test_second_run_on_the_same_output_is_refused_and_the_first_left_alone(dense, refused, out):
+    partial = out.with_name("small.partial")
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"half written")
+    with (partial / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        message = refused(dense)
+    assert "Another sp3llm run" in message
+    assert str(out) in message
+
+
+def test_earlier_result_is_replaced(dense, run, out):
+    run(dense, "--keep", "0.8")
+    first = json.loads((out / RECORD).read_text())
+    (out / "left-over.txt").write_text("x")
+    run(dense, "--keep", "0.4")
+    second = json.loads((out / RECORD).read_text())
+    assert second["plan"]["parameters"] < first["plan"]["parameters"]
+    assert not (out / "left-over.txt").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["small"]
+
+
+def test_earlier_result_survives_a_refusal(dense, run, refused, out):
+    run(dense)
+    before = content(out)
+    refused(dense, "--samples", 5000)
+    assert content(out) == before
+
+
+@pytest.mark.parametrize("suffix", ["partial", "replaced"])
+def test_folder_of_the_user_beside_the_output_is_not_deleted(suffix, dense, run, out):
+    beside = out.with_name(f"small.{suffix}")
+    beside.mkdir(parents=True)
+    (beside / "thesis.txt").write_text("years of work")
+    try:
+        run(dense)
+    except SystemExit as exit_:
+        assert exit_.code == 2
+    assert (beside / "thesis.txt").read_text() == "years of work"
+
+
+def test_disk_without_room_is_refused_before_work_starts(dense, refused, monkeypatch):
+    usage = namedtuple("usage", ["total", "used", "free"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+
+    def too_late(*_: Any) -> None:
+        raise AssertionError("work started")
+
+    monkeypatch.setattr("sp3llm.data.calibration_windows", too_late)
+    message = refused(dense)
+    assert "free disk" in message
+    assert "--out" in message
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_run_that_fails_midway_leaves_nothing(error, dense, run, out, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        partial = out.with_name("small.partial")
+        assert (partial / "model.safetensors").is_file()
+        assert not (partial / "config.json").exists()
+        raise error("midway")
+
+    monkeypatch.setattr("sp3llm.compress.measure_losses", fail)
+    with pytest.raises(RuntimeError if error is RuntimeError else SystemExit) as caught:
+        run(dense)
+    if error is KeyboardInterrupt:
+        assert caught.value.code == 130
+    assert list(out.parent.iterdir()) == []
+
+
+def test_disk_that_fills_up_midway_is_refused(dense, refused, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sp3llm.checkpoint.shutil.copyfile", full)
+    assert "No space left on device" in refused(dense)
+
+
+def test_killed_run_leaves_nothing_that_loads_and_the_next_one_cleans_up(
+    dense, arguments, run, out
+):
+    script = """
+import os, signal, sys
+import sp3llm.compress
+sp3llm.compress.measure_losses = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+from sp3llm.cli import main
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", script, *arguments(dense)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    partial = out.with_name("small.partial")
+    assert [path.name for path in out.parent.iterdir()] == [partial.name]
+    assert (partial / "model.safetensors").is_file()
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(partial, local_files_only=True)
+    (partial / "left-over").mkdir()
+    (partial / "left-over" / "file.txt").write_text("x")
+    run(dense)
+    assert AutoModelForCausalLM.from_pretrained(out).config.hidden_size < 32
+    assert not (out / "left-over").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["small"]
+
+
+# --------------------------------------------------------------------------- legacy shards
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_bin_shards_read_like_safetensors(zipped, sharded, dense, model):
+    options = {"_use_new_zipfile_serialization": zipped}
+    shard(model, ".bin", **options) if sharded else to_bin(model, **options)
+    expected = open_checkpoint(dense)
+    found = open_checkpoint(model)
+    assert set(found.files) == set(expected.files)
+    assert found.dtype() == expected.dtype()
+    tensors = found.read(found.files)
+    for name, tensor in expected.read(expected.files).items():
+        assert torch.equal(tensors[name], tensor)
+
+
+def test_bin_checkpoint_compresses_to_the_same_weights(dense, model, run, out):
+    to_bin(model)
+    run(dense)
+    expected = tensors_of(out)
+    run(model)
+    found = tensors_of(out)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Intruder:
+    """Unpickling it creates a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_bin_shard_that_carries_code_is_refused_and_not_run(form, model, refused, tmp_path):
+    marker = tmp_path / "was-here"
+    value = {**tensors_of(model), "more": Intruder(marker)}
+    path = to_bin(model)
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(value))
+    else:
+        torch.save(value, path, _use_new_zipfile_serialization=form == "zip")
+    message = refused(model)
+    assert path.name in message
+    assert "weights_only" not in message
+    assert "safetensors" in message
+    assert not marker.exists()
+
+
+# --------------------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """An empty hub cache, and no network."""
+    cache = tmp_path / "hub"
+    cache.mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return cache
+
+
+def put_in_cache(cache: Path, model: str, source: Path) -> Path:
+    """Lay a folder out as the hub cache holds a downloaded repository."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = cache / f"models--{model.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    shutil.copytree(source, snapshot)
+    return snapshot
+
+
+def test_unknown_hub_model_without_network_is_refused(hub, refused):
+    message = refused("owner/no-such-model")
+    assert "'owner/no-such-model'" in message
+    assert "network" in message
+
+
+def test_cached_hub_model_is_taken_without_network(hub, dense, run, out):
+    snapshot = put_in_cache(hub, "owner/tiny", dense)
+    assert resolve_model("owner/tiny") == (snapshot, "owner/tiny", None)
+    run("owner/tiny")
+    assert json.loads((out / RECORD).read_text())["model"] == "owner/tiny"
+    assert "base_model: owner/tiny\n" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("size", ["7b", "13b-chat"])
+def test_llama_2_of_meta_resolves_to_its_twin_and_says_so(size, hub, dense, run, capsys):
+    snapshot = put_in_cache(hub, f"meta-llama/Llama-2-{size}-hf", dense)
+    folder, name, note = resolve_model(f"meta-llama/Llama-2-{size}")
+    assert folder == snapshot
+    assert name == f"meta-llama/Llama-2-{size}-hf"
+    assert f"meta-llama/Llama-2-{size}-hf" in note
+    assert len(note.splitlines()) == 1
+    run(f"meta-llama/Llama-2-{size}")
+    assert f"meta-llama/Llama-2-{size}-hf" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_other_hub_model_in_the_format_of_meta_is_refused(hub, tmp_path, refused):
+    source = tmp_path / "meta"
+    source.mkdir()
+    (source / "params.json").write_text("{}")
+    put_in_cache(hub, "owner/llama", source)
+    assert "Meta's own format" in refused("owner/llama")
+
+
+def test_cached_hub_model_without_weights_is_refused(hub, model, refused):
+    (model / "model.safetensors").unlink()
+    put_in_cache(hub, "owner/tiny", model)
+    assert "weights" in refused("owner/tiny")
