@@ -37,11 +37,20 @@ _HF_TWINS = {
     for size in ("7b", "13b", "70b")
     for chat in ("", "-chat")
 }
+# The same weights in another format, beside those that are read.
+_NOT_FETCHED = ["consolidated*", "original/*"]
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 # Not weights of the model: training state, and formats of other tools.
 _NOT_CARRIED = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json", ".md", ".h5")
 _CARRIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _NEVER_CARRIED = ("config.json", RECORD, "trainer_state.json", "training_args.json")
+
+# What bitsandbytes, GPTQ, AWQ, compressed-tensors and float8 checkpoints keep beside or in place of
+# weights; not all of them say so in their config.json.
+_QUANTIZED = (
+    *(".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".scales", ".g_idx"),
+    *(".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_format"),
+)
 
 _SHARD_BYTES = 2 * 10**9
 # Headers, tokenizer, card, and what a file system loses to blocks.
@@ -91,14 +100,16 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
+        folder = Path(
+            snapshot_download(model, allow_patterns=_HUB_PATTERNS, ignore_patterns=_NOT_FETCHED)
+        )
         has_weights = any(folder.glob("*.safetensors"))
         if (folder / "config.json").exists() and not has_weights:
             folder = Path(snapshot_download(model, allow_patterns=[*_HUB_PATTERNS, "*.bin"]))
     except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
         raise UserError(
-            f"Cannot get '{model}' from the hub ({type(error).__name__}: {reason(error)}): check the "
-            "name, the network, and for gated models `hf auth login`, or name a local folder."
+            f"Cannot get '{model}' from the hub ({type(error).__name__}: {reason(error)}): check "
+            "the name, the network, and for gated models `hf auth login`, or name a local folder."
         ) from error
     return folder
 
@@ -282,6 +293,11 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
     tied_head = f"{family.head}.weight" if is_tied(family, checkpoint.config) else None
     for name in checkpoint.files:
         known = name in expected or name == tied_head or name.endswith(family.ignored_suffixes)
+        if not known and name.endswith(_QUANTIZED):
+            raise UserError(
+                f"Found tensor '{name}', which only quantized checkpoints have: load the "
+                "unquantized one it was made from."
+            )
         if not known:
             raise UserError(
                 f"Found tensor '{name}' that a {family.architecture} of this config.json does not "
@@ -295,15 +311,15 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
                 f"'{checkpoint.folder}': get a complete copy of the checkpoint."
             )
         found_shape, found_dtype = _shape_and_dtype(checkpoint.files[name], name)
-        if found_shape != shape:
-            raise UserError(
-                f"Expected tensor '{name}' of shape {shape}, found {found_shape}: config.json and "
-                "weights do not belong together."
-            )
         if found_dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(
                 f"Expected tensor '{name}' in float32, float16 or bfloat16, found {found_dtype}: "
                 "the checkpoint is quantized; load the unquantized one it was made from."
+            )
+        if found_shape != shape:
+            raise UserError(
+                f"Expected tensor '{name}' of shape {shape}, found {found_shape}: config.json and "
+                "weights do not belong together."
             )
 
 

@@ -6,7 +6,15 @@ import sys
 from pathlib import Path
 
 from sp3llm import __version__
-from sp3llm.config import DTYPES, MOMENTS, CompressConfig
+from sp3llm.config import (
+    ALLOCATIONS,
+    BASES,
+    CHOICES,
+    COUNTS,
+    DTYPES,
+    MOMENTS,
+    CompressConfig,
+)
 from sp3llm.errors import UserError
 
 _EPILOG = """examples:
@@ -52,6 +60,11 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="fraction of the dense model's parameters, tied weights once; never exceeded "
         f"(default: {default.keep})",
+    )
+    add.add_argument(
+        "--of",
+        default=default.of,
+        help=f"what --keep counts: {', '.join(COUNTS)} (default: {default.of})",
     )
     add.add_argument(
         "--out", type=Path, metavar="DIR", help="output folder (default: ./<model>-keep<percent>)"
@@ -100,6 +113,33 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=default.refit,
         help="refit what is left in closed form, layer by layer (default: yes)",
+    )
+    add.add_argument(
+        "--basis",
+        default=default.basis,
+        help=f"basis of the stream: {', '.join(BASES)} (default: {default.basis}: principal "
+        "components; the others weigh what the readers or the loss would miss)",
+    )
+    add.add_argument(
+        "--choose",
+        default=default.choose,
+        help=f"how FFN neurons and KV groups are chosen: {' or '.join(CHOICES)} (default: "
+        f"{default.choose}, by the loss of the refit)",
+    )
+    add.add_argument(
+        "--allocate",
+        help=f"{' or '.join(ALLOCATIONS)}: find the mix of hidden size, FFN width and KV groups "
+        "that loses least, or spend the budget on the hidden size (default: search; width with "
+        "--no-refit)",
+    )
+    for option in ("hidden-size", "intermediate-size", "num-key-value-heads"):
+        add.add_argument(f"--{option}", type=int, metavar="N", help=f"fix {option} by hand")
+    add.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=default.tensor_parallel,
+        metavar="N",
+        help="keep heads and widths divisible by N devices (default: 1)",
     )
     add.add_argument(
         "--multiple-of",

@@ -3,21 +3,22 @@
 The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for the whole stream):
 
 1. find the model, its family and its tokenizer; refuse what cannot be done before any work;
-2. plan: the widest hidden size within the budget;
+2. list the shapes within the budget;
 3. stream the dense model over calibration text, layer by layer, and sum the second moments of the
    normalised residual stream; held-out text goes along for the perplexity before;
-4. take the top principal components as the one global basis;
-5. fold the norms, rotate, cut; then, layer by layer beside the dense model, refit what is left in
-   closed form, and write it;
-6. stream the result over the held-out text for the perplexity after.
+4. take one global basis of the stream;
+5. choose the shape that loses least, by trial refits on a little of the text;
+6. layer by layer beside the dense model: fold the norms, rotate, cut, refit what is left in closed
+   form, write it;
+7. stream the result over the held-out text for the perplexity after.
 
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
 """
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,15 @@ if TYPE_CHECKING:
     from sp3llm.checkpoint import Checkpoint
     from sp3llm.data import Windows
     from sp3llm.families import Family, Group
-    from sp3llm.plan import Plan
-    from sp3llm.rebuild import Projection
+    from sp3llm.measure import Moments
+    from sp3llm.plan import Limits, Plan, Shape
     from sp3llm.score import Excess
-    from sp3llm.stream import Execution, Stream
+    from sp3llm.stream import Execution
+
+# A trial refit of the search sees this many windows, this long at most; a quarter of them are
+# kept from every fit and tell how much the shape loses.
+_TRIAL_WINDOWS = 24
+_TRIAL_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,9 @@ class Result:
     architecture: str
     command: str
     plan: "Plan"
-    eigenvalues: "Tensor"
+    trials: list[dict[str, Any]]
     fits: list[dict[str, Any]]
+    eigenvalues: "Tensor"
     dense_bytes: int
     weight_bytes: int
     calibration: "Windows"
@@ -61,61 +68,72 @@ class Result:
     peak_memory: int
 
 
-def compress(settings: CompressConfig, console: "Console", command: str | None = None) -> Result:
-    """Run the whole pipeline; `settings.out` holds the compressed model when it returns.
+@dataclass(frozen=True)
+class Job:
+    """The dense model, what it is to become, and where that is computed."""
 
-    Raises UserError for anything the user can mend; nothing is then left under `settings.out`.
+    settings: CompressConfig
+    dense: "Checkpoint"
+    family: "Family"
+    dtype: "torch.dtype"
+    """Of the weights written."""
+    on: "Execution"
+    calibration: "Tensor"
+    """Token ids, `(windows, tokens)`."""
+
+
+def compress(settings: CompressConfig, console: "Console", command: str | None = None) -> Result:
+    """Run the whole pipeline; the output folder holds the compressed model when it returns.
+
+    Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
     from sp3llm import checkpoint as disk
     from sp3llm import families, report, score
-    from sp3llm.plan import plan_width, resized_config
-    from sp3llm.rebuild import Refitter, held_back_from, plain_groups, refitted_groups
-    from sp3llm.stream import execution
+    from sp3llm.measure import measure_dense, measure_losses
+    from sp3llm.plan import candidates, plan_of, resized_config
+    from sp3llm.rebuild import held_back_from
+    from sp3llm.stream import empty_model, execution
 
     started = time.monotonic()
     folder, name, note = disk.resolve_model(settings.model)
     if note:
-        console.print(note)
+        console.print(note, markup=False)
     family = families.family_of(disk.read_config(folder))
     dense = disk.open_checkpoint(folder)
     disk.check_tensors(dense, family)
-    plan = plan_width(family, dense.config, settings.keep, settings.multiple_of)
+    dense_dtype = dense.dtype()
+    dtype = _dtype(settings.dtype, dense_dtype)
+    limits = limits_of(settings, dtype.itemsize)
+    shapes = candidates(family, dense.config, limits)
 
     out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
     disk.check_output(out)
-    held_from = held_back_from(settings.samples) if settings.refit else settings.samples
-    dense_dtype = dense.dtype()
-    dtype = _dtype(settings.dtype, dense_dtype)
-    weight_bytes = plan.parameters * dtype.itemsize
-    disk.check_disk(out, weight_bytes)
+    if settings.refit:
+        held_back_from(settings.samples)
+    largest = max(plan_of(family, dense.config, limits, shape).parameters for shape in shapes)
+    disk.check_disk(out, largest * dtype.itemsize)
     on = execution(settings.device, dtype)
+    empty_model(dense.config)  # refuses a config that transformers rejects, before any work
     calibration, evaluation = _windows(settings, dense, family)
-    before, after = plan.dense_shape.hidden_size, plan.shape.hidden_size
-    console.print(
-        f"{name}: {plan.dense_parameters:,} parameters, hidden_size {before} -> "
-        f"{plan.parameters:,} ({100 * plan.keep_params:.2f} %), hidden_size {after}"
-    )
+    job = Job(settings, dense, family, dtype, on, calibration.tokens)
 
     with disk.output_folder(out) as partial, report.progress_bars(console) as progress:
-        moment_DD, dense_losses = measure_dense(
-            dense, family, calibration.tokens, evaluation.tokens, settings.moments, on, progress
-        )
-        eigenvalues, projection = choose_basis(dense, family, moment_DD, plan.shape.hidden_size)
-        small_config = resized_config(family, dense.config, plan.shape)
-        small_config = _with_dtype(small_config, dtype, dense_dtype)
-        fits: list[dict[str, Any]] = []
-        groups = _tracked(
+        moments, dense_losses = measure_dense(
+            dense,
+            family,
+            calibration.tokens,
+            evaluation.tokens,
+            settings.moments,
+            settings.basis,
+            on,
             progress,
-            "refit layer by layer" if settings.refit else "fold, rotate, cut",
-            families.groups(family, dense.config),
         )
-        if settings.refit:
-            refitter = Refitter(
-                dense, family, plan.shape, projection, dtype, on, settings.choose, held_from, fits
-            )
-            compressed = refitted_groups(refitter, calibration.tokens, groups)
-        else:
-            compressed = plain_groups(dense, family, projection, dtype, on, groups)
+        shape, trials = choose_shape(job, shapes, moments, progress)
+        plan = plan_of(family, dense.config, limits, shape)
+        progress.console.print(report.plan_line(name, plan), highlight=False, markup=False)
+        small_config = resized_config(family, dense.config, shape)
+        small_config = _with_dtype(small_config, dtype, dense_dtype)
+        eigenvalues, fits, compressed = compressed_groups(job, shape, moments, progress)
         small = write_model(family, small_config, compressed, dtype, partial)
         losses = measure_losses(small, family, evaluation.tokens, on, progress)
         companions = disk.copy_companions(folder, partial)
@@ -125,10 +143,11 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
             architecture=family.architecture,
             command=command or _command(settings),
             plan=plan,
-            eigenvalues=eigenvalues,
+            trials=trials,
             fits=fits,
+            eigenvalues=eigenvalues,
             dense_bytes=plan.dense_parameters * dense_dtype.itemsize,
-            weight_bytes=weight_bytes,
+            weight_bytes=plan.parameters * dtype.itemsize,
             calibration=calibration,
             evaluation=evaluation,
             dense_perplexity=score.perplexity(dense_losses),
@@ -137,127 +156,98 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
             seconds=time.monotonic() - started,
             peak_memory=report.peak_memory(),
         )
-        record = _record(result, settings, on, dtype, companions)
-        disk.write_json(partial / disk.RECORD, record)
-        base_model = (
-            settings.model if settings.model and not Path(settings.model).exists() else name
-        )
-        card = report.model_card(result, base_model)
+        disk.write_json(partial / disk.RECORD, _record(result, settings, on, dtype, companions))
+        card = report.model_card(result, _base_model(settings, name))
         (partial / "README.md").write_text(card, encoding="utf-8")
         disk.write_json(partial / "config.json", small_config)
 
     console.print(report.closing_table(result))
-    console.print(
-        f"Written to {out} (stock {family.architecture}, record in {disk.RECORD}). Next:\n"
-        f"  AutoModelForCausalLM.from_pretrained({str(out)!r})   in transformers\n"
-        f"  vllm serve {out}",
-        highlight=False,
-    )
+    console.print(report.next_steps(result), highlight=False, markup=False)
     return result
 
 
-def measure_dense(
-    dense: "Checkpoint",
-    family: "Family",
-    calibration_tokens: "Tensor",
-    evaluation_tokens: "Tensor | None",
-    moments: str,
-    on: "Execution",
-    progress: "Progress | None" = None,
-) -> "tuple[Tensor, Tensor | None]":
-    """One streaming pass of the dense model.
+def choose_shape(
+    job: Job, shapes: list["Shape"], moments: "Moments", progress: "Progress"
+) -> tuple["Shape", list[dict[str, Any]]]:
+    """The shape that loses least among those within the budget, and what was tried.
 
-    Returns the sum over read sites of the mean second moment of the stream, `(D, D)`, float64
-    (of the normalised stream, or of the raw one), and the token losses on the evaluation text.
+    Each trial is a refit of the whole model on a few calibration windows, scored on others that
+    no fit of the trial saw.
     """
-    import torch
+    from sp3llm.measure import choose_basis
+    from sp3llm.plan import search
+    from sp3llm.rebuild import Refitter, trial_loss
 
+    if len(shapes) == 1:
+        return shapes[0], []
+    tokens = job.calibration[:_TRIAL_WINDOWS, :_TRIAL_TOKENS]
+    if len(tokens) < 4:
+        raise UserError(
+            f"The search for a shape needs at least 4 calibration windows, found {len(tokens)}: "
+            "raise --samples, or use --allocate width."
+        )
+    unseen_from = len(tokens) - max(1, len(tokens) // 4)
+    held_from = unseen_from - max(1, unseen_from // 6)
+    bar = progress.add_task("search for the shape", total=None)
+
+    def loss_of(shape: "Shape") -> float:
+        _, projection = choose_basis(job.dense, job.family, moments, shape.hidden_size)
+        refitter = Refitter(
+            job.dense,
+            job.family,
+            shape,
+            projection,
+            job.dtype,
+            job.on,
+            job.settings.choose,
+            held_from,
+            unseen_from,
+            [],
+        )
+        loss = trial_loss(refitter, tokens)
+        progress.advance(bar)
+        return loss
+
+    best, losses = search(shapes, loss_of)
+    progress.update(bar, total=len(losses))
+    return best, [{**asdict(shape), "trial_loss": loss} for shape, loss in losses.items()]
+
+
+def compressed_groups(
+    job: Job, shape: "Shape", moments: "Moments", progress: "Progress"
+) -> "tuple[Tensor, list[dict[str, Any]], Iterator[tuple[Group, dict[str, Tensor]]]]":
+    """All eigenvalues, a log that fills as fits are made, and the compressed groups in order."""
     from sp3llm import families
-    from sp3llm.moments import add_second_moment, normalise, widen
-    from sp3llm.stream import empty_model, open_stream, probe_stream, run_layer, token_losses
+    from sp3llm.measure import choose_basis, tracked
+    from sp3llm.rebuild import Refitter, held_back_from, plain_groups, refitted_groups
 
-    eps = families.setting(family, dense.config, "rms_norm_eps")
-    width = families.axis_sizes(family, dense.config)[families.RESIDUAL]
-    total_DD = torch.zeros(width, width, dtype=torch.float64, device=on.device)
-
-    def probe(_: slice, x: "Tensor") -> None:
-        seen = normalise(x, eps) if moments == "normalised" else widen(x)
-        add_second_moment(total_DD, seen)
-
-    model = empty_model(dense.config)
-    embeddings, *layers, _head = families.groups(family, dense.config)
-    table = dense.read(embeddings.parameters)
-    calibration = open_stream(model, family, table, calibration_tokens, on)
-    streams: list[tuple[Stream, Mapping[str, Any]]] = [
-        (calibration, {site.norm: probe for site in family.sites})
-    ]
-    if evaluation_tokens is not None:
-        streams.append((open_stream(model, family, table, evaluation_tokens, on), {}))
-    for index, group in enumerate(_tracked(progress, "dense model, second moments", layers)):
-        run_layer(model, family, index, dense.read(group.parameters), streams, on)
-    probe_stream(calibration, probe, on)
-    losses = None
-    if evaluation_tokens is not None:
-        tensors = head_tensors(dense, family)
-        losses = token_losses(model, family, tensors, streams[1][0], evaluation_tokens, on)
-    return total_DD / calibration_tokens.numel(), losses
-
-
-def measure_losses(
-    checkpoint: "Checkpoint",
-    family: "Family",
-    tokens: "Tensor",
-    on: "Execution",
-    progress: "Progress | None" = None,
-) -> "Tensor":
-    """Token losses of a checkpoint, streamed: `(windows, tokens - 1)`, float64, nats."""
-    from sp3llm import families
-    from sp3llm.stream import empty_model, open_stream, run_layer, token_losses
-
-    model = empty_model(checkpoint.config)
-    embeddings, *layers, _head = families.groups(family, checkpoint.config)
-    stream = open_stream(model, family, checkpoint.read(embeddings.parameters), tokens, on)
-    for index, group in enumerate(_tracked(progress, "compressed model, perplexity", layers)):
-        run_layer(model, family, index, checkpoint.read(group.parameters), [(stream, {})], on)
-    return token_losses(model, family, head_tensors(checkpoint, family), stream, tokens, on)
-
-
-def head_tensors(checkpoint: "Checkpoint", family: "Family") -> "dict[str, Tensor]":
-    """Final norm and head; a tied head's table under the head's own name."""
-    from sp3llm import families
-
-    *_, head = families.groups(family, checkpoint.config)
-    tensors = checkpoint.read(head.parameters)
-    if families.is_tied(family, checkpoint.config):
-        table = checkpoint.read([family.embedding])[family.embedding]
-        tensors[f"{family.head}.weight"] = table
-    return tensors
-
-
-def choose_basis(
-    dense: "Checkpoint", family: "Family", moment_DD: "Tensor", hidden_size: int
-) -> "tuple[Tensor, Projection]":
-    """The top principal components of the stream; for tied models turned so that the tie holds.
-
-    Returns all eigenvalues, falling, and the projection.
-    """
-    from sp3llm import families
-    from sp3llm.moments import eigenbasis, tied_rotation
-    from sp3llm.rebuild import Projection
-
-    eigenvalues_D, vectors_DD = eigenbasis(moment_DD)
-    basis_DK, tied_scale_K = vectors_DD[:, :hidden_size], None
-    if families.is_tied(family, dense.config):
-        norm = f"{family.final_norm}.weight"
-        norm_weight_D = dense.read([norm])[norm].to(basis_DK)
-        basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_weight_D)
-    return eigenvalues_D, Projection(basis_DK, tied_scale_K)
+    eigenvalues, projection = choose_basis(job.dense, job.family, moments, shape.hidden_size)
+    groups = families.groups(job.family, job.dense.config)
+    fits: list[dict[str, Any]] = []
+    if not job.settings.refit:
+        bar = tracked(progress, "fold, rotate, cut", groups)
+        plain = plain_groups(job.dense, job.family, projection, job.dtype, job.on, bar)
+        return eigenvalues, fits, plain
+    refitter = Refitter(
+        job.dense,
+        job.family,
+        shape,
+        projection,
+        job.dtype,
+        job.on,
+        job.settings.choose,
+        held_back_from(len(job.calibration)),
+        len(job.calibration),
+        fits,
+    )
+    bar = tracked(progress, "fold, rotate, cut, refit", groups)
+    return eigenvalues, fits, refitted_groups(refitter, job.calibration, bar)
 
 
 def write_model(
     family: "Family",
     small_config: Mapping[str, Any],
-    compressed: "Iterator[tuple[Group, dict[str, Tensor]]]",
+    compressed: "Iterable[tuple[Group, dict[str, Tensor]]]",
     dtype: "torch.dtype",
     folder: Path,
 ) -> "Checkpoint":
@@ -269,22 +259,30 @@ def write_model(
     from sp3llm.families import count_parameters
 
     layout = disk.shard_layout(family, small_config, dtype)
+    ends = {shard[-1].name: number for number, shard in enumerate(layout)}
     files: dict[str, Path] = {}
-    for number, shard in enumerate(layout):
-        tensors: dict[str, Tensor] = {}
-        for _ in shard:
-            _, group = next(compressed)
-            tensors |= {name: tensor.cpu() for name, tensor in group.items()}
-        path = disk.write_shard(folder, number, len(layout), tensors)
-        files |= dict.fromkeys(tensors, path)
-    assert next(compressed, None) is None
+    pending: dict[str, Tensor] = {}
+    for group, tensors in compressed:
+        pending |= {name: tensor.cpu() for name, tensor in tensors.items()}
+        if group.name in ends:
+            path = disk.write_shard(folder, ends[group.name], len(layout), pending)
+            files |= dict.fromkeys(pending, path)
+            pending = {}
     parameters = count_parameters(family, small_config)
     disk.write_index(folder, layout, parameters * dtype.itemsize, parameters)
     return disk.Checkpoint(folder, small_config, files)
 
 
-def _tracked(progress: "Progress | None", description: str, items: list[Any]) -> Any:
-    return items if progress is None else progress.track(items, description=description)
+def limits_of(settings: CompressConfig, itemsize: int) -> "Limits":
+    """The limits that settings put on a plan.
+
+    With `--allocate width`, which `--no-refit` implies, FFN and KV groups stay as they are.
+    """
+    from sp3llm.plan import Limits
+
+    names = {field.name for field in fields(Limits)} & {field.name for field in fields(settings)}
+    limits = Limits(itemsize=itemsize, **{name: getattr(settings, name) for name in names})
+    return replace(limits, only_width=settings.allocation == "width")
 
 
 def _dtype(asked: str, dense: "torch.dtype") -> "torch.dtype":
@@ -301,6 +299,11 @@ def _with_dtype(
     if keys and dtype == dense:
         return dict(config)
     return {**config, **dict.fromkeys(keys or ["torch_dtype"], str(dtype).removeprefix("torch."))}
+
+
+def _base_model(settings: CompressConfig, name: str) -> str:
+    is_hub_id = settings.model is not None and not Path(settings.model).exists()
+    return settings.model if is_hub_id else name
 
 
 def _windows(
@@ -359,8 +362,9 @@ def _record(
         "dense_perplexity": result.dense_perplexity,
         "perplexity": result.perplexity,
         "excess_log_perplexity": result.excess.describe(),
-        "eigenvalues": result.eigenvalues.tolist(),
+        "trials": result.trials,
         "fits": result.fits,
+        "eigenvalues": result.eigenvalues.tolist(),
         "dtype": str(dtype).removeprefix("torch."),
         "compute_dtype": str(on.dtype).removeprefix("torch."),
         "weight_bytes": result.weight_bytes,
@@ -377,8 +381,13 @@ def _command(settings: CompressConfig) -> str:
     defaults = asdict(CompressConfig())
     words = ["sp3llm", "compress", *([settings.model] if settings.model else [])]
     for key, value in asdict(settings).items():
-        if key != "model" and (key == "keep" or value != defaults[key]):
-            words += [f"--{key.replace('_', '-')}", str(value)]
+        if key == "model" or (key != "keep" and value == defaults[key]):
+            continue
+        option = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", str(value)]
     return shlex.join(words)
 
 

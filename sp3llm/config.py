@@ -7,6 +7,9 @@ from pathlib import Path
 from sp3llm.errors import UserError
 
 MOMENTS = ("normalised", "raw")
+BASES = ("pca", "readers", "gradient")
+ALLOCATIONS = ("search", "width")
+COUNTS = ("params", "bytes", "flops", "kv-cache")
 CHOICES = ("obs", "energy")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -19,6 +22,8 @@ class CompressConfig:
     """Hub id or folder; None: the small trained model that comes with the package."""
     keep: float = 0.75
     """Fraction of the dense checkpoint's parameters (tied weights once); never exceeded."""
+    of: str = "params"
+    """What `keep` counts: `params`, `bytes`, `flops` or `kv-cache`."""
     out: Path | None = None
     """Where the compressed model goes; None: `./<model>-keep<percent>`."""
     calib: str | None = None
@@ -37,6 +42,19 @@ class CompressConfig:
     """Refit what is left in closed form, layer by layer (a second pass over the calibration)."""
     choose: str = "obs"
     """How neurons and KV groups are chosen: by the loss of the refit, or by their own energy."""
+    basis: str = "pca"
+    """Where the basis comes from: principal components, or what readers or the loss would miss."""
+    allocate: str | None = None
+    """`search`: the mix of width, FFN and KV groups that loses least; `width`: all on the hidden
+    size. None: `search` with the refit, `width` without."""
+    hidden_size: int | None = None
+    """Fixes the hidden size."""
+    intermediate_size: int | None = None
+    """Fixes the FFN width."""
+    num_key_value_heads: int | None = None
+    """Fixes the number of KV groups."""
+    tensor_parallel: int = 1
+    """Keeps heads and widths divisible by this many devices."""
     multiple_of: int | None = None
     """What the new hidden size must be a multiple of; None: chosen from width and heads."""
     device: str = "auto"
@@ -52,7 +70,7 @@ class CompressConfig:
                 f"Expected --keep between 0 and 1 (exclusive), found {self.keep:g}: give the "
                 "fraction of parameters to keep, such as 0.75."
             )
-        for name in ("samples", "eval_samples", "seq_len", "multiple_of"):
+        for name in ("samples", "eval_samples", "seq_len", "multiple_of", "tensor_parallel"):
             value = getattr(self, name)
             least = 2 if name == "seq_len" else 1
             if value is not None and value < least:
@@ -60,9 +78,32 @@ class CompressConfig:
                     f"Expected --{name.replace('_', '-')} of at least {least}, found {value}: "
                     "give a larger number."
                 )
-        for name, choices in (("moments", MOMENTS), ("choose", CHOICES), ("dtype", DTYPES)):
+        for name, choices in (
+            ("of", COUNTS),
+            ("moments", MOMENTS),
+            ("basis", BASES),
+            ("choose", CHOICES),
+            ("dtype", DTYPES),
+        ):
             if getattr(self, name) not in choices:
                 raise UserError(
                     f"Expected --{name} to be one of {', '.join(choices)}, found "
                     f"'{getattr(self, name)}': choose one of them."
                 )
+        if self.allocate not in (None, *ALLOCATIONS):
+            raise UserError(
+                f"Expected --allocate to be one of {', '.join(ALLOCATIONS)}, found "
+                f"'{self.allocate}': choose one of them."
+            )
+        if not self.refit and (
+            self.allocate == "search" or self.intermediate_size or self.num_key_value_heads
+        ):
+            raise UserError(
+                "Cutting FFN or KV groups needs the refit, which chooses what survives, found "
+                "--no-refit: leave it out, or use --allocate width and --hidden-size only."
+            )
+
+    @property
+    def allocation(self) -> str:
+        """`allocate`, resolved."""
+        return self.allocate or ("search" if self.refit else "width")

@@ -528,6 +528,8 @@ def _split_names(names: str) -> list[str]:
             f"Expected the name of a text set, found '{names}': name one of "
             f"{', '.join(sorted(manifest()))}, a file, or a hub dataset."
         )
+    if len(set(found)) < len(found):
+        raise UserError(f"Expected each text set once, found '{names}': name it once.")
     return found
 
 

@@ -6,6 +6,7 @@ Fold, rotate, cut, count and validate are generic loops over these tables. Match
 Names are those on disk. A parameter's axes are given in the order of its shape.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -208,14 +209,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"'{model_type}' in config.json: choose a model of a supported family."
         )
     family = FAMILIES[model_type]
-    architectures = config.get("architectures") or [family.architecture]
-    if architectures[0] != family.architecture:
+    stated = config.get("architectures") or [family.architecture]
+    architecture = stated[0] if isinstance(stated, list) else stated
+    if architecture != family.architecture:
         raise UserError(
-            f"Expected architecture {family.architecture}, found {architectures[0]} in "
+            f"Expected architecture {family.architecture}, found {architecture} in "
             "config.json: choose the causal language model of this family."
         )
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
+        details = config["quantization_config"]
+        known = isinstance(details, dict) and details.get("quant_method")
+        method = known or "by an unknown method"
         raise UserError(
             f"The checkpoint is quantized ({method}), and its weights cannot be rotated: load the "
             "unquantized checkpoint it was made from, and quantize the compressed model instead."
@@ -280,10 +284,23 @@ def parameter_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, tup
 
 def count_parameters(family: Family, config: Mapping[str, Any]) -> int:
     """True number of parameters, tied weights once."""
+    return _count(family, config, matrices_only=False)
+
+
+def count_matrix_parameters(family: Family, config: Mapping[str, Any]) -> int:
+    """Those in matrices, the embedding table included."""
+    return _count(family, config, matrices_only=True)
+
+
+def _count(family: Family, config: Mapping[str, Any], matrices_only: bool) -> int:
+    # Layers are alike: one is counted, so that a plan can count hundreds of shapes in a second.
+    layers = setting(family, config, "num_hidden_layers")
+    one_layer = {**config, "num_hidden_layers": 1}
+    sizes = axis_sizes(family, config)
     total = 0
-    for shape in parameter_shapes(family, config).values():
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
+    for group in groups(family, one_layer):
+        repeats = layers if group.prefix else 1
+        for axes in group.parameters.values():
+            if len(axes) == 2 or not matrices_only:
+                total += repeats * math.prod(sizes[axis] for axis in axes)
     return total

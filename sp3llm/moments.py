@@ -60,3 +60,53 @@ def tied_rotation(basis_DK: Tensor, norm_weight_D: Tensor) -> tuple[Tensor, Tens
     inner_KK = basis_DK.T @ (norm_weight_D.double()[:, None] * basis_DK)
     s_K, r_KK = torch.linalg.eigh((inner_KK + inner_KK.T) / 2)
     return basis_DK @ r_KK, s_K
+
+
+def metric_basis(
+    moments_DD: tuple[Tensor, ...],
+    metrics_DD: tuple[Tensor, ...],
+    start_DK: Tensor,
+    steps: int = 200,
+) -> Tensor:
+    """The subspace that loses least of what is read (DESIGN 3.2).
+
+    PCA keeps what is large, not what is read. Minimises over rank-`K` projectors `P = Z Z^T` the
+    sum over sites of `tr(A (I-P) C (I-P))`, `A` what an error costs there and `C` the stream's
+    second moment, each site scaled so that `tr(A C) = 1`, by gradient descent with a QR
+    retraction and a backtracking step from the PCA start.
+
+    Returns `Z`, `(D, K)`, float64, turned to the principal axes of the summed moments within the
+    subspace, so that it does not depend on the path taken.
+    """
+    scales = [1 / (a * c).sum() for a, c in zip(metrics_DD, moments_DD, strict=True)]
+    pairs = [(s * a, c) for s, a, c in zip(scales, metrics_DD, moments_DD, strict=True)]
+
+    def cost_and_gradient(z_DK: Tensor) -> tuple[Tensor, Tensor]:
+        cost, gradient_DK = torch.zeros_like(z_DK[0, 0]), torch.zeros_like(z_DK)
+        for a_DD, c_DD in pairs:
+            az_DK, cz_DK = a_DD @ z_DK, c_DD @ z_DK
+            zaz_KK, zcz_KK = z_DK.T @ az_DK, z_DK.T @ cz_DK
+            cost = cost + 1 - 2 * (az_DK * cz_DK).sum() + (zaz_KK * zcz_KK).sum()
+            lost_DK = az_DK @ zcz_KK + cz_DK @ zaz_KK - c_DD @ az_DK - a_DD @ cz_DK
+            gradient_DK = gradient_DK + 2 * lost_DK
+        return cost, gradient_DK - z_DK @ (z_DK.T @ gradient_DK)
+
+    z_DK = start_DK
+    cost, gradient_DK = cost_and_gradient(z_DK)
+    step = 1.0 / gradient_DK.norm().clamp_min(1e-30)
+    for _ in range(steps):
+        for _ in range(30):
+            trial_DK = torch.linalg.qr(z_DK - step * gradient_DK)[0]
+            trial_cost, trial_gradient_DK = cost_and_gradient(trial_DK)
+            if trial_cost <= cost - 1e-4 * step * gradient_DK.square().sum():
+                break
+            step = step / 2
+        else:
+            break
+        settled = cost - trial_cost < 1e-7 * cost
+        z_DK, cost, gradient_DK, step = trial_DK, trial_cost, trial_gradient_DK, step * 2
+        if settled:
+            break
+    total_DD = torch.stack(moments_DD).sum(0)
+    _, turn_KK = eigenbasis(z_DK.T @ total_DD @ z_DK)
+    return z_DK @ turn_KK

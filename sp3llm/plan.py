@@ -1,7 +1,8 @@
 """From a budget to a shape, before any weight is touched."""
 
+import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,9 +11,12 @@ from sp3llm.families import (
     FFN,
     HEAD_DIM,
     RESIDUAL,
+    VOCAB,
     Family,
     axis_sizes,
+    count_matrix_parameters,
     count_parameters,
+    is_tied,
     setting,
 )
 
@@ -61,13 +65,61 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a plan may do: the budget, and everything fixed by hand."""
+
+    keep: float
+    """Fraction of the dense model's count to keep; never exceeded."""
+    of: str = "params"
+    """What is counted: `params`, `bytes`, `flops` or `kv-cache`."""
+    multiple_of: int | None = None
+    """What `hidden_size` must be a multiple of; None: by `width_multiple`."""
+    hidden_size: int | None = None
+    """Fixed by hand."""
+    intermediate_size: int | None = None
+    """Fixed by hand."""
+    num_key_value_heads: int | None = None
+    """Fixed by hand."""
+    only_width: bool = False
+    """Spend all of the budget on the hidden size; what is not fixed by hand stays."""
+    tensor_parallel: int = 1
+    """Heads, KV groups and widths stay divisible by this many devices."""
+    context: int = 2048
+    """Tokens of context that attention FLOPs are counted at."""
+    itemsize: int = 2
+    """Bytes of a weight, and of an entry of the KV cache."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a shape costs."""
+
+    params: int
+    """True parameters, tied weights once."""
+    bytes: int
+    """Of the weights."""
+    flops: int
+    """A token: two a matrix parameter (the embedding lookup is free), and attention."""
+    kv_cache: int
+    """Bytes of KV cache a token."""
+
+    def of(self, what: str) -> int:
+        """The count that a budget is about."""
+        return getattr(self, what.replace("-", "_"))
+
+
+@dataclass(frozen=True)
 class Plan:
     """The shape of the compressed model and what it counts."""
 
-    keep_params_asked: float
-    """Fraction of the dense checkpoint's parameters that was asked for."""
+    keep_asked: float
+    """Fraction that was asked for."""
+    of: str
+    """What it counts."""
+    keep: float
+    """Fraction achieved of that; never more than asked for."""
     keep_params: float
-    """Fraction achieved; never more than asked for."""
+    """Fraction of the true parameters."""
     dense_parameters: int
     """True parameters before, tied weights once."""
     parameters: int
@@ -78,13 +130,15 @@ class Plan:
     """After."""
     multiple_of: int
     """What `hidden_size` is a multiple of."""
+    intermediate_multiple_of: int
+    """What `intermediate_size` is a multiple of, where it was cut."""
 
     def describe(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         return asdict(self)
 
 
-def width_multiple(hidden_size: int, num_attention_heads: int) -> int:
+def width_multiple(hidden_size: int, num_attention_heads: int, tensor_parallel: int = 1) -> int:
     """The number that a new hidden size must be a multiple of.
 
     The heads must divide it (Hugging Face's Llama rejects anything else, and other tools derive
@@ -93,10 +147,15 @@ def width_multiple(hidden_size: int, num_attention_heads: int) -> int:
     the width, 8 for small models.
     """
     for preferred in (256, 64) if hidden_size >= 2048 else ():
-        multiple = math.lcm(preferred, num_attention_heads)
+        multiple = math.lcm(preferred, num_attention_heads, tensor_parallel)
         if multiple <= hidden_size // 8:
             return multiple
-    return math.lcm(8, num_attention_heads)
+    return math.lcm(8, num_attention_heads, tensor_parallel)
+
+
+def intermediate_multiple(hidden_size: int, tensor_parallel: int = 1) -> int:
+    """The number that a new FFN width must be a multiple of: 256, or 8 for small models."""
+    return math.lcm(256 if hidden_size >= 2048 else 8, tensor_parallel)
 
 
 def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
@@ -111,42 +170,194 @@ def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> d
     return {**config, **changed}
 
 
-def plan_width(
-    family: Family, config: Mapping[str, Any], keep: float, multiple_of: int | None = None
-) -> Plan:
-    """The widest hidden size whose true parameter count is within `keep` of the dense one.
-
-    Raises UserError if no width fits.
-    """
-    dense_shape = Shape.of(family, config)
-    heads = dense_shape.num_attention_heads
-    multiple = multiple_of or width_multiple(dense_shape.hidden_size, heads)
-    if multiple % heads:
-        raise UserError(
-            f"Expected --multiple-of to be a multiple of the {heads} attention heads, which must "
-            f"divide the hidden size, found {multiple}: use {math.lcm(multiple, heads)}."
-        )
-    dense = count_parameters(family, config)
-    widths = range(multiple, dense_shape.hidden_size, multiple)
-    shapes = [dense_shape.with_width(width) for width in widths]
-    counts = {s: count_parameters(family, resized_config(family, config, s)) for s in shapes}
-    fitting = [shape for shape, count in counts.items() if count <= keep * dense]
-    if not counts:
-        raise UserError(
-            f"The hidden size {dense_shape.hidden_size} cannot be cut in multiples of {multiple}: "
-            f"set --multiple-of to a smaller multiple of the {heads} attention heads."
-        )
-    if not fitting:
-        raise UserError(
-            f"No shape keeps {keep:.4g} of the {dense:,} parameters: the smallest hidden size, "
-            f"{multiple}, keeps {counts[shapes[0]] / dense:.4f}; raise --keep to at least that."
-        )
-    return Plan(
-        keep_params_asked=keep,
-        keep_params=counts[fitting[-1]] / dense,
-        dense_parameters=dense,
-        parameters=counts[fitting[-1]],
-        dense_shape=dense_shape,
-        shape=fitting[-1],
-        multiple_of=multiple,
+def cost_of(
+    family: Family, config: Mapping[str, Any], shape: Shape, context: int = 2048, itemsize: int = 2
+) -> Cost:
+    """Count a shape of a model."""
+    resized = resized_config(family, config, shape)
+    layers = setting(family, config, "num_hidden_layers")
+    params = count_parameters(family, resized)
+    multiplied = count_matrix_parameters(family, resized)
+    if not is_tied(family, config):
+        sizes = axis_sizes(family, resized)
+        multiplied -= sizes[VOCAB] * sizes[RESIDUAL]
+    attention = 4 * layers * shape.num_attention_heads * shape.head_dim * context
+    return Cost(
+        params=params,
+        bytes=params * itemsize,
+        flops=2 * multiplied + attention,
+        kv_cache=2 * layers * shape.num_key_value_heads * shape.head_dim * itemsize,
     )
+
+
+def widest(family: Family, config: Mapping[str, Any], limits: Limits, start: Shape) -> Shape | None:
+    """`start` at the largest hidden size within the budget; None where even the smallest is not.
+
+    The width is a multiple that the heads of both the dense and the new shape divide.
+    """
+    dense = Shape.of(family, config)
+    budget = limits.keep * _cost(family, config, limits, dense)
+    if limits.hidden_size is not None:
+        widths = [limits.hidden_size]
+    else:
+        multiple = math.lcm(_multiple(limits, dense), start.num_attention_heads)
+        widths = list(range(multiple, dense.hidden_size + 1, multiple))
+
+    def cost(width: int) -> int:
+        return _cost(family, config, limits, start.with_width(width))
+
+    fitting = bisect.bisect_right(widths, budget, key=cost)
+    return start.with_width(widths[fitting - 1]) if fitting else None
+
+
+def _multiple(limits: Limits, dense: Shape) -> int:
+    return limits.multiple_of or width_multiple(
+        dense.hidden_size, dense.num_attention_heads, limits.tensor_parallel
+    )
+
+
+def _cost(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> int:
+    return cost_of(family, config, shape, limits.context, limits.itemsize).of(limits.of)
+
+
+def start_shape(family: Family, config: Mapping[str, Any], limits: Limits) -> Shape:
+    """The dense shape with everything fixed by hand.
+
+    Raises UserError if a size fixed by hand is not one that the model can be cut to.
+    """
+    dense = Shape.of(family, config)
+    for name in ("hidden_size", "intermediate_size", "num_key_value_heads"):
+        asked, most = getattr(limits, name), getattr(dense, name)
+        if asked is not None and not 0 < asked <= most:
+            raise UserError(
+                f"Expected --{name.replace('_', '-')} between 1 and the model's {most}, found "
+                f"{asked}: give a smaller number."
+            )
+    if limits.hidden_size is not None and limits.hidden_size % dense.num_attention_heads:
+        raise UserError(
+            f"Expected --hidden-size to be a multiple of the {dense.num_attention_heads} attention "
+            f"heads, which Hugging Face demands, found {limits.hidden_size}: round it."
+        )
+    multiple = _multiple(limits, dense)
+    if multiple % dense.num_attention_heads:
+        raise UserError(
+            f"Expected --multiple-of to be a multiple of the {dense.num_attention_heads} attention "
+            f"heads, which must divide the hidden size, found {multiple}: use "
+            f"{math.lcm(multiple, dense.num_attention_heads)}."
+        )
+    shape = dense.with_groups(limits.num_key_value_heads or dense.num_key_value_heads)
+    shape = replace(shape, intermediate_size=limits.intermediate_size or dense.intermediate_size)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(shape, name) % limits.tensor_parallel:
+            raise UserError(
+                f"Expected {name} to be a multiple of --tensor-parallel {limits.tensor_parallel}, "
+                f"found {getattr(shape, name)}: choose other sizes or fewer devices."
+            )
+    return shape
+
+
+def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> list[Shape]:
+    """Shapes worth trying at the budget, the one that spends all of it on the width first.
+
+    FFN widths fall in steps of about a tenth and KV groups in steps of about an eighth; each
+    comes with the widest hidden size that fits. Sizes fixed by hand stay.
+
+    Raises UserError if none fits.
+    """
+    dense = Shape.of(family, config)
+    start = start_shape(family, config, limits)
+    ffn_widths, group_counts = [start.intermediate_size], [start.num_key_value_heads]
+    if limits.intermediate_size is None and not limits.only_width:
+        multiple = intermediate_multiple(dense.hidden_size, limits.tensor_parallel)
+        for tenth in range(9, 3, -1):
+            width = round(dense.intermediate_size * tenth / 10 / multiple) * multiple
+            if 0 < width < ffn_widths[-1]:
+                ffn_widths.append(width)
+    if limits.num_key_value_heads is None and not limits.only_width:
+        for eighth in range(7, 2, -1):
+            count = dense.num_key_value_heads * eighth // 8
+            count -= count % limits.tensor_parallel
+            if 0 < count < group_counts[-1]:
+                group_counts.append(count)
+    found: list[Shape] = []
+    for groups in group_counts:
+        for width in ffn_widths:
+            shape = replace(start.with_groups(groups), intermediate_size=width)
+            fitted = widest(family, config, limits, shape)
+            if fitted is not None and fitted not in found and fitted != dense:
+                found.append(fitted)
+    if not found:
+        smallest = replace(
+            start.with_groups(group_counts[-1]), intermediate_size=ffn_widths[-1]
+        ).with_width(limits.hidden_size or _multiple(limits, dense))
+        least = _cost(family, config, limits, smallest) / _cost(family, config, limits, dense)
+        least = math.ceil(least * 1e4) / 1e4  # so that the number named is one that works
+        raise UserError(
+            f"No shape keeps {limits.keep:.4g} of the model's {limits.of}: the smallest that the "
+            f"limits allow (hidden_size {smallest.hidden_size}, intermediate_size "
+            f"{smallest.intermediate_size}, num_key_value_heads {smallest.num_key_value_heads}) "
+            f"keeps {least:.4f}; raise --keep."
+        )
+    return found
+
+
+def plan_of(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> Plan:
+    """The plan that a chosen shape makes."""
+    dense_shape = Shape.of(family, config)
+    dense, small = (
+        cost_of(family, config, s, limits.context, limits.itemsize) for s in (dense_shape, shape)
+    )
+    return Plan(
+        keep_asked=limits.keep,
+        of=limits.of,
+        keep=small.of(limits.of) / dense.of(limits.of),
+        keep_params=small.params / dense.params,
+        dense_parameters=dense.params,
+        parameters=small.params,
+        dense_shape=dense_shape,
+        shape=shape,
+        multiple_of=_multiple(limits, dense_shape),
+        intermediate_multiple_of=intermediate_multiple(
+            dense_shape.hidden_size, limits.tensor_parallel
+        ),
+    )
+
+
+def search(
+    shapes: list[Shape], loss_of: Callable[[Shape], float]
+) -> tuple[Shape, dict[Shape, float]]:
+    """Walk from the first candidate to the neighbour that loses least until none loses less.
+
+    Neighbours differ by one step of FFN width or of KV groups (hidden sizes follow from the
+    budget), so a handful of trials is enough where the loss has one valley.
+
+    Returns the best shape and every loss found out.
+    """
+    ffn_widths = sorted({s.intermediate_size for s in shapes}, reverse=True)
+    group_counts = sorted({s.num_key_value_heads for s in shapes}, reverse=True)
+    at = {(s.intermediate_size, s.num_key_value_heads): s for s in shapes}
+    losses: dict[Shape, float] = {}
+
+    def loss(shape: Shape) -> float:
+        if shape not in losses:
+            losses[shape] = loss_of(shape)
+        return losses[shape]
+
+    best = shapes[0]
+    while True:
+        f, g = (
+            ffn_widths.index(best.intermediate_size),
+            group_counts.index(best.num_key_value_heads),
+        )
+        steps = [(f + 1, g), (f, g + 1), (f - 1, g), (f, g - 1)]
+        around = [
+            at[ffn_widths[i], group_counts[j]]
+            for i, j in steps
+            if 0 <= i < len(ffn_widths)
+            and 0 <= j < len(group_counts)
+            and (ffn_widths[i], group_counts[j]) in at
+        ]
+        better = min([best, *around], key=loss)
+        if better == best:
+            return best, losses
+        best = better

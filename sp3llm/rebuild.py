@@ -6,7 +6,7 @@ inputs are chosen and the writer is fitted to bring the small stream back to the
 has been fitted is rounded to the dtype of the export before the next fit sees its output.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from sp3llm.stream import (
     open_stream,
     probe_stream,
     run_layer,
+    token_losses,
 )
 
 # Held back from every fit to choose its ridge: one window in this many, one at least.
@@ -71,6 +72,8 @@ class Refitter:
     """How neurons and groups are chosen: see `refit.choose_units`."""
     held_from: int
     """First window that is held back to choose ridges."""
+    unseen_from: int
+    """First window that no fit sees at all, for trials to be scored on."""
     log: list[dict[str, Any]]
     """One entry a fit."""
 
@@ -86,7 +89,7 @@ def plain_groups(
     projection: Projection,
     dtype: torch.dtype,
     on: Execution,
-    groups: Iterator[Group] | list[Group],
+    groups: Iterable[Group],
 ) -> Iterator[tuple[Group, dict[str, Tensor]]]:
     """Fold, rotate and cut every group, and nothing else."""
     for group in groups:
@@ -114,20 +117,47 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     result = value.to(dtype)
     if not torch.isfinite(result).all():
         raise UserError(
-            f"Tensor '{name}' of the compressed model does not fit {dtype}: use --dtype bfloat16 "
-            "or float32."
+            f"Tensor '{name}' of the compressed model does not fit {dtype}: use a --dtype of "
+            "wider range, or look for extreme values in the checkpoint."
         )
     return result
 
 
 def refitted_groups(
-    refitter: Refitter, tokens: Tensor, groups: Iterator[Group] | list[Group]
+    refitter: Refitter, tokens: Tensor, groups: Iterable[Group]
 ) -> Iterator[tuple[Group, dict[str, Tensor]]]:
     """Project, choose and refit every group, in order, on `tokens` (`(windows, tokens)`)."""
+    for group, tensors, _ in _walk(refitter, tokens, groups):
+        yield group, tensors
+
+
+def trial_loss(refitter: Refitter, tokens: Tensor) -> float:
+    """Mean loss, in nats a token, of a refitted model on the windows no fit saw.
+
+    Nothing is written: the small stream goes through each layer as it is fitted.
+    """
+    family, config = refitter.family, refitter.dense.config
+    small_config = resized_config(family, config, refitter.shape)
+    walked = _walk(refitter, tokens, families.groups(family, config))
+    _, tensors, stream = next(walked)
+    table, head = tensors[family.embedding], tensors
+    for _, tensors, _ in walked:
+        head = tensors
+    if families.is_tied(family, config):
+        head = {**head, f"{family.head}.weight": table}
+    unseen = slice(refitter.unseen_from, None)
+    ends = Stream(stream.hidden[unseen], stream.calls)
+    model = empty_model(small_config)
+    return token_losses(model, family, head, ends, tokens[unseen], refitter.on).mean().item()
+
+
+def _walk(
+    refitter: Refitter, tokens: Tensor, groups: Iterable[Group]
+) -> Iterator[tuple[Group, dict[str, Tensor], Stream]]:
+    """Every group with its fitted tensors and the small stream after it."""
     family, on = refitter.family, refitter.on
     shells = _shells(refitter)
     dense_model = empty_model(refitter.dense.config)
-    dense_stream = small_stream = None
     for index, group in enumerate(groups):
         tensors = _projected(refitter.dense, family, refitter.projection, refitter.dtype, on, group)
         if group.name == "embeddings":
@@ -140,7 +170,7 @@ def refitted_groups(
             _fit_layer(
                 refitter, index - 1, group, tensors, dense_model, shells, dense_stream, small_stream
             )
-        yield group, tensors
+        yield group, tensors, small_stream
 
 
 def _shells(refitter: Refitter) -> list[nn.Module]:
@@ -227,8 +257,9 @@ def _add(
     weight: Tensor | None = None,
 ) -> None:
     """Add a batch of windows to the fitting Gram and to the one held back."""
-    cut = min(max(refitter.held_from - rows.start, 0), len(a))
-    for gram, part in zip(grams, (slice(0, cut), slice(cut, None)), strict=True):
+    bounds = (0, refitter.held_from, refitter.unseen_from)
+    first, second, third = (min(max(bound - rows.start, 0), len(a)) for bound in bounds)
+    for gram, part in zip(grams, (slice(first, second), slice(second, third)), strict=True):
         if len(a[part]):
             add_to_gram(gram, a[part], y[part], None if weight is None else weight[part])
 

@@ -17,9 +17,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from sp3llm.compress import Result
+    from sp3llm.plan import Plan
 
 
 def progress_bars(console: Console) -> Progress:
@@ -101,14 +103,36 @@ def rows(result: "Result") -> list[tuple[str, str, str]]:
     ]
 
 
+def plan_line(name: str, plan: "Plan") -> str:
+    """One line: what becomes what."""
+    changes = [
+        f"{key} {getattr(plan.dense_shape, key)} -> {getattr(plan.shape, key)}"
+        for key in ("hidden_size", "intermediate_size", "num_key_value_heads")
+        if getattr(plan.dense_shape, key) != getattr(plan.shape, key)
+    ]
+    return (
+        f"{name}: {plan.dense_parameters:,} -> {plan.parameters:,} parameters "
+        f"({100 * plan.keep_params:.2f} %), {', '.join(changes)}"
+    )
+
+
+def next_steps(result: "Result") -> str:
+    """What was written, and what to do with it."""
+    return (
+        f"Written to {result.out} (stock {result.architecture}; the record is sp3llm.json). Next:\n"
+        f"  AutoModelForCausalLM.from_pretrained({str(result.out)!r})   in transformers\n"
+        f"  vllm serve {result.out}"
+    )
+
+
 def closing_table(result: "Result") -> Table:
     """The table printed at the end of a run."""
-    table = Table(title=f"{result.name}, compressed")
+    table = Table(title=Text(f"{result.name}, compressed"))
     table.add_column("")
     table.add_column("dense", justify="right")
     table.add_column("compressed", justify="right")
     for row in rows(result):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     evaluated = result.evaluation
     table.caption = (
         f"{evaluated.tokens.numel():,} held-out tokens in {len(evaluated.tokens)} windows"

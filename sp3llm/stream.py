@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sp3llm.errors import UserError
+from sp3llm.errors import UserError, reason
 from sp3llm.families import Family
 
 Probe = Callable[[slice, Tensor], None]
@@ -57,11 +57,11 @@ def execution(device: str, dtype: torch.dtype) -> Execution:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        torch.zeros(1, device=resolved).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"Expected a device that torch can use, found '{device}' "
-            f"({str(error).splitlines()[0][:120]}): use --device cpu or auto."
+            f"({reason(error, 120)}): use --device cpu or auto."
         ) from error
     on_cpu = resolved.type == "cpu" and dtype != torch.float64
     return Execution(resolved, torch.float32 if on_cpu else dtype)
@@ -73,10 +73,16 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    stock.use_cache = False
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(stock)
+    try:
+        stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        stock.use_cache = False
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(stock)
+    except Exception as error:  # each config class checks its values in its own way
+        raise UserError(
+            "Expected a config.json that transformers accepts, found one it rejects "
+            f"({type(error).__name__}: {reason(error)}): mend it, or update transformers."
+        ) from error
     return model.eval()
 
 
@@ -163,7 +169,8 @@ def open_stream(
         _in_place_of(model, family.layers_module, nn.ModuleList(recorders)),
         _in_place_of(model, family.final_norm, nn.Identity()),
     ):
-        for rows in _batches(len(tokens), _windows_a_batch(tokens.shape[1])):
+        # One window by itself too: the backward pass goes window by window.
+        for rows in [slice(0, 1), *_batches(len(tokens), _windows_a_batch(tokens.shape[1]))]:
             batch = tokens[rows].to(on.device)
             decoder(input_ids=batch, use_cache=False)
             embedded = recorders[0].hidden
@@ -278,6 +285,78 @@ def token_losses(
             "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
         )
     return losses
+
+
+def backward_head(
+    model: nn.Module, family: Family, head: Mapping[str, Tensor], stream: Stream, on: Execution
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the summed loss by the stream after the last layer and by the norm's output.
+
+    Labels are drawn from the model's own distribution with a fixed seed. Both are
+    `(windows, tokens, D)` on the host.
+    """
+    generator = torch.Generator(on.device).manual_seed(0)
+    by_stream, by_norm = torch.empty_like(stream.hidden), torch.empty_like(stream.hidden)
+    layers = model.config.num_hidden_layers
+    step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
+    with _placed(model, head, on):
+        norm = model.get_submodule(family.final_norm)
+        for row in range(len(stream.hidden)):
+            for start in range(0, stream.hidden.shape[1], step):
+                part = (slice(row, row + 1), slice(start, start + step))
+                piece = stream.hidden[part].to(on.device).requires_grad_()
+                injectors = nn.ModuleList([_Injector(piece) for _ in range(layers)])
+                with _in_place_of(model, family.layers_module, injectors), _outputs(norm) as seen:
+                    logits = model(inputs_embeds=piece, use_cache=False).logits[0].float()
+                labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+                loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+                gradients = torch.autograd.grad(loss, [piece, seen[0]])
+                by_stream[part], by_norm[part] = (g.cpu() for g in gradients)
+    return by_stream, by_norm
+
+
+def backward_layer(
+    model: nn.Module,
+    family: Family,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    stream: Stream,
+    upstream: Tensor,
+    norms: list[str],
+    on: Execution,
+) -> tuple[Tensor, list[Tensor]]:
+    """Carry a gradient down through layer `index`, whose input is `stream`.
+
+    Returns the gradient by that input and, for each norm named, by the norm's output.
+    """
+    layer = model.get_submodule(family.layers_module)[index]
+    below = torch.empty_like(stream.hidden)
+    by_norm = [torch.empty_like(stream.hidden) for _ in norms]
+    with _placed(model, tensors, on):
+        for row in range(len(stream.hidden)):
+            rows = slice(row, row + 1)
+            batch = stream.hidden[rows].to(on.device).requires_grad_()
+            with _outputs(*(layer.get_submodule(norm) for norm in norms)) as seen:
+                output = layer(batch, **stream.calls[1][index])
+            output = output[0] if isinstance(output, tuple) else output
+            upper = upstream[rows].to(on.device)
+            gradients = torch.autograd.grad(output, [batch, *seen], upper)
+            below[rows] = gradients[0].cpu()
+            for store, gradient in zip(by_norm, gradients[1:], strict=True):
+                store[rows] = gradient.cpu()
+    return below, by_norm
+
+
+@contextmanager
+def _outputs(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the modules return, in the order they run."""
+    seen: list[Tensor] = []
+    handles = [m.register_forward_hook(lambda _m, _a, out: seen.append(out)) for m in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_finite(hidden: Tensor, where: str) -> None:

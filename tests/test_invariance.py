@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sp3llm import families
-from sp3llm.compress import choose_basis, measure_dense, write_model
+from sp3llm.compress import write_model
 from sp3llm.families import RESIDUAL, axis_sizes, is_tied
+from sp3llm.measure import choose_basis, measure_dense
 from sp3llm.moments import tied_rotation
 from sp3llm.plan import Shape, resized_config
 from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
@@ -110,7 +111,7 @@ def test_cut_is_exact_where_the_stream_is_confined(variant, refit, tokens, tmp_p
     confine_stream(model, kept)
     checkpoint = save_model(model, tmp_path / "dense")
     family = family_of_model(model)
-    moment, _ = measure_dense(checkpoint, family, tokens, None, "normalised", ON)
+    moment, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
     eigenvalues, projection = choose_basis(checkpoint, family, moment, kept)
     assert eigenvalues[kept] < 1e-12 * eigenvalues[0]
     shape = Shape.of(family, checkpoint.config).with_width(kept)
@@ -118,7 +119,9 @@ def test_cut_is_exact_where_the_stream_is_confined(variant, refit, tokens, tmp_p
     (tmp_path / "small").mkdir()
     groups = iter(families.groups(family, checkpoint.config))
     if refit:
-        refitter = Refitter(checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, [])
+        refitter = Refitter(
+            checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, []
+        )
         compressed = refitted_groups(refitter, tokens, groups)
     else:
         compressed = plain_groups(checkpoint, family, projection, torch.float64, ON, groups)
@@ -146,7 +149,7 @@ def test_a_wrong_stream_scale_is_caught_only_by_the_confined_model(tokens, tmp_p
     turned = project_checkpoint(checkpoint, family, random_orthogonal(48))
     full = stock_model(checkpoint.config, turned, exact=True)
     assert relative_error(logits_of(full, tokens), dense) < 1e-12
-    moment, _ = measure_dense(checkpoint, family, tokens, None, "normalised", ON)
+    moment, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
     _, projection = choose_basis(checkpoint, family, moment, 24)
     cut = project_checkpoint(checkpoint, family, projection.basis_DK)
     shape = Shape.of(family, checkpoint.config).with_width(24)

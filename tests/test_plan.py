@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 
 from sp3llm.errors import UserError
 from sp3llm.families import FAMILIES, count_parameters
-from sp3llm.plan import Shape, plan_width, resized_config, width_multiple
+from sp3llm.plan import (
+    Limits,
+    Plan,
+    Shape,
+    candidates,
+    cost_of,
+    plan_of,
+    resized_config,
+    search,
+    width_multiple,
+)
 
 LLAMA_2_7B = {"model_type": "llama", "num_attention_heads": 32}
 SMOLLM = {
@@ -23,12 +33,19 @@ SMOLLM = {
 }
 
 
+def width_plan(family, config, keep, **limits) -> Plan:
+    """All of the budget spent on the hidden size."""
+    limits = Limits(keep, only_width=True, **limits)
+    (shape,) = candidates(family, config, limits)
+    return plan_of(family, config, limits, shape)
+
+
 def test_llama_2_7b_counts_what_it_has():
     assert count_parameters(FAMILIES["llama"], LLAMA_2_7B) == 6_738_415_616
 
 
 def test_three_quarters_of_llama_2_7b():
-    plan = plan_width(FAMILIES["llama"], LLAMA_2_7B, 0.75)
+    plan = width_plan(FAMILIES["llama"], LLAMA_2_7B, 0.75)
     assert plan.shape.hidden_size == 3072
     assert plan.keep_params <= 0.75
     assert plan.keep_params > 0.749
@@ -59,7 +76,7 @@ def test_budget_is_never_exceeded_and_the_next_width_would(keep, heads, head_dim
     }
     family = FAMILIES["llama"]
     try:
-        plan = plan_width(family, config, keep)
+        plan = width_plan(family, config, keep)
     except UserError:
         multiple = width_multiple(heads * head_dim, heads)
         if multiple < heads * head_dim:
@@ -72,7 +89,7 @@ def test_budget_is_never_exceeded_and_the_next_width_would(keep, heads, head_dim
     assert plan.parameters <= keep * plan.dense_parameters
     assert plan.shape.hidden_size % heads == 0
     assert plan.shape.hidden_size % plan.multiple_of == 0
-    assert plan.shape.hidden_size < plan.dense_shape.hidden_size
+    assert plan.shape.hidden_size <= plan.dense_shape.hidden_size
     wider = plan.shape.hidden_size + plan.multiple_of
     if wider < plan.dense_shape.hidden_size:
         count = count_parameters(
@@ -93,14 +110,14 @@ def test_width_multiple(hidden_size, heads, expected):
 
 def test_heads_must_divide_a_multiple_given_by_hand():
     with pytest.raises(UserError, match="9 attention heads"):
-        plan_width(FAMILIES["llama"], SMOLLM, 0.75, multiple_of=8)
-    plan = plan_width(FAMILIES["llama"], SMOLLM, 0.75, multiple_of=9)
+        width_plan(FAMILIES["llama"], SMOLLM, 0.75, multiple_of=8)
+    plan = width_plan(FAMILIES["llama"], SMOLLM, 0.75, multiple_of=9)
     assert plan.shape.hidden_size % 9 == 0
 
 
 def test_a_budget_below_the_smallest_shape_says_what_that_is():
-    with pytest.raises(UserError, match="smallest hidden size"):
-        plan_width(FAMILIES["llama"], LLAMA_2_7B, 0.001)
+    with pytest.raises(UserError, match="smallest that the limits allow"):
+        width_plan(FAMILIES["llama"], LLAMA_2_7B, 0.001)
 
 
 def test_head_dim_is_written_out():
@@ -108,3 +125,84 @@ def test_head_dim_is_written_out():
     config = resized_config(family, LLAMA_2_7B, Shape.of(family, LLAMA_2_7B).with_width(3072))
     assert config["head_dim"] == 128
     assert math.prod([config["num_attention_heads"], config["head_dim"]]) == 4096
+
+
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("of", ["params", "bytes", "flops", "kv-cache"])
+@pytest.mark.parametrize("keep", [0.9, 0.75, 0.5])
+def test_every_candidate_keeps_within_the_budget_of_what_it_counts(of, keep):
+    family = FAMILIES["llama"]
+    limits = Limits(keep, of=of)
+    dense = cost_of(family, LLAMA_3_8B, Shape.of(family, LLAMA_3_8B)).of(of)
+    found = candidates(family, LLAMA_3_8B, limits)
+    assert len(found) > 1
+    for shape in found:
+        assert cost_of(family, LLAMA_3_8B, shape).of(of) <= keep * dense
+        assert shape.hidden_size % shape.num_attention_heads == 0
+        assert shape.num_attention_heads == 4 * shape.num_key_value_heads
+        assert plan_of(family, LLAMA_3_8B, limits, shape).keep <= keep
+
+
+def test_kv_cache_alone_costs_no_width():
+    """Half the cache: half the groups, and the hidden size stays whole."""
+    family = FAMILIES["llama"]
+    first = candidates(family, LLAMA_3_8B, Limits(0.5, of="kv-cache"))[0]
+    assert (first.hidden_size, first.num_key_value_heads) == (4096, 4)
+
+
+def test_tensor_parallel_divides_everything():
+    family = FAMILIES["llama"]
+    for shape in candidates(family, LLAMA_3_8B, Limits(0.6, tensor_parallel=4)):
+        assert shape.num_key_value_heads % 4 == 0
+        assert shape.num_attention_heads % 4 == 0
+        assert shape.intermediate_size % 4 == 0
+        assert shape.hidden_size % 4 == 0
+
+
+def test_sizes_fixed_by_hand_stay():
+    family = FAMILIES["llama"]
+    limits = Limits(0.6, intermediate_size=10000, num_key_value_heads=6)
+    (shape,) = candidates(family, LLAMA_3_8B, limits)
+    assert (shape.intermediate_size, shape.num_key_value_heads) == (10000, 6)
+    assert shape.num_attention_heads == 24
+    for wrong in ({"hidden_size": 5000}, {"hidden_size": 1001}, {"intermediate_size": 0}):
+        with pytest.raises(UserError):
+            candidates(family, LLAMA_3_8B, Limits(0.6, **wrong))
+
+
+def test_flops_of_llama_2_7b_are_two_a_parameter_and_attention():
+    family = FAMILIES["llama"]
+    shape = Shape.of(family, LLAMA_2_7B)
+    cost = cost_of(family, LLAMA_2_7B, shape, context=0)
+    norms = 65 * 4096
+    assert cost.flops == 2 * (cost.params - 32000 * 4096 - norms)
+    assert cost.kv_cache == 2 * 32 * 4096 * 2
+    more = cost_of(family, LLAMA_2_7B, shape, context=100)
+    assert more.flops - cost.flops == 4 * 32 * 4096 * 100
+
+
+@given(st.integers(0, 6), st.integers(0, 5))
+@settings(max_examples=20, deadline=None)
+def test_search_finds_the_bottom_of_one_valley(ffn, groups):
+    family = FAMILIES["llama"]
+    shapes = candidates(family, LLAMA_3_8B, Limits(0.6))
+    widths = sorted({s.intermediate_size for s in shapes}, reverse=True)
+    counts = sorted({s.num_key_value_heads for s in shapes}, reverse=True)
+
+    def loss(shape: Shape) -> float:
+        f, g = widths.index(shape.intermediate_size), counts.index(shape.num_key_value_heads)
+        return (f - ffn) ** 2 + (g - groups) ** 2
+
+    best, tried = search(shapes, loss)
+    assert loss(best) == min(map(loss, shapes))
+    assert len(tried) < len(shapes)

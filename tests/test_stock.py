@@ -92,7 +92,7 @@ def test_the_output_is_the_same_class_smaller_and_counts_what_it_says(variant, o
     record = json.loads((outputs[variant] / "sp3llm.json").read_text())
     real = sum(p.numel() for p in model.parameters())
     assert real == record["plan"]["parameters"]
-    assert real <= record["plan"]["keep_params_asked"] * record["plan"]["dense_parameters"]
+    assert real <= record["plan"]["keep_asked"] * record["plan"]["dense_parameters"]
     config = json.loads((outputs[variant] / "config.json").read_text())
     assert type(model).__name__ == config["architectures"][0]
     assert count_parameters(family_of(config), config) == real

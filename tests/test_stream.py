@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sp3llm import stream as streaming
-from sp3llm.compress import measure_dense, measure_losses
+from sp3llm.measure import measure_dense, measure_losses
 from sp3llm.moments import add_second_moment, eigenbasis, normalise
 from sp3llm.stream import Execution
 
@@ -37,9 +37,9 @@ def test_streamed_moments_equal_those_of_a_plain_forward(variant, moments, token
     model = tiny_model(variant, torch.float32)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    found, _ = measure_dense(checkpoint, family, tokens, None, moments, FLOAT32)
+    found, _ = measure_dense(checkpoint, family, tokens, None, moments, "pca", FLOAT32)
     expected = dense_moments(model, family, tokens, moments == "raw")
-    assert relative_error(found, expected) < 1e-6
+    assert relative_error(found.total_DD, expected) < 1e-6
 
 
 @pytest.mark.parametrize("variant", list(TINY))
@@ -61,11 +61,11 @@ def test_batches_and_pieces_do_not_change_the_result(tokens, tmp_path, monkeypat
     model = tiny_model("qwen2", torch.float32)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    whole = measure_dense(checkpoint, family, tokens, tokens, "normalised", FLOAT32)
+    whole = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", FLOAT32)
     monkeypatch.setattr(streaming, "_TOKENS_A_BATCH", 3 * tokens.shape[1])
     monkeypatch.setattr(streaming, "_LOGITS_A_BATCH", 5 * 96)
-    pieces = measure_dense(checkpoint, family, tokens, tokens, "normalised", FLOAT32)
-    assert relative_error(pieces[0], whole[0]) < 1e-6
+    pieces = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", FLOAT32)
+    assert relative_error(pieces[0].total_DD, whole[0].total_DD) < 1e-6
     assert torch.allclose(pieces[1], whole[1], atol=1e-5)
 
 
