@@ -1,4 +1,4 @@
-"""Checkpoints on disk: find them, read them a group at a time, write new ones safely.
+"""Checkpoints on disk: read them a group at a time, write new ones safely.
 
 Reading never loads more than the tensors asked for. Writing goes to a folder beside the target
 that gets its `config.json` last and the target's name only when everything is in it, so that a
@@ -27,19 +27,10 @@ from torch import Tensor
 
 from sp3llm.errors import UserError, reason
 from sp3llm.families import Family, Group, groups, is_tied, parameter_shapes
+from sp3llm.source import read_config
 
 RECORD = "sp3llm.json"
-BUNDLED = "bundled/llama-8m"
 
-# Repositories in Meta's own format, and the Hugging Face twin of each.
-_HF_TWINS = {
-    f"meta-llama/Llama-2-{size}{chat}": f"meta-llama/Llama-2-{size}{chat}-hf"
-    for size in ("7b", "13b", "70b")
-    for chat in ("", "-chat")
-}
-# The same weights in another format, beside those that are read.
-_NOT_FETCHED = ["consolidated*", "original/*"]
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 # Not weights of the model: training state, and formats of other tools.
 _NOT_CARRIED = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json", ".md", ".h5")
 _CARRIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
@@ -55,63 +46,6 @@ _QUANTIZED = (
 _SHARD_BYTES = 2 * 10**9
 # Headers, tokenizer, card, and what a file system loses to blocks.
 _DISK_MARGIN = 64 * 2**20
-
-
-# --------------------------------------------------------------------------- finding
-
-
-def bundled_model() -> Path:
-    """The small trained model that comes with the package."""
-    return Path(__file__).parent / BUNDLED
-
-
-def resolve_model(model: str | None) -> tuple[Path, str, str | None]:
-    """Turn what the user named into a local folder.
-
-    `model` is None (the bundled model), a folder, or a hub id, which is downloaded into the hub
-    cache (safetensors where there are any, `.bin` shards otherwise).
-
-    Returns the folder, the name to show, and a line to print if another repository was taken.
-    Raises UserError if there is no such model or it is not in Hugging Face format.
-    """
-    if model is None:
-        return bundled_model(), "the bundled Llama", None
-    folder = Path(model)
-    if folder.is_dir():
-        return folder, folder.resolve().name, None
-    if folder.exists():
-        raise UserError(
-            f"Expected a model folder or a hub id, found the file '{model}': name the folder that "
-            "holds config.json and the weights."
-        )
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(
-            f"Expected a model folder or a hub id (owner/name), found '{model}', which is no "
-            "folder here: check the path."
-        )
-    note = None
-    if model in _HF_TWINS:
-        note = f"{model} is in Meta's own format; taking its Hugging Face twin {_HF_TWINS[model]}."
-        model = _HF_TWINS[model]
-    return _download(model), model, note
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(
-            snapshot_download(model, allow_patterns=_HUB_PATTERNS, ignore_patterns=_NOT_FETCHED)
-        )
-        has_weights = any(folder.glob("*.safetensors"))
-        if (folder / "config.json").exists() and not has_weights:
-            folder = Path(snapshot_download(model, allow_patterns=[*_HUB_PATTERNS, "*.bin"]))
-    except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
-        raise UserError(
-            f"Cannot get '{model}' from the hub ({type(error).__name__}: {reason(error)}): check "
-            "the name, the network, and for gated models `hf auth login`, or name a local folder."
-        ) from error
-    return folder
 
 
 # --------------------------------------------------------------------------- reading
@@ -157,36 +91,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises UserError if one is missing, or a shard is missing or damaged.
     """
     return Checkpoint(folder, read_config(folder), _locate_tensors(folder))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder.
-
-    Raises UserError where there is none, and says so where the folder is in Meta's own format.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        if (folder / "params.json").exists() or any(folder.glob("consolidated.*")):
-            raise UserError(
-                f"'{folder}' is in Meta's own format (params.json, consolidated.*.pth): name the "
-                "Hugging Face version of the model, usually called the same with -hf."
-            )
-        raise UserError(
-            f"Expected config.json in '{folder}', found none: name the folder of a Hugging Face "
-            "model."
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"'{path}' is not JSON ({reason(error)}): get an undamaged copy of the checkpoint."
-        ) from error
-    if not isinstance(config, dict):
-        raise UserError(
-            f"Expected an object in '{path}', found {type(config).__name__}: get an undamaged copy "
-            "of the checkpoint."
-        )
-    return config
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:

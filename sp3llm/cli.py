@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from sp3llm import __version__
@@ -46,26 +47,21 @@ def parser(prog: str = "sp3llm") -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    add_plan(
+        commands.add_parser(
+            "plan",
+            help="show the shapes within a budget, from config.json alone",
+            description="Show the shapes within a budget, what they cost, and what a run will "
+            "need, from config.json alone: no weights are read.",
+        )
+    )
     return top
 
 
 def add_compress(add: argparse.ArgumentParser) -> None:
     """The options of `sp3llm compress`."""
     default = CompressConfig()
-    add.add_argument("model", nargs="?", help="hub id or folder (default: the bundled Llama)")
-    add.add_argument(
-        "--keep",
-        type=_number,
-        default=default.keep,
-        metavar="FRACTION",
-        help="fraction of the dense model's parameters, tied weights once; never exceeded "
-        f"(default: {default.keep})",
-    )
-    add.add_argument(
-        "--of",
-        default=default.of,
-        help=f"what --keep counts: {', '.join(COUNTS)} (default: {default.of})",
-    )
+    add_budget(add)
     add.add_argument(
         "--out", type=Path, metavar="DIR", help="output folder (default: ./<model>-keep<percent>)"
     )
@@ -77,36 +73,10 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         "stdlib for the bundled model, else wikitext2)",
     )
     add.add_argument(
-        "--samples",
-        type=int,
-        default=default.samples,
-        metavar="N",
-        help=f"calibration windows (default: {default.samples})",
-    )
-    add.add_argument(
-        "--seq-len",
-        type=int,
-        metavar="N",
-        help="tokens a window (default: 2048, or the model's positions if fewer)",
-    )
-    add.add_argument(
         "--eval-text",
         metavar="SETS",
         help="held-out text for the perplexity, named like --calib (default: the evaluation split "
         "of the calibration set, else stdlib)",
-    )
-    add.add_argument(
-        "--eval-samples",
-        type=int,
-        default=default.eval_samples,
-        metavar="N",
-        help=f"evaluation windows at most (default: {default.eval_samples})",
-    )
-    add.add_argument(
-        "--moments",
-        default=default.moments,
-        help=f"moments of which stream give the basis: {' or '.join(MOMENTS)} (default: "
-        f"{default.moments}; raw is there to compare with)",
     )
     add.add_argument(
         "--refit",
@@ -114,17 +84,56 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         default=default.refit,
         help="refit what is left in closed form, layer by layer (default: yes)",
     )
+    for option, choices, what in (
+        ("moments", MOMENTS, "stream whose second moments are taken; raw is there to compare with"),
+        ("basis", BASES, "basis of the stream: principal components, or weighed by what the "
+         "readers or the loss would miss"),
+        ("choose", CHOICES, "how FFN neurons and KV groups are chosen: by the loss of the refit, "
+         "or by their own energy"),
+    ):  # fmt: skip
+        value = getattr(default, option)
+        add.add_argument(
+            f"--{option}", default=value, help=f"{what}: {', '.join(choices)} (default: {value})"
+        )
     add.add_argument(
-        "--basis",
-        default=default.basis,
-        help=f"basis of the stream: {', '.join(BASES)} (default: {default.basis}: principal "
-        "components; the others weigh what the readers or the loss would miss)",
+        "--device", default=default.device, help="auto, cpu, cuda, ... (default: auto)"
     )
     add.add_argument(
-        "--choose",
-        default=default.choose,
-        help=f"how FFN neurons and KV groups are chosen: {' or '.join(CHOICES)} (default: "
-        f"{default.choose}, by the loss of the refit)",
+        "--dtype",
+        default=default.dtype,
+        help=f"dtype of the weights written: {', '.join(DTYPES)} (default: as in the checkpoint)",
+    )
+    add.add_argument(
+        "--seed",
+        type=int,
+        default=default.seed,
+        metavar="N",
+        help=f"chooses the calibration windows (default: {default.seed})",
+    )
+
+
+def add_plan(add: argparse.ArgumentParser) -> None:
+    """The options of `sp3llm plan`."""
+    add_budget(add)
+    add.add_argument("--json", action="store_true", help="print JSON for machines")
+
+
+def add_budget(add: argparse.ArgumentParser) -> None:
+    """What `compress` and `plan` share: the model, the budget, and what is fixed by hand."""
+    default = CompressConfig()
+    add.add_argument("model", nargs="?", help="hub id or folder (default: the bundled Llama)")
+    add.add_argument(
+        "--keep",
+        type=_number,
+        default=default.keep,
+        metavar="FRACTION",
+        help="fraction of the dense model to keep; never exceeded; tied weights count once "
+        f"(default: {default.keep})",
+    )
+    add.add_argument(
+        "--of",
+        default=default.of,
+        help=f"what --keep counts: {', '.join(COUNTS)} (default: {default.of})",
     )
     add.add_argument(
         "--allocate",
@@ -148,20 +157,19 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         help="what the new hidden size must be a multiple of (default: 256, 64 or 8, by width and "
         "heads)",
     )
+    for option, what in (
+        ("samples", "calibration windows"),
+        ("eval-samples", "evaluation windows at most"),
+    ):
+        value = getattr(default, option.replace("-", "_"))
+        add.add_argument(
+            f"--{option}", type=int, default=value, metavar="N", help=f"{what} (default: {value})"
+        )
     add.add_argument(
-        "--device", default=default.device, help="auto, cpu, cuda, ... (default: auto)"
-    )
-    add.add_argument(
-        "--dtype",
-        default=default.dtype,
-        help=f"dtype of the weights written: {', '.join(DTYPES)} (default: as in the checkpoint)",
-    )
-    add.add_argument(
-        "--seed",
+        "--seq-len",
         type=int,
-        default=default.seed,
         metavar="N",
-        help=f"chooses the calibration windows (default: {default.seed})",
+        help="tokens a window (default: 2048, or the model's positions if fewer)",
     )
 
 
@@ -178,10 +186,11 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     """Run the command line; exits with 2 and one sentence where the input is wrong."""
     arguments = [*(prefix or []), *(sys.argv[1:] if argv is None else argv)]
     options = vars(parser().parse_args(arguments))
-    del options["command"]
     try:
-        settings = CompressConfig(**options)
-        _run_compress(settings)
+        if options.pop("command") == "plan":
+            _run_plan(options.pop("json"), CompressConfig(**options))
+        else:
+            _run_compress(CompressConfig(**options))
     except UserError as error:
         print(f"sp3llm: {error}", file=sys.stderr)
         sys.exit(2)
@@ -203,3 +212,38 @@ def _run_compress(settings: CompressConfig) -> None:
 
     transformers.utils.logging.set_verbosity_error()
     compress(settings, console)
+
+
+def _run_plan(as_json: bool, settings: CompressConfig) -> None:
+    import json
+
+    from sp3llm import families, report
+    from sp3llm.plan import candidates, cost_of, limits_of, needs_of
+    from sp3llm.source import resolve_config
+
+    config, name, note = resolve_config(settings.model)
+    family = families.family_of(config)
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    itemsize = {"float64": 8, "float32": 4}.get(stated.removeprefix("torch."), 2)
+    limits = limits_of(settings, itemsize)
+    shapes = candidates(family, config, limits)
+    positions = families.setting(family, config, "max_position_embeddings")
+    seq_len = settings.seq_len or min(2048, positions)
+    needs = needs_of(
+        family, config, shapes[0], settings.samples, settings.eval_samples, seq_len, itemsize, 4
+    )
+    if as_json:
+        rows = [
+            {**asdict(shape), **asdict(cost_of(family, config, shape, limits.context, itemsize))}
+            for shape in shapes
+        ]
+        plan = {"model": name, "limits": asdict(limits), "shapes": rows, "needs": asdict(needs)}
+        print(json.dumps(plan, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if note:
+        console.print(note, markup=False)
+    console.print(report.plan_table(name, family, config, limits, shapes))
+    console.print(report.needs_line(settings, seq_len, needs), highlight=False, markup=False)

@@ -18,7 +18,7 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sp3llm.data import Windows
     from sp3llm.families import Family, Group
     from sp3llm.measure import Moments
-    from sp3llm.plan import Limits, Plan, Shape
+    from sp3llm.plan import Plan, Shape
     from sp3llm.score import Excess
     from sp3llm.stream import Execution
 
@@ -88,17 +88,17 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
     from sp3llm import checkpoint as disk
-    from sp3llm import families, report, score
+    from sp3llm import families, report, score, source
     from sp3llm.measure import measure_dense, measure_losses
-    from sp3llm.plan import candidates, plan_of, resized_config
+    from sp3llm.plan import candidates, limits_of, plan_of, resized_config
     from sp3llm.rebuild import held_back_from
     from sp3llm.stream import empty_model, execution
 
     started = time.monotonic()
-    folder, name, note = disk.resolve_model(settings.model)
+    folder, name, note = source.resolve_model(settings.model)
     if note:
         console.print(note, markup=False)
-    family = families.family_of(disk.read_config(folder))
+    family = families.family_of(source.read_config(folder))
     dense = disk.open_checkpoint(folder)
     disk.check_tensors(dense, family)
     dense_dtype = dense.dtype()
@@ -271,18 +271,6 @@ def write_model(
     parameters = count_parameters(family, small_config)
     disk.write_index(folder, layout, parameters * dtype.itemsize, parameters)
     return disk.Checkpoint(folder, small_config, files)
-
-
-def limits_of(settings: CompressConfig, itemsize: int) -> "Limits":
-    """The limits that settings put on a plan.
-
-    With `--allocate width`, which `--no-refit` implies, FFN and KV groups stay as they are.
-    """
-    from sp3llm.plan import Limits
-
-    names = {field.name for field in fields(Limits)} & {field.name for field in fields(settings)}
-    limits = Limits(itemsize=itemsize, **{name: getattr(settings, name) for name in names})
-    return replace(limits, only_width=settings.allocation == "width")
 
 
 def _dtype(asked: str, dense: "torch.dtype") -> "torch.dtype":

@@ -3,9 +3,10 @@
 import bisect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from sp3llm.config import CompressConfig
 from sp3llm.errors import UserError
 from sp3llm.families import (
     FFN,
@@ -88,6 +89,16 @@ class Limits:
     """Tokens of context that attention FLOPs are counted at."""
     itemsize: int = 2
     """Bytes of a weight, and of an entry of the KV cache."""
+
+
+def limits_of(settings: CompressConfig, itemsize: int) -> Limits:
+    """The limits that settings put on a plan.
+
+    With `--allocate width`, which `--no-refit` implies, FFN and KV groups stay as they are.
+    """
+    names = {field.name for field in fields(Limits)} & {field.name for field in fields(settings)}
+    limits = Limits(itemsize=itemsize, **{name: getattr(settings, name) for name in names})
+    return replace(limits, only_width=settings.allocation == "width")
 
 
 @dataclass(frozen=True)
@@ -259,37 +270,30 @@ def start_shape(family: Family, config: Mapping[str, Any], limits: Limits) -> Sh
 def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> list[Shape]:
     """Shapes worth trying at the budget, the one that spends all of it on the width first.
 
-    FFN widths fall in steps of about a tenth and KV groups in steps of about an eighth; each
-    comes with the widest hidden size that fits. Sizes fixed by hand stay.
+    KV groups fall in steps of about an eighth; for each number of them hidden sizes rise from the
+    widest that leaves the FFN whole, in steps of a sixteenth at least, and the FFN takes up the
+    remainder of the budget, down to three tenths. Sizes fixed by hand stay.
 
     Raises UserError if none fits.
     """
     dense = Shape.of(family, config)
     start = start_shape(family, config, limits)
-    ffn_widths, group_counts = [start.intermediate_size], [start.num_key_value_heads]
-    if limits.intermediate_size is None and not limits.only_width:
-        multiple = intermediate_multiple(dense.hidden_size, limits.tensor_parallel)
-        for tenth in range(9, 3, -1):
-            width = round(dense.intermediate_size * tenth / 10 / multiple) * multiple
-            if 0 < width < ffn_widths[-1]:
-                ffn_widths.append(width)
+    group_counts = [start.num_key_value_heads]
     if limits.num_key_value_heads is None and not limits.only_width:
         for eighth in range(7, 2, -1):
             count = dense.num_key_value_heads * eighth // 8
             count -= count % limits.tensor_parallel
             if 0 < count < group_counts[-1]:
                 group_counts.append(count)
-    found: list[Shape] = []
-    for groups in group_counts:
-        for width in ffn_widths:
-            shape = replace(start.with_groups(groups), intermediate_size=width)
-            fitted = widest(family, config, limits, shape)
-            if fitted is not None and fitted not in found and fitted != dense:
-                found.append(fitted)
+    found = [
+        shape
+        for groups in group_counts
+        for shape in _with_groups(family, config, limits, start.with_groups(groups))
+        if shape != dense
+    ]
     if not found:
-        smallest = replace(
-            start.with_groups(group_counts[-1]), intermediate_size=ffn_widths[-1]
-        ).with_width(limits.hidden_size or _multiple(limits, dense))
+        smallest = start.with_groups(group_counts[-1])
+        smallest = smallest.with_width(limits.hidden_size or _multiple(limits, dense))
         least = _cost(family, config, limits, smallest) / _cost(family, config, limits, dense)
         least = math.ceil(least * 1e4) / 1e4  # so that the number named is one that works
         raise UserError(
@@ -299,6 +303,45 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
             f"keeps {least:.4f}; raise --keep."
         )
     return found
+
+
+def _with_groups(
+    family: Family, config: Mapping[str, Any], limits: Limits, start: Shape
+) -> list[Shape]:
+    """Candidates of one number of KV groups, the narrowest with the whole FFN first."""
+    dense = Shape.of(family, config)
+    first = widest(family, config, limits, start)
+    ffn_stays = limits.only_width or limits.intermediate_size is not None
+    if ffn_stays or (limits.hidden_size is not None and first is not None):
+        return [] if first is None else [first]
+    multiple = math.lcm(_multiple(limits, dense), start.num_attention_heads)
+    step = max(1, dense.hidden_size // 16 // multiple) * multiple
+    begin = limits.hidden_size or (first.hidden_size + step if first else multiple)
+    end = limits.hidden_size or dense.hidden_size
+    found = [first] if first else []
+    for width in range(begin, end + 1, step):
+        filled = _filled(family, config, limits, start.with_width(width))
+        if filled is not None:
+            found.append(filled)
+    return found
+
+
+def _filled(
+    family: Family, config: Mapping[str, Any], limits: Limits, start: Shape
+) -> Shape | None:
+    """`start` with the widest FFN within the budget; None below three tenths of the dense one."""
+    dense = Shape.of(family, config)
+    budget = limits.keep * _cost(family, config, limits, dense)
+    multiple = intermediate_multiple(dense.hidden_size, limits.tensor_parallel)
+    widths = range(multiple, dense.intermediate_size, multiple)
+
+    def cost(width: int) -> int:
+        return _cost(family, config, limits, replace(start, intermediate_size=width))
+
+    fitting = bisect.bisect_right(widths, budget, key=cost)
+    if not fitting or widths[fitting - 1] < 0.3 * dense.intermediate_size:
+        return None
+    return replace(start, intermediate_size=widths[fitting - 1])
 
 
 def plan_of(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> Plan:
@@ -323,19 +366,63 @@ def plan_of(family: Family, config: Mapping[str, Any], limits: Limits, shape: Sh
     )
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a run will need, bytes, estimated from shapes alone."""
+
+    streams: int
+    """Residual streams of all windows, in host memory."""
+    working: int
+    """Largest layer in both sizes with its Gram matrices, on the device that computes."""
+    disk: int
+    """Of the compressed weights."""
+
+
+def needs_of(
+    family: Family,
+    config: Mapping[str, Any],
+    shape: Shape,
+    samples: int,
+    eval_samples: int,
+    seq_len: int,
+    itemsize: int,
+    compute_itemsize: int,
+) -> Needs:
+    """Estimate the memory and disk of `sp3llm compress`.
+
+    The first pass holds calibration and evaluation streams; the second the dense stream before
+    and between the writers of a layer, and the small one. Gram matrices are float64: one to fit
+    and one held back, their sum, a ridged copy and its factor.
+    """
+    dense = Shape.of(family, config)
+    wide, narrow = dense.hidden_size, shape.hidden_size
+    first = (samples + eval_samples) * wide
+    second = samples * ((1 + len(family.sites[1:])) * wide + narrow)
+    one, two = ({**resized_config(family, config, s), "num_hidden_layers": n}
+                for s, n in ((dense, 1), (dense, 2)))  # fmt: skip
+    layer = count_parameters(family, two) - count_parameters(family, one)
+    table = axis_sizes(family, config)[VOCAB] * wide
+    widest_input = max(dense.intermediate_size, dense.num_attention_heads * dense.head_dim)
+    grams = 8 * (5 * widest_input**2 + 3 * widest_input * narrow)
+    return Needs(
+        streams=max(first, second) * seq_len * compute_itemsize,
+        working=max(2 * layer, table) * (itemsize + compute_itemsize) + grams,
+        disk=count_parameters(family, resized_config(family, config, shape)) * itemsize,
+    )
+
+
 def search(
     shapes: list[Shape], loss_of: Callable[[Shape], float]
 ) -> tuple[Shape, dict[Shape, float]]:
     """Walk from the first candidate to the neighbour that loses least until none loses less.
 
-    Neighbours differ by one step of FFN width or of KV groups (hidden sizes follow from the
-    budget), so a handful of trials is enough where the loss has one valley.
+    Neighbours differ by one step of width (the FFN takes up the remainder) or by one step of KV
+    groups, so a handful of trials is enough where the loss has one valley.
 
     Returns the best shape and every loss found out.
     """
-    ffn_widths = sorted({s.intermediate_size for s in shapes}, reverse=True)
-    group_counts = sorted({s.num_key_value_heads for s in shapes}, reverse=True)
-    at = {(s.intermediate_size, s.num_key_value_heads): s for s in shapes}
+    counts = sorted({s.num_key_value_heads for s in shapes}, reverse=True)
+    rows = [[s for s in shapes if s.num_key_value_heads == count] for count in counts]
     losses: dict[Shape, float] = {}
 
     def loss(shape: Shape) -> float:
@@ -345,18 +432,10 @@ def search(
 
     best = shapes[0]
     while True:
-        f, g = (
-            ffn_widths.index(best.intermediate_size),
-            group_counts.index(best.num_key_value_heads),
-        )
-        steps = [(f + 1, g), (f, g + 1), (f - 1, g), (f, g - 1)]
-        around = [
-            at[ffn_widths[i], group_counts[j]]
-            for i, j in steps
-            if 0 <= i < len(ffn_widths)
-            and 0 <= j < len(group_counts)
-            and (ffn_widths[i], group_counts[j]) in at
-        ]
+        row = counts.index(best.num_key_value_heads)
+        column = rows[row].index(best)
+        steps = [(row, column + 1), (row + 1, column), (row, column - 1), (row - 1, column)]
+        around = [rows[i][j] for i, j in steps if 0 <= i < len(rows) and 0 <= j < len(rows[i])]
         better = min([best, *around], key=loss)
         if better == best:
             return best, losses

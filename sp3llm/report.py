@@ -21,7 +21,9 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from sp3llm.compress import Result
-    from sp3llm.plan import Plan
+    from sp3llm.config import CompressConfig
+    from sp3llm.families import Family
+    from sp3llm.plan import Limits, Needs, Plan, Shape
 
 
 def progress_bars(console: Console) -> Progress:
@@ -122,6 +124,44 @@ def next_steps(result: "Result") -> str:
         f"Written to {result.out} (stock {result.architecture}; the record is sp3llm.json). Next:\n"
         f"  AutoModelForCausalLM.from_pretrained({str(result.out)!r})   in transformers\n"
         f"  vllm serve {result.out}"
+    )
+
+
+def plan_table(
+    name: str, family: "Family", config: dict[str, Any], limits: "Limits", shapes: list["Shape"]
+) -> Table:
+    """Candidate shapes beside the dense one, and what each costs."""
+    from sp3llm.plan import Shape, cost_of
+
+    table = Table(title=Text(f"{name}: shapes that keep {limits.keep:g} of the {limits.of}"))
+    for column in ("width", "FFN", "heads/KV", "parameters", "kept", "weights", "FLOPs", "KV"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.caption = "FLOPs and KV cache are those of one token"
+    dense = Shape.of(family, config)
+    whole = cost_of(family, config, dense, limits.context, limits.itemsize)
+    for shape in [dense, *shapes]:
+        cost = cost_of(family, config, shape, limits.context, limits.itemsize)
+        table.add_row(
+            str(shape.hidden_size),
+            str(shape.intermediate_size),
+            f"{shape.num_attention_heads}/{shape.num_key_value_heads}",
+            f"{cost.params / 1e6:,.1f} M",
+            f"{100 * cost.of(limits.of) / whole.of(limits.of):.2f} %",
+            human_bytes(cost.bytes),
+            f"{cost.flops / 1e9:.3g} G",
+            human_bytes(cost.kv_cache),
+            end_section=shape == dense,
+        )
+    return table
+
+
+def needs_line(settings: "CompressConfig", seq_len: int, needs: "Needs") -> str:
+    """What a run of these settings will need."""
+    return (
+        f"A run with {settings.samples} + {settings.eval_samples} windows of {seq_len} tokens "
+        f"needs about {human_bytes(needs.streams)} of memory for the streams and "
+        f"{human_bytes(needs.working)} for a layer and its Gram matrices (float32 arithmetic, on a "
+        f"GPU the streams take half), and {human_bytes(needs.disk)} of disk."
     )
 
 

@@ -14,9 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sp3llm.checkpoint import Checkpoint, bundled_model, open_checkpoint
+from sp3llm.checkpoint import Checkpoint, open_checkpoint
 from sp3llm.families import FAMILIES, Family, groups
 from sp3llm.project import project_group
+from sp3llm.source import bundled_model
 
 _COMMON = {
     "hidden_size": 48,

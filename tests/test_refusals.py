@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from sp3llm.checkpoint import RECORD, open_checkpoint, resolve_model
+from sp3llm.checkpoint import RECORD, open_checkpoint
 from sp3llm.cli import main
 from sp3llm.families import FAMILIES
+from sp3llm.source import resolve_model
 
 POSITIONS = 64
 EMBEDDINGS = "model.embed_tokens.weight"

@@ -14,6 +14,7 @@ from sp3llm import checkpoint as disk
 from sp3llm.compress import compress
 from sp3llm.config import CompressConfig
 from sp3llm.families import count_parameters, family_of
+from sp3llm.source import bundled_model
 
 from .conftest import save_model, tiny_model
 
@@ -134,7 +135,7 @@ def test_config_keeps_what_its_author_wrote(tmp_path):
     path.write_text(json.dumps(config))
     settings = CompressConfig(
         model=str(tmp_path / "dense"), out=tmp_path / "small", calib="stdlib",
-        samples=2, seq_len=32, eval_samples=2,
+        samples=2, seq_len=32, eval_samples=2, allocate="width",
     )  # fmt: skip
     compress(settings, QUIET)
     small = json.loads((tmp_path / "small" / "config.json").read_text())
@@ -153,7 +154,7 @@ def test_every_companion_file_comes_along(tmp_path):
     (tmp_path / "dense" / "README.md").write_text("the original's card")
     settings = CompressConfig(
         model=str(tmp_path / "dense"), out=tmp_path / "small", calib="stdlib",
-        samples=2, seq_len=32, eval_samples=2,
+        samples=2, seq_len=32, eval_samples=2, allocate="width",
     )  # fmt: skip
     compress(settings, QUIET)
     found = {path.name for path in (tmp_path / "small").iterdir()}
@@ -196,7 +197,7 @@ def test_many_shards_load_like_one(tmp_path, monkeypatch):
 
 
 def test_bundled_model_is_what_its_card_says():
-    folder = disk.bundled_model()
+    folder = bundled_model()
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert 6_000_000 <= model.num_parameters() <= 8_000_000
     assert (folder / "model.safetensors").stat().st_size <= 16_000_000
@@ -211,7 +212,7 @@ def test_bundled_model_is_what_its_card_says():
 def test_bundled_model_compresses_and_loses_little(tmp_path):
     """Three quarters of the parameters of a real trained model: far from broken."""
     settings = CompressConfig(
-        out=tmp_path / "small", samples=16, seq_len=256, eval_samples=16, keep=0.75
+        out=tmp_path / "small", samples=24, seq_len=256, eval_samples=16, allocate="width"
     )
     result = compress(settings, QUIET)
     assert result.plan.keep_params <= 0.75

@@ -1,0 +1,264 @@
+"""Closed form means what it says: the fits equal dense least squares and never do harm."""
+
+import pytest
+import torch
+
+from sp3llm.measure import choose_basis, measure_dense
+from sp3llm.moments import metric_basis
+from sp3llm.refit import (
+    add_to_gram,
+    choose_units,
+    empty_gram,
+    joined,
+    restricted,
+    ridge_fit,
+    ridge_solution,
+    squared_error,
+)
+from sp3llm.stream import (
+    Execution,
+    backward_head,
+    backward_layer,
+    empty_model,
+    open_stream,
+    run_layer,
+)
+
+from .conftest import family_of_model, relative_error, save_model, tiny_model
+from .test_stock import compress_tiny
+
+CPU = torch.device("cpu")
+ON = Execution(CPU, torch.float64)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gram_of(a, y, weight=None):
+    gram = empty_gram(a.shape[1], y.shape[1], CPU)
+    add_to_gram(gram, a, y, weight)
+    return gram
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("intercept", [False, True])
+def test_solution_equals_dense_least_squares(intercept, weighted):
+    a, y = normal(200, 7), normal(200, 5, seed=1) + 3
+    weight = normal(200, seed=2).abs() + 0.1 if weighted else None
+    found, constant, _ = ridge_solution(gram_of(a, y, weight), torch.zeros(7, 5), 0.0, intercept)
+    root = torch.ones(200, 1) if weight is None else weight.sqrt()[:, None]
+    design = torch.cat([a, torch.ones(200, 1)], 1) if intercept else a
+    expected = torch.linalg.lstsq(design * root, y * root).solution
+    assert relative_error(found, expected[:7]) < 1e-12
+    if intercept:
+        assert relative_error(constant, expected[7]) < 1e-12
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_squared_error_from_the_gram_equals_that_of_the_tokens(intercept):
+    a, y, x = normal(50, 4), normal(50, 3, seed=1), normal(4, 3, seed=2)
+    constant = normal(3, seed=3) if intercept else None
+    residual = y - a @ x - (constant if intercept else 0)
+    expected = (residual.square().sum() / y.square().sum()).item()
+    assert squared_error(gram_of(a, y), x, constant) == pytest.approx(expected, rel=1e-12)
+
+
+def test_gram_does_not_depend_on_how_tokens_are_split():
+    a, y, weight = normal(60, 6), normal(60, 4, seed=1), normal(60, seed=2).abs()
+    whole = gram_of(a, y, weight)
+    parts = joined(gram_of(a[:23], y[:23], weight[:23]), gram_of(a[23:], y[23:], weight[23:]))
+    for name in whole.__dataclass_fields__:
+        assert relative_error(getattr(parts, name), getattr(whole, name)) < 1e-14
+
+
+@pytest.mark.parametrize("tokens", [3, 10, 30, 1000])
+@pytest.mark.parametrize("seed", range(5))
+def test_fit_never_does_worse_on_held_back_tokens_than_the_prior(tokens, seed):
+    """With fewer tokens than inputs, with noise only, with plenty: the prior is the floor."""
+    a, held = normal(tokens, 20, seed=seed), normal(50, 20, seed=seed + 100)
+    prior, truth = normal(20, 8, seed=seed + 1), normal(20, 8, seed=seed + 2)
+    for strength in (0.0, 0.1, 3.0):
+        target = prior + strength * truth
+        y = a @ target + normal(tokens, 8, seed=seed + 3)
+        fit = ridge_fit(
+            gram_of(a, y), gram_of(held, held @ target + normal(50, 8, seed=seed + 4)), prior
+        )
+        assert fit.error <= fit.plain_error
+        assert torch.isfinite(fit.solution_PQ).all()
+        if fit.ridge == float("inf"):
+            assert torch.equal(fit.solution_PQ, prior)
+
+
+def test_noise_alone_keeps_the_prior():
+    prior = normal(40, 6)
+    a, held = normal(8, 40, seed=1), normal(400, 40, seed=2)
+    y, held_y = a @ prior + 5 * normal(8, 6, seed=3), held @ prior
+    fit = ridge_fit(gram_of(a, y), gram_of(held, held_y), prior)
+    assert fit.ridge == float("inf")
+
+
+def test_a_singular_gram_raises_the_ridge_and_stays_finite():
+    a = normal(30, 4).repeat(1, 3)
+    solution, _, used = ridge_solution(gram_of(a, a[:, :2]), torch.zeros(12, 2), 1e-18, False)
+    assert used > 1e-18
+    assert torch.isfinite(solution).all()
+    assert relative_error(a @ solution, a[:, :2]) < 1e-3
+
+
+def refitted_loss(gram, kept):
+    part = restricted(gram, kept)
+    prior = torch.zeros(len(kept), part.cross_PQ.shape[1])
+    solution, _, _ = ridge_solution(part, prior.double(), 0.0, False)
+    return squared_error(part, solution, None)
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_obs_drops_the_unit_that_a_refit_misses_least(unit, seed):
+    """Brute force over every unit: the one dropped is the one whose loss after a refit is least."""
+    units = 6
+    a = normal(300, units * unit, seed=seed) @ normal(units * unit, units * unit, seed=seed + 9)
+    y = a @ normal(units * unit, 5, seed=seed + 20)
+    gram = gram_of(a, y)
+    weight, _, _ = ridge_solution(gram, torch.zeros_like(gram.cross_PQ), 0.0, False)
+    kept = choose_units(gram.inputs_PP, weight, units - 1, unit, "obs")
+    rest = [
+        torch.tensor([i for i in range(units * unit) if i // unit != dropped])
+        for dropped in range(units)
+    ]
+    best = min(rest, key=lambda index: refitted_loss(gram, index))
+    assert torch.equal(kept, best)
+
+
+def test_obs_sees_what_energy_does_not():
+    """Two equal loud neurons: one of them is free to go; its energy says the opposite."""
+    quiet = 0.1 * normal(500, 3)
+    loud = normal(500, 1, seed=1)
+    a = torch.cat([loud, loud + 1e-3 * normal(500, 1, seed=2), quiet], 1)
+    y = a @ torch.ones(5, 4, dtype=torch.float64)
+    gram = gram_of(a, y)
+    weight, _, _ = ridge_solution(gram, torch.zeros(5, 4).double(), 1e-9, False)
+    by_refit = choose_units(gram.inputs_PP, weight, 4, 1, "obs")
+    by_energy = choose_units(gram.inputs_PP, weight, 4, 1, "energy")
+    assert set(by_refit.tolist()) >= {2, 3, 4}
+    assert set(by_energy.tolist()) >= {0, 1}
+    assert refitted_loss(gram, by_refit) < 1e-3 * refitted_loss(gram, by_energy)
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes"),
+    [
+        ("llama-biases", {"intermediate_size": 24}),
+        ("mistral-12-heads", {"num_key_value_heads": 2, "intermediate_size": 32}),
+        ("qwen3-biases-tied", {"num_key_value_heads": 1}),
+        ("qwen2", {"num_key_value_heads": 1, "intermediate_size": 16}),
+    ],
+)
+def test_neurons_and_groups_are_cut_and_the_output_is_stock(variant, sizes, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    result = compress_tiny(variant, tmp_path, keep=0.9, **sizes)
+    model, info = AutoModelForCausalLM.from_pretrained(result.out, output_loading_info=True)
+    assert not any(info.values())
+    assert sum(p.numel() for p in model.parameters()) == result.plan.parameters
+    for name, size in sizes.items():
+        assert getattr(model.config, name) == size
+
+
+def test_dropping_dead_neurons_and_groups_costs_nothing(tmp_path, tokens):
+    """What writes nothing is what goes, with its query heads, keys, values, gate and up."""
+    from sp3llm import families
+    from sp3llm.plan import Shape
+    from sp3llm.rebuild import Refitter, trial_loss
+
+    model = tiny_model("llama", rms_norm_eps=0.1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[:, :24] = 0
+            layer.mlp.down_proj.weight[:, 5:21] = 0
+    checkpoint = save_model(model, tmp_path)
+    family = family_of_model(model)
+    moments, losses = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", ON)
+    dense = Shape.of(family, checkpoint.config)
+    assert (dense.num_key_value_heads, dense.intermediate_size) == (2, 40)
+    shape = Shape(dense.hidden_size, 24, 2, 1, dense.head_dim)
+    _, projection = choose_basis(checkpoint, family, moments, dense.hidden_size)
+    for choose in ("obs", "energy"):
+        refitter = Refitter(
+            checkpoint, family, shape, projection, torch.float64, ON, choose, 2, 3, []
+        )
+        loss = trial_loss(refitter, tokens)
+        assert loss == pytest.approx(losses[3:].mean().item(), rel=1e-6)
+    assert families.RESIDUAL == "hidden_size"
+
+
+def test_metric_basis_costs_no_more_than_pca_and_is_orthonormal():
+    moments = tuple(m @ m.T for m in (normal(12, 12, seed=s) for s in range(3)))
+    metrics = tuple(m @ m.T for m in (normal(12, 3, seed=s) for s in range(10, 13)))
+
+    def cost(z):
+        away = torch.eye(12, dtype=torch.float64) - z @ z.T
+        return sum(
+            ((a @ away @ c @ away).trace() / (a * c).sum()).item()
+            for a, c in zip(metrics, moments, strict=True)
+        )
+
+    start = torch.linalg.eigh(sum(moments))[1][:, -5:]
+    found = metric_basis(moments, metrics, start)
+    assert cost(found) < 0.9 * cost(start)
+    assert relative_error(found.T @ found, torch.eye(5, dtype=torch.float64)) < 1e-12
+
+
+def test_streamed_gradients_equal_those_of_a_whole_backward(tmp_path, tokens):
+    """Layer by layer from the head down: the same gradients as autograd through all at once."""
+    model = tiny_model("qwen2")
+    checkpoint = save_model(model, tmp_path)
+    family = family_of_model(model)
+    shell = empty_model(checkpoint.config)
+    table = checkpoint.read([family.embedding])
+    stream = open_stream(shell, family, table, tokens, ON)
+    inputs = []
+    for index in range(3):
+        names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
+        inputs.append(stream.hidden.clone())
+        run_layer(shell, family, index, checkpoint.read(names), [(stream, {})], ON)
+    head = checkpoint.read(["model.norm.weight", "lm_head.weight"])
+    upstream, at_final = backward_head(shell, family, head, stream, ON)
+    streamed = {"model.norm": at_final}
+    for index in (2, 1, 0):
+        names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
+        at = type(stream)(inputs[index], stream.calls)
+        norms = [site.norm for site in family.sites]
+        upstream, gradients = backward_layer(
+            shell, family, index, checkpoint.read(names), at, upstream, norms, ON
+        )
+        for norm, gradient in zip(norms, gradients, strict=True):
+            streamed[f"model.layers.{index}.{norm}"] = gradient
+
+    seen = {}
+    for name in streamed:
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _a, out, name=name: seen.setdefault(name, out)
+        )
+    generator = torch.Generator().manual_seed(0)
+    embedded = model.model.embed_tokens(tokens).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
+    labels = [
+        torch.multinomial(row.softmax(-1), 1, generator=generator)[:, 0] for row in logits.detach()
+    ]
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.cat(labels), reduction="sum"
+    )
+    expected = torch.autograd.grad(loss, [embedded, *seen.values()])
+    assert relative_error(upstream, expected[0]) < 1e-5
+    for name, gradient in zip(seen, expected[1:], strict=True):
+        assert relative_error(streamed[name], gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize("basis", ["readers", "gradient"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2-tied"])
+def test_other_bases_give_stock_models_too(basis, variant, tmp_path):
+    result = compress_tiny(variant, tmp_path, basis=basis, allocate="width")
+    assert result.plan.keep_params <= 0.7
+    assert torch.isfinite(torch.tensor(result.perplexity))
