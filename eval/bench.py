@@ -23,6 +23,7 @@ from sp3llm.compress import compress
 from sp3llm.config import CompressConfig
 
 RESULTS = Path(__file__).parent / "results"
+SHAPE = ("hidden_size", "intermediate_size", "num_key_value_heads")
 
 
 def parse_vary(words: list[str]) -> dict[str, list]:
@@ -46,7 +47,7 @@ def run(settings: CompressConfig) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         result = compress(replace(settings, out=Path(folder) / "small"), Console(quiet=True))
         record = json.loads((result.out / RECORD).read_text())
-    del record["eigenvalues"], record["files_copied"], record["settings"]["out"]
+    del record["eigenvalues"], record["files_copied"], record["fits"], record["settings"]["out"]
     words = shlex.split(record["command"])
     at = words.index("--out")
     record["command"] = shlex.join([*words[:at], *words[at + 2 :]])
@@ -54,14 +55,14 @@ def run(settings: CompressConfig) -> dict:
 
 
 def table(records: list[dict], varied: list[str]) -> str:
-    head = ["kept", *varied, "hidden_size", "perplexity", "excess log-perplexity", "seconds"]
+    head = ["kept", *varied, "width, FFN, KV", "perplexity", "excess log-perplexity", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for record in records:
         excess = record["excess_log_perplexity"]
         cells = [
             f"{100 * record['plan']['keep_params']:.2f} %",
             *(str(record["settings"][key]) for key in varied),
-            str(record["plan"]["hidden_size"]),
+            ", ".join(str(record["plan"]["shape"][key]) for key in SHAPE),
             f"{record['perplexity']:.3f}",
             f"{excess['mean']:.4f} ± {excess['paired_standard_error']:.4f}",
             f"{record['seconds']:.0f}",
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--calib", help="as for sp3llm compress")
     parser.add_argument("--eval-text", help="as for sp3llm compress")
     parser.add_argument("--samples", type=int, default=CompressConfig().samples)
+    parser.add_argument("--seq-len", type=int)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -88,6 +90,7 @@ def main() -> None:
         calib=options.calib,
         eval_text=options.eval_text,
         samples=options.samples,
+        seq_len=options.seq_len,
         seed=options.seed,
     )
     records = []
