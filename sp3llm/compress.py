@@ -18,7 +18,7 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sp3llm.families import Family, Group
     from sp3llm.measure import Moments
     from sp3llm.plan import Plan, Shape
+    from sp3llm.rebuild import Projection, Refitter
     from sp3llm.score import Excess
     from sp3llm.stream import Execution
 
@@ -66,6 +67,7 @@ class Result:
     excess: "Excess"
     seconds: float
     peak_memory: int
+    device_memory: int
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
             excess=score.excess_log_perplexity(losses, dense_losses),
             seconds=time.monotonic() - started,
             peak_memory=report.peak_memory(),
+            device_memory=report.device_memory(str(on.device)),
         )
         disk.write_json(partial / disk.RECORD, _record(result, settings, on, dtype, companions))
         card = report.model_card(result, _base_model(settings, name))
@@ -176,7 +179,7 @@ def choose_shape(
     """
     from sp3llm.measure import choose_basis
     from sp3llm.plan import search
-    from sp3llm.rebuild import Refitter, trial_loss
+    from sp3llm.rebuild import trial_loss
 
     if len(shapes) == 1:
         return shapes[0], []
@@ -192,18 +195,7 @@ def choose_shape(
 
     def loss_of(shape: "Shape") -> float:
         _, projection = choose_basis(job.dense, job.family, moments, shape.hidden_size)
-        refitter = Refitter(
-            job.dense,
-            job.family,
-            shape,
-            projection,
-            job.dtype,
-            job.on,
-            job.settings.choose,
-            held_from,
-            unseen_from,
-            [],
-        )
+        refitter = _refitter(job, shape, projection, held_from, unseen_from)
         loss = trial_loss(refitter, tokens)
         progress.advance(bar)
         return loss
@@ -219,29 +211,37 @@ def compressed_groups(
     """All eigenvalues, a log that fills as fits are made, and the compressed groups in order."""
     from sp3llm import families
     from sp3llm.measure import choose_basis, tracked
-    from sp3llm.rebuild import Refitter, held_back_from, plain_groups, refitted_groups
+    from sp3llm.rebuild import held_back_from, plain_groups, refitted_groups
 
     eigenvalues, projection = choose_basis(job.dense, job.family, moments, shape.hidden_size)
     groups = families.groups(job.family, job.dense.config)
-    fits: list[dict[str, Any]] = []
     if not job.settings.refit:
         bar = tracked(progress, "fold, rotate, cut", groups)
         plain = plain_groups(job.dense, job.family, projection, job.dtype, job.on, bar)
-        return eigenvalues, fits, plain
-    refitter = Refitter(
-        job.dense,
-        job.family,
-        shape,
-        projection,
-        job.dtype,
-        job.on,
-        job.settings.choose,
-        held_back_from(len(job.calibration)),
-        len(job.calibration),
-        fits,
-    )
+        return eigenvalues, [], plain
+    windows = len(job.calibration)
+    refitter = _refitter(job, shape, projection, held_back_from(windows), windows)
     bar = tracked(progress, "fold, rotate, cut, refit", groups)
-    return eigenvalues, fits, refitted_groups(refitter, job.calibration, bar)
+    return eigenvalues, refitter.log, refitted_groups(refitter, job.calibration, bar)
+
+
+def _refitter(
+    job: Job, shape: "Shape", projection: "Projection", held_from: int, unseen_from: int
+) -> "Refitter":
+    from sp3llm.rebuild import Refitter
+
+    return Refitter(
+        dense=job.dense,
+        family=job.family,
+        shape=shape,
+        projection=projection,
+        dtype=job.dtype,
+        on=job.on,
+        choose=job.settings.choose,
+        held_from=held_from,
+        unseen_from=unseen_from,
+        log=[],
+    )
 
 
 def write_model(
@@ -339,11 +339,21 @@ def _record(
     """`sp3llm.json`: everything needed to know, and repeat, what was done."""
     from sp3llm import report
 
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+    resolved = replace(
+        settings,
+        out=str(result.out),
+        calib=",".join(result.calibration.sources),
+        eval_text=",".join(result.evaluation.sources),
+        seq_len=result.calibration.tokens.shape[1],
+        allocate=settings.allocation,
+        multiple_of=result.plan.multiple_of,
+        device=str(on.device),
+        dtype=str(dtype).removeprefix("torch."),
+    )
     return {
         "model": result.name,
         "command": result.command,
-        "settings": plain,
+        "settings": asdict(resolved),
         "plan": result.plan.describe(),
         "calibration": result.calibration.describe(),
         "evaluation": result.evaluation.describe(),
@@ -359,6 +369,7 @@ def _record(
         "files_copied": companions,
         "seconds": round(result.seconds, 2),
         "peak_memory_bytes": result.peak_memory,
+        "device_memory_bytes": result.device_memory,
         "versions": report.versions(),
         "machine": report.machine(str(on.device)),
     }

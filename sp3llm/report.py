@@ -66,6 +66,15 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def device_memory(device: str) -> int:
+    """Most memory that torch ever held on an accelerator, bytes; 0 on a CPU."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)
+
+
 def human_bytes(count: float) -> str:
     """`15.8 MB`: decimal units, as disks and model hubs count."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -120,7 +129,14 @@ def plan_line(name: str, plan: "Plan") -> str:
 
 def next_steps(result: "Result") -> str:
     """What was written, and what to do with it."""
-    return (
+    raised = [fit["name"] for fit in result.fits if fit["raised"]]
+    warning = (
+        f"{len(raised)} fits had a singular Gram matrix and raised their ridge, {raised[0]} first: "
+        "more --samples would help.\n"
+        if raised
+        else ""
+    )
+    return warning + (
         f"Written to {result.out} (stock {result.architecture}; the record is sp3llm.json). Next:\n"
         f"  AutoModelForCausalLM.from_pretrained({str(result.out)!r})   in transformers\n"
         f"  vllm serve {result.out}"
@@ -178,6 +194,7 @@ def closing_table(result: "Result") -> Table:
         f"{evaluated.tokens.numel():,} held-out tokens in {len(evaluated.tokens)} windows"
         + f", {evaluated.dropped_documents} documents dropped as calibrated on"
         + f"\ntime {human_time(result.seconds)}, peak memory {human_bytes(result.peak_memory)}"
+        + (f", GPU {human_bytes(result.device_memory)}" if result.device_memory else "")
     )
     return table
 
