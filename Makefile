@@ -1,11 +1,11 @@
 # make demo   installs, compresses the bundled model, shows before and after
-# make test   installs, checks style, runs every test
+# make test   installs, checks style, runs every test that needs no GPU
 # make style  formats and lints
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# A CPU build; set TORCH=torch to take whatever pip finds.
+# The release the tests are pinned to; TORCH=torch takes whatever pip finds.
 TORCH ?= torch==2.13.0
 DEMO ?= demo-output
 

@@ -12,14 +12,13 @@ VERSION = next(
 )
 
 EXTRAS = {
-    # Named sets and hub data sets; .parquet files. Part of the core, as --calib's default needs it.
     "eval": ["lm-eval>=0.4.8"],
     "quantize": ["bitsandbytes>=0.45"],
     "recover": ["peft>=0.15"],
     "plot": ["matplotlib>=3.8"],
     "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8"],
     # Only to train the bundled models anew: eval/train_bundled.py.
-    "train": ["sentencepiece>=0.2", "matplotlib>=3.8"],
+    "train": ["matplotlib>=3.8"],
 }
 EXTRAS["all"] = sorted({need for name in EXTRAS if name != "dev" for need in EXTRAS[name]})
 
@@ -41,12 +40,16 @@ setup(
     install_requires=[
         "torch>=2.6",
         "transformers>=5.0",
-        "accelerate>=1.0",
+        "accelerate>=1.4",
         "safetensors>=0.4.5",
         "huggingface_hub>=0.30",
         "numpy>=1.26",
         "rich>=13",
+        # Named and hub text sets and .parquet files, which --calib takes by default.
         "datasets>=3.0",
+        # Models that ship tokenizer.model alone.
+        "sentencepiece>=0.2",
+        "protobuf>=4",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["sp3llm = sp3llm.cli:main"]},

@@ -6,8 +6,7 @@
 The text is the running Python's own documentation and the documents of `--corpus` (jsonl rows
 with a `text`), each divided by `sp3llm.data.part_of`: only the `train` part is learned from, only
 the `evaluation` part is scored. The run continues from the last checkpoint in `--work`; the order
-of windows depends on the seed and the step alone, so a resumed run sees the same batches. Needs
-`sentencepiece` for the tokenizer, which is why that is not a dependency of the package.
+of windows depends on the seed and the step alone, so a resumed run sees the same batches.
 """
 
 import argparse

@@ -304,6 +304,11 @@ def _take_lock(lock: IO[str], out: Path) -> None:
 
 def check_output(out: Path) -> None:
     """Raise UserError if `out` exists and is neither empty nor an earlier result of sp3llm."""
+    if out.is_dir() and os.path.ismount(out):
+        raise UserError(
+            f"Expected a folder that can be renamed for --out, found the mount point '{out}': "
+            "choose a folder inside it."
+        )
     if out.exists() and not out.is_dir():
         raise UserError(f"Expected a folder for --out, found the file '{out}': choose another.")
     if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
@@ -424,4 +429,4 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, indented, with a closing newline."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -205,13 +205,19 @@ def _run_compress(settings: CompressConfig) -> None:
 
     console = Console()
     with console.status("importing torch and transformers"):
-        import torch  # noqa: F401
+        import torch
         import transformers
 
         from sp3llm.compress import compress
 
     transformers.utils.logging.set_verbosity_error()
-    compress(settings, console)
+    try:
+        compress(settings, console)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The GPU ran out of memory: close what else uses it, or use a smaller --seq-len, "
+            "--basis pca, or --device cpu."
+        ) from error
 
 
 def _run_plan(as_json: bool, settings: CompressConfig) -> None:
@@ -227,8 +233,7 @@ def _run_plan(as_json: bool, settings: CompressConfig) -> None:
     itemsize = {"float64": 8, "float32": 4}.get(stated.removeprefix("torch."), 2)
     limits = limits_of(settings, itemsize)
     shapes = candidates(family, config, limits)
-    positions = families.setting(family, config, "max_position_embeddings")
-    seq_len = settings.seq_len or min(2048, positions)
+    seq_len = families.window_length(family, config, settings.seq_len)
     needs = needs_of(
         family, config, shapes[0], settings.samples, settings.eval_samples, seq_len, itemsize, 4
     )

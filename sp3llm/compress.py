@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 # kept from every fit and tell how much the shape loses.
 _TRIAL_WINDOWS = 24
 _TRIAL_TOKENS = 512
+_FEWEST_TRIAL_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
 
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
+    import torch
+
     from sp3llm import checkpoint as disk
     from sp3llm import families, report, score, source
     from sp3llm.measure import measure_dense, measure_losses
@@ -112,9 +115,14 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
     disk.check_output(out)
     if settings.refit:
         held_back_from(settings.samples)
+    if len(shapes) > 1 and settings.samples < _FEWEST_TRIAL_WINDOWS:
+        raise UserError(
+            f"The search for a shape needs at least {_FEWEST_TRIAL_WINDOWS} calibration windows, "
+            f"found {settings.samples}: raise --samples, or use --allocate width."
+        )
     largest = max(plan_of(family, dense.config, limits, shape).parameters for shape in shapes)
     disk.check_disk(out, largest * dtype.itemsize)
-    on = execution(settings.device, dtype)
+    on = execution(settings.device, torch.promote_types(dense_dtype, dtype))
     empty_model(dense.config)  # refuses a config that transformers rejects, before any work
     calibration, evaluation = _windows(settings, dense, family)
     job = Job(settings, dense, family, dtype, on, calibration.tokens)
@@ -160,7 +168,7 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
             device_memory=report.device_memory(str(on.device)),
         )
         disk.write_json(partial / disk.RECORD, _record(result, settings, on, dtype, companions))
-        card = report.model_card(result, _base_model(settings, name))
+        card = report.model_card(result, settings, _hub_id(settings, name))
         (partial / "README.md").write_text(card, encoding="utf-8")
         disk.write_json(partial / "config.json", small_config)
 
@@ -184,18 +192,17 @@ def choose_shape(
     if len(shapes) == 1:
         return shapes[0], []
     tokens = job.calibration[:_TRIAL_WINDOWS, :_TRIAL_TOKENS]
-    if len(tokens) < 4:
-        raise UserError(
-            f"The search for a shape needs at least 4 calibration windows, found {len(tokens)}: "
-            "raise --samples, or use --allocate width."
-        )
     unseen_from = len(tokens) - max(1, len(tokens) // 4)
     held_from = unseen_from - max(1, unseen_from // 6)
     bar = progress.add_task("search for the shape", total=None)
 
+    projections: dict[int, Projection] = {}
+
     def loss_of(shape: "Shape") -> float:
-        _, projection = choose_basis(job.dense, job.family, moments, shape.hidden_size)
-        refitter = _refitter(job, shape, projection, held_from, unseen_from)
+        width = shape.hidden_size
+        if width not in projections:
+            _, projections[width] = choose_basis(job.dense, job.family, moments, width)
+        refitter = _refitter(job, shape, projections[width], held_from, unseen_from)
         loss = trial_loss(refitter, tokens)
         progress.advance(bar)
         return loss
@@ -289,9 +296,9 @@ def _with_dtype(
     return {**config, **dict.fromkeys(keys or ["torch_dtype"], str(dtype).removeprefix("torch."))}
 
 
-def _base_model(settings: CompressConfig, name: str) -> str:
+def _hub_id(settings: CompressConfig, name: str) -> str | None:
     is_hub_id = settings.model is not None and not Path(settings.model).exists()
-    return settings.model if is_hub_id else name
+    return name if is_hub_id else None
 
 
 def _windows(
@@ -300,13 +307,7 @@ def _windows(
     """Calibration and evaluation windows of the length the model can take."""
     from sp3llm import data, families
 
-    positions = families.setting(family, dense.config, "max_position_embeddings")
-    seq_len = settings.seq_len or min(2048, positions)
-    if seq_len > positions:
-        raise UserError(
-            f"Expected --seq-len of at most {positions}, the model's positions, found {seq_len}: "
-            "give a smaller one."
-        )
+    seq_len = families.window_length(family, dense.config, settings.seq_len)
     tokenizer = data.load_tokenizer(dense.folder)
     calib = settings.calib or ("stdlib" if settings.model is None else "wikitext2")
     calibration = data.calibration_windows(

@@ -233,20 +233,39 @@ def setting(family: Family, config: Mapping[str, Any], key: str) -> Any:
     return family.defaults.get(key) if value is None else value
 
 
+def key_value_heads(family: Family, config: Mapping[str, Any]) -> int:
+    """Number of KV groups: null means as many as there are heads, absence the class default."""
+    stated = config.get("num_key_value_heads", family.defaults["num_key_value_heads"])
+    return stated or setting(family, config, "num_attention_heads")
+
+
 def axis_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     """Length of every axis."""
     heads = setting(family, config, "num_attention_heads")
-    key_value_heads = setting(family, config, "num_key_value_heads") or heads
     hidden_size = setting(family, config, "hidden_size")
     head_dim = setting(family, config, "head_dim") or hidden_size // heads
     return {
         RESIDUAL: hidden_size,
         FFN: setting(family, config, "intermediate_size"),
         QUERY: heads * head_dim,
-        KEY_VALUE: key_value_heads * head_dim,
+        KEY_VALUE: key_value_heads(family, config) * head_dim,
         HEAD_DIM: head_dim,
         VOCAB: setting(family, config, "vocab_size"),
     }
+
+
+def window_length(family: Family, config: Mapping[str, Any], asked: int | None) -> int:
+    """Tokens a window: as asked, or 2048, or the model's positions if fewer.
+
+    Raises UserError if more are asked for than the model has positions.
+    """
+    positions = setting(family, config, "max_position_embeddings")
+    if asked is not None and asked > positions:
+        raise UserError(
+            f"Expected --seq-len of at most {positions}, the model's positions, found {asked}: "
+            "give a smaller one."
+        )
+    return asked or min(2048, positions)
 
 
 def is_tied(family: Family, config: Mapping[str, Any]) -> bool:

@@ -103,20 +103,23 @@ def measure_dense(
     if evaluated is not None:
         head = head_tensors(dense, family)
         losses = token_losses(model, family, head, evaluated, evaluation, on)
-    sums = [total / calibration.numel() for total in sums]
+    total_DD = torch.zeros_like(sums[0])
+    for site_DD in sums:
+        site_DD /= calibration.numel()
+        total_DD += site_DD
     if not all(torch.isfinite(total).all() for total in sums):
         raise UserError(
             "The second moments of the stream do not fit float32: its activations are extreme; "
             "use --moments normalised, or a checkpoint in float64."
         )
     if basis == "pca":
-        return Moments(sums[0]), losses
+        return Moments(total_DD), losses
     if basis == "readers":
         metrics = _reader_metrics(dense, family, on)
     else:
         final = Stream(stream.hidden[:_GRADIENT_WINDOWS], stream.calls)
         metrics = _gradient_metrics(dense, family, inputs, final, stream, on, progress)
-    return Moments(torch.stack(sums).sum(0), tuple(sums), tuple(metrics)), losses
+    return Moments(total_DD, tuple(sums), tuple(metrics)), losses
 
 
 def head_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:

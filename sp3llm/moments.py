@@ -78,16 +78,22 @@ def metric_basis(
     Returns `Z`, `(D, K)`, float64, turned to the principal axes of the summed moments within the
     subspace, so that it does not depend on the path taken.
     """
-    scales = [1 / (a * c).sum() for a, c in zip(metrics_DD, moments_DD, strict=True)]
-    pairs = [(s * a, c) for s, a, c in zip(scales, metrics_DD, moments_DD, strict=True)]
+    traces = [(a * c).sum() for a, c in zip(metrics_DD, moments_DD, strict=True)]
+    # A site where no error costs anything (a block that does nothing yet) has no say.
+    sites = [
+        (1 / trace, a, c)
+        for trace, a, c in zip(traces, metrics_DD, moments_DD, strict=True)
+        if trace > 0
+    ]
 
     def cost_and_gradient(z_DK: Tensor) -> tuple[Tensor, Tensor]:
         cost, gradient_DK = torch.zeros_like(z_DK[0, 0]), torch.zeros_like(z_DK)
-        for a_DD, c_DD in pairs:
-            az_DK, cz_DK = a_DD @ z_DK, c_DD @ z_DK
+        for scale, a_DD, c_DD in sites:
+            az_DK, cz_DK = scale * (a_DD @ z_DK), c_DD @ z_DK
             zaz_KK, zcz_KK = z_DK.T @ az_DK, z_DK.T @ cz_DK
             cost = cost + 1 - 2 * (az_DK * cz_DK).sum() + (zaz_KK * zcz_KK).sum()
-            lost_DK = az_DK @ zcz_KK + cz_DK @ zaz_KK - c_DD @ az_DK - a_DD @ cz_DK
+            lost_DK = az_DK @ zcz_KK + cz_DK @ zaz_KK - c_DD @ az_DK
+            lost_DK = lost_DK - scale * (a_DD @ cz_DK)
             gradient_DK = gradient_DK + 2 * lost_DK
         return cost, gradient_DK - z_DK @ (z_DK.T @ gradient_DK)
 
@@ -107,6 +113,6 @@ def metric_basis(
         z_DK, cost, gradient_DK, step = trial_DK, trial_cost, trial_gradient_DK, step * 2
         if settled:
             break
-    total_DD = torch.stack(moments_DD).sum(0)
-    _, turn_KK = eigenbasis(z_DK.T @ total_DD @ z_DK)
+    inner_KK = sum((z_DK.T @ c_DD @ z_DK for c_DD in moments_DD), z_DK.new_zeros(()))
+    _, turn_KK = eigenbasis(inner_KK)
     return z_DK @ turn_KK

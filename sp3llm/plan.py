@@ -18,6 +18,7 @@ from sp3llm.families import (
     count_matrix_parameters,
     count_parameters,
     is_tied,
+    key_value_heads,
     setting,
 )
 
@@ -41,7 +42,7 @@ class Shape:
             hidden_size=sizes[RESIDUAL],
             intermediate_size=sizes[FFN],
             num_attention_heads=heads,
-            num_key_value_heads=setting(family, config, "num_key_value_heads") or heads,
+            num_key_value_heads=key_value_heads(family, config),
             head_dim=sizes[HEAD_DIM],
         )
 
@@ -244,11 +245,6 @@ def start_shape(family: Family, config: Mapping[str, Any], limits: Limits) -> Sh
                 f"Expected --{name.replace('_', '-')} between 1 and the model's {most}, found "
                 f"{asked}: give a smaller number."
             )
-    if limits.hidden_size is not None and limits.hidden_size % dense.num_attention_heads:
-        raise UserError(
-            f"Expected --hidden-size to be a multiple of the {dense.num_attention_heads} attention "
-            f"heads, which Hugging Face demands, found {limits.hidden_size}: round it."
-        )
     multiple = _multiple(limits, dense)
     if multiple % dense.num_attention_heads:
         raise UserError(
@@ -258,6 +254,13 @@ def start_shape(family: Family, config: Mapping[str, Any], limits: Limits) -> Sh
         )
     shape = dense.with_groups(limits.num_key_value_heads or dense.num_key_value_heads)
     shape = replace(shape, intermediate_size=limits.intermediate_size or dense.intermediate_size)
+    heads = math.lcm(dense.num_attention_heads, shape.num_attention_heads)
+    if limits.hidden_size is not None and limits.hidden_size % heads:
+        raise UserError(
+            f"Expected --hidden-size to be a multiple of the {dense.num_attention_heads} attention "
+            f"heads (and of the {shape.num_attention_heads} that are kept), which Hugging Face "
+            f"demands, found {limits.hidden_size}: use a multiple of {heads}."
+        )
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(shape, name) % limits.tensor_parallel:
             raise UserError(
@@ -289,7 +292,7 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
         shape
         for groups in group_counts
         for shape in _with_groups(family, config, limits, start.with_groups(groups))
-        if shape != dense
+        if shape != dense and shape.hidden_size % shape.num_attention_heads == 0
     ]
     if not found:
         smallest = start.with_groups(group_counts[-1])
@@ -388,11 +391,12 @@ def needs_of(
     itemsize: int,
     compute_itemsize: int,
 ) -> Needs:
-    """Estimate the memory and disk of `sp3llm compress`.
+    """Estimate the memory and disk of `sp3llm compress --basis pca`.
 
     The first pass holds calibration and evaluation streams; the second the dense stream before
     and between the writers of a layer, and the small one. Gram matrices are float64: one to fit
-    and one held back, their sum, a ridged copy and its factor.
+    and one held back, their sum, the cut and ridged copies and a factor. The head is transformed
+    in float64.
     """
     dense = Shape.of(family, config)
     wide, narrow = dense.hidden_size, shape.hidden_size
@@ -403,10 +407,10 @@ def needs_of(
     layer = count_parameters(family, two) - count_parameters(family, one)
     table = axis_sizes(family, config)[VOCAB] * wide
     widest_input = max(dense.intermediate_size, dense.num_attention_heads * dense.head_dim)
-    grams = 8 * (5 * widest_input**2 + 3 * widest_input * narrow)
+    grams = 8 * (7 * widest_input**2 + 4 * widest_input * narrow)
     return Needs(
         streams=max(first, second) * seq_len * compute_itemsize,
-        working=max(2 * layer, table) * (itemsize + compute_itemsize) + grams,
+        working=max(2 * layer * (itemsize + compute_itemsize) + grams, 3 * 8 * table),
         disk=count_parameters(family, resized_config(family, config, shape)) * itemsize,
     )
 

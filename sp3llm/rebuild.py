@@ -409,9 +409,7 @@ def _survivors(
     if keep == total:
         return None
     weight_PK, _, used = ridge_solution(gram, prior_PK, _CHOICE_RIDGE, intercept=False)
-    ridged_PP = gram.inputs_PP.clone()
-    ridged_PP.diagonal().add_(used * gram.inputs_PP.diagonal().mean())
-    kept_P = choose_units(ridged_PP, weight_PK, keep, unit, refitter.choose)
+    kept_P = choose_units(gram.inputs_PP, weight_PK, keep, unit, refitter.choose, used)
     kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
     for name, axes in group.parameters.items():
         for dim, axis in enumerate(axes):

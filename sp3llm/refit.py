@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sp3llm.errors import UserError
+
 # Relative to the mean diagonal of the Gram matrix. Infinity, plain projection, is always tried.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _BLOCK = 4096
@@ -109,6 +111,23 @@ def squared_error(gram: Gram, solution_PQ: Tensor, intercept_Q: Tensor | None) -
     return (error / gram.energy.clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 
+def ridged_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:
+    """Cholesky factor of `G + lambda I`, the mean diagonal of `G`, and the relative ridge used.
+
+    Where the matrix is not positive definite to working precision the ridge is raised tenfold
+    until it is. A matrix of zeros, inputs that never fire, counts as one of mean diagonal 1.
+    """
+    scale = gram_PP.diagonal().mean()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    while True:
+        shifted_PP = gram_PP.clone()
+        shifted_PP.diagonal().add_(ridge * scale)
+        factor_PP, info = torch.linalg.cholesky_ex(shifted_PP)
+        if info.item() == 0:
+            return factor_PP, scale, ridge
+        ridge = max(10 * ridge, 1e-15)
+
+
 def ridge_solution(
     gram: Gram, prior_PQ: Tensor, ridge: float, intercept: bool
 ) -> tuple[Tensor, Tensor | None, float]:
@@ -125,14 +144,7 @@ def ridge_solution(
         mean_P, mean_Q = gram.input_sum_P / gram.weight, gram.target_sum_Q / gram.weight
         inputs_PP = inputs_PP - torch.outer(gram.input_sum_P, mean_P)
         cross_PQ = cross_PQ - torch.outer(gram.input_sum_P, mean_Q)
-    scale = inputs_PP.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    while True:
-        shifted_PP = inputs_PP.clone()
-        shifted_PP.diagonal().add_(ridge * scale)
-        factor_PP, info = torch.linalg.cholesky_ex(shifted_PP)
-        if info.item() == 0:
-            break
-        ridge *= 10
+    factor_PP, scale, ridge = ridged_factor(inputs_PP, ridge)
     right_PQ = cross_PQ + ridge * scale * prior_PQ
     solution_PQ = torch.cholesky_solve(right_PQ, factor_PP)
     return solution_PQ, mean_Q - mean_P @ solution_PQ if intercept else None, ridge
@@ -152,6 +164,12 @@ def ridge_fit(
     so the fit never does worse on the held-back tokens than plain projection. An intercept is
     fitted where `prior_intercept_Q` is given.
     """
+    if not all(torch.isfinite(g.inputs_PP).all() and torch.isfinite(g.cross_PQ).all()
+               for g in (fitting, held_back)):  # fmt: skip
+        raise UserError(
+            "The activations of the compressed model hold NaN or infinity: try --dtype bfloat16 or "
+            "float32."
+        )
     intercept = prior_intercept_Q is not None
     plain_error = squared_error(held_back, prior_PQ, prior_intercept_Q)
     best, best_error = float("inf"), plain_error
@@ -168,7 +186,13 @@ def ridge_fit(
 
 
 def choose_units(
-    gram_PP: Tensor, weight_PQ: Tensor, keep: int, unit: int, method: str, steps: int = 16
+    gram_PP: Tensor,
+    weight_PQ: Tensor,
+    keep: int,
+    unit: int,
+    method: str,
+    ridge: float = 0.0,
+    steps: int = 16,
 ) -> Tensor:
     """Which units of a writer's input to keep: neurons (`unit` 1) or the heads of KV groups.
 
@@ -177,7 +201,8 @@ def choose_units(
     survivors' weights and inverse updated in between. `energy`: drop what contributes least by
     itself, `sum_j G_jj |W_j|^2`, which knows nothing of what survivors can take over.
 
-    `gram_PP` is the (ridged) Gram of the writer's input, `weight_PQ` the fitted writer. Returns
+    `gram_PP` is the Gram of the writer's input, `weight_PQ` the fitted writer, `ridge` relative to
+    the mean diagonal. Returns
     the kept input indices, rising, `(keep * unit,)`.
     """
     units = len(gram_PP) // unit
@@ -186,7 +211,7 @@ def choose_units(
         score_P = gram_PP.diagonal() * weight_PQ.square().sum(1)
         kept_U = score_P.reshape(units, unit).sum(1).topk(keep).indices.sort().values
         return members_UP[kept_U].reshape(-1)
-    inverse_PP = torch.cholesky_inverse(torch.linalg.cholesky(gram_PP))
+    inverse_PP = torch.cholesky_inverse(ridged_factor(gram_PP, ridge)[0])
     while len(members_UP) > keep:
         left = len(members_UP)
         blocks_Uuu = inverse_PP.reshape(left, unit, left, unit).diagonal(dim1=0, dim2=2)

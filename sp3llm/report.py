@@ -110,7 +110,7 @@ def rows(result: "Result") -> list[tuple[str, str, str]]:
             f"{result.dense_perplexity:.3f}",
             f"{result.perplexity:.3f}",
         ),
-        ("excess log-perplexity", "", f"{excess.mean:.4f} ± {excess.standard_error:.4f}"),
+        ("excess log-perplexity", "", str(excess)),
     ]
 
 
@@ -150,7 +150,7 @@ def plan_table(
     from sp3llm.plan import Shape, cost_of
 
     table = Table(title=Text(f"{name}: shapes that keep {limits.keep:g} of the {limits.of}"))
-    for column in ("width", "FFN", "heads/KV", "parameters", "kept", "weights", "FLOPs", "KV"):
+    for column in ("width", "FFN", "heads/KV", "parameters", "kept", "weights", "FLOPs", "cache"):
         table.add_column(column, justify="right", no_wrap=True)
     table.caption = "FLOPs and KV cache are those of one token"
     dense = Shape.of(family, config)
@@ -162,9 +162,9 @@ def plan_table(
             str(shape.intermediate_size),
             f"{shape.num_attention_heads}/{shape.num_key_value_heads}",
             f"{cost.params / 1e6:,.1f} M",
-            f"{100 * cost.of(limits.of) / whole.of(limits.of):.2f} %",
+            f"{100 * cost.of(limits.of) / whole.of(limits.of):.1f} %",
             human_bytes(cost.bytes),
-            f"{cost.flops / 1e9:.3g} G",
+            f"{cost.flops / 1e9:.2g}G" if cost.flops < 1e9 else f"{cost.flops / 1e9:.1f}G",
             human_bytes(cost.kv_cache),
             end_section=shape == dense,
         )
@@ -199,16 +199,15 @@ def closing_table(result: "Result") -> Table:
     return table
 
 
-def model_card(result: "Result", base_model: str) -> str:
+def model_card(result: "Result", settings: "CompressConfig", hub_id: str | None) -> str:
     """README.md of the compressed model."""
     table = "\n".join(f"| {name} | {dense} | {small} |" for name, dense, small in rows(result))
     calibration = result.calibration
-    shape, dense_shape = result.plan.shape, result.plan.dense_shape
+    base_model = f"base_model: {hub_id}\n" if hub_id else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {base_model}
-tags:
+{base_model}tags:
 - sp3llm
 - pruned
 ---
@@ -216,9 +215,8 @@ tags:
 # {result.name}, compressed to {100 * result.plan.keep_params:.1f} % of its parameters
 
 A stock `{result.architecture}`: it loads with plain transformers, and with every tool that
-loads the original. The residual stream was projected onto the top {shape.hidden_size} of
-{dense_shape.hidden_size} principal components with
-[sp3llm](https://arxiv.org/abs/2308.16475); the licence and the limits of the original apply.
+loads the original. Made by sp3llm ([the method](https://arxiv.org/abs/2308.16475)):
+{_what_was_done(result, settings)}. The licence and the limits of the original apply.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -239,3 +237,25 @@ repeat it is in `sp3llm.json`.
 
     {result.command}
 """
+
+
+def _what_was_done(result: "Result", settings: "CompressConfig") -> str:
+    dense, small = result.plan.dense_shape, result.plan.shape
+    basis = {
+        "pca": "principal components",
+        "readers": "directions that its readers need",
+        "gradient": "directions that the loss depends on",
+    }[settings.basis]
+    steps = []
+    if small.hidden_size < dense.hidden_size:
+        steps.append(
+            f"the residual stream was projected onto {small.hidden_size} of {dense.hidden_size} "
+            + basis
+        )
+    if small.intermediate_size < dense.intermediate_size:
+        steps.append(f"{small.intermediate_size} of {dense.intermediate_size} FFN neurons kept")
+    if small.num_key_value_heads < dense.num_key_value_heads:
+        steps.append(f"{small.num_key_value_heads} of {dense.num_key_value_heads} KV groups kept")
+    if settings.refit:
+        steps.append("what is left refitted in closed form")
+    return ", ".join(steps)

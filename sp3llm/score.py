@@ -18,7 +18,16 @@ class Excess:
 
     def describe(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        return {"mean": self.mean, "paired_standard_error": self.standard_error}
+        known = math.isfinite(self.standard_error)
+        return {
+            "mean": self.mean,
+            "paired_standard_error": self.standard_error if known else None,
+        }
+
+    def __str__(self) -> str:
+        """`0.0614 ± 0.0028`, or the mean alone where one window leaves the error unknown."""
+        known = math.isfinite(self.standard_error)
+        return f"{self.mean:.4f}" + (f" ± {self.standard_error:.4f}" if known else "")
 
 
 def perplexity(losses: Tensor) -> float:

@@ -48,8 +48,8 @@ class Stream:
 def execution(device: str, dtype: torch.dtype) -> Execution:
     """Resolve `--device` (`auto`: a GPU if there is one) and the arithmetic that goes with it.
 
-    On a CPU everything runs in float32 (float64 for float64 weights), on an accelerator in the
-    weights' own dtype. TF32 is never used.
+    `dtype` is the wider of the dense checkpoint's and the export's. On a CPU everything runs in
+    float32 (float64 for float64 weights), on an accelerator in that dtype. TF32 is never used.
 
     Raises UserError if there is no such device.
     """
@@ -57,10 +57,10 @@ def execution(device: str, dtype: torch.dtype) -> Execution:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
-        torch.zeros(1, device=resolved).item()
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, dtype=torch.float64, device=resolved).item()
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         raise UserError(
-            f"Expected a device that torch can use, found '{device}' "
+            f"Expected a device on which torch can use float64, found '{device}' "
             f"({reason(error, 120)}): use --device cpu or auto."
         ) from error
     on_cpu = resolved.type == "cpu" and dtype != torch.float64
@@ -116,7 +116,9 @@ def _placed(model: nn.Module, tensors: Mapping[str, Tensor], on: Execution) -> I
     from accelerate.utils import set_module_tensor_to_device
 
     for name, tensor in tensors.items():
-        set_module_tensor_to_device(model, name, on.device, value=tensor, dtype=on.dtype)
+        set_module_tensor_to_device(
+            model, name, on.device, value=tensor, dtype=on.dtype, clear_cache=False
+        )
     try:
         yield
     finally:

@@ -216,3 +216,23 @@ def test_the_ffn_takes_up_the_remainder():
     for shape in found[1:]:
         if shape.intermediate_size < LLAMA_3_8B["intermediate_size"]:
             assert cost_of(family, LLAMA_3_8B, shape).params > 0.685 * dense
+
+
+def test_every_candidate_is_one_that_its_own_heads_divide():
+    """A width fixed by hand leaves out numbers of KV groups whose heads do not divide it."""
+    family = FAMILIES["llama"]
+    config = {
+        "hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 12,
+        "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 1000,
+    }  # fmt: skip
+    found = candidates(family, config, Limits(0.7, hidden_size=576))
+    assert found
+    assert all(shape.hidden_size % shape.num_attention_heads == 0 for shape in found)
+    with pytest.raises(UserError, match="multiple of 132"):
+        candidates(family, config, Limits(0.9, hidden_size=768, num_key_value_heads=11))
+
+
+def test_null_kv_heads_means_as_many_as_heads():
+    config = {"num_key_value_heads": None}
+    assert Shape.of(FAMILIES["mistral"], config).num_key_value_heads == 32
+    assert Shape.of(FAMILIES["mistral"], {}).num_key_value_heads == 8

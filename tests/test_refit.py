@@ -262,3 +262,25 @@ def test_other_bases_give_stock_models_too(basis, variant, tmp_path):
     result = compress_tiny(variant, tmp_path, basis=basis, allocate="width")
     assert result.plan.keep_params <= 0.7
     assert torch.isfinite(torch.tensor(result.perplexity))
+
+
+def test_activations_that_overflow_are_refused_not_looped_over():
+    from sp3llm.errors import UserError
+
+    gram = gram_of(torch.full((4, 3), float("inf"), dtype=torch.float64), normal(4, 2))
+    with pytest.raises(UserError, match="NaN or infinity"):
+        ridge_fit(gram, gram, torch.zeros(3, 2, dtype=torch.float64))
+
+
+def test_inputs_that_never_fire_can_be_cut():
+    gram = gram_of(torch.zeros(9, 6, dtype=torch.float64), normal(9, 2))
+    kept = choose_units(gram.inputs_PP, torch.zeros(6, 2).double(), 4, 1, "obs", 1e-4)
+    assert len(set(kept.tolist())) == 4
+
+
+def test_a_site_that_costs_nothing_does_not_stop_the_others():
+    moments = tuple(m @ m.T for m in (normal(8, 8, seed=s) for s in range(2)))
+    metric = normal(8, 2, seed=5)
+    start = torch.linalg.eigh(sum(moments))[1][:, -3:]
+    found = metric_basis(moments, (metric @ metric.T, torch.zeros(8, 8).double()), start)
+    assert relative_error(found @ found.T, start @ start.T) > 1e-2

@@ -831,3 +831,22 @@ def test_cached_hub_model_without_weights_is_refused(hub, model, refused):
     (model / "model.safetensors").unlink()
     put_in_cache(hub, "owner/tiny", model)
     assert "weights" in refused("owner/tiny")
+
+
+def test_record_is_json_even_where_one_window_leaves_the_error_unknown(run, dense, tmp_path):
+    run(str(dense), "--out", str(tmp_path / "one"), "--eval-samples", "1")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    text = (tmp_path / "one" / RECORD).read_text()
+    record = json.loads(text, parse_constant=refuse)
+    assert record["excess_log_perplexity"]["paired_standard_error"] is None
+
+
+def test_mount_point_is_refused_before_any_work(dense, refused, tmp_path, monkeypatch):
+    (tmp_path / "mounted").mkdir()
+    real = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda p: "mounted" in str(p) or real(p))
+    message = refused(str(dense), "--out", str(tmp_path / "mounted"))
+    assert "mount point" in message
