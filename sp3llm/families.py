@@ -32,6 +32,8 @@ class Site:
     """Module, relative to the layer, whose input is the stream."""
     readers: tuple[str, ...]
     """Modules, relative to the layer, that read the normalised stream."""
+    block: str
+    """Module, relative to the layer, whose output is added to the stream."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,12 @@ LLAMA = Family(
     layer=_LLAMA_LAYER,
     optional={"attention_bias": _ATTENTION_BIAS, "mlp_bias": _MLP_BIAS},
     sites=(
-        Site("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Site("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Site(
+            "input_layernorm",
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "self_attn",
+        ),
+        Site("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
     ),
     writers=("self_attn.o_proj", "mlp.down_proj"),
 )

@@ -33,6 +33,7 @@ from sp3llm.refit import (
 )
 from sp3llm.stream import (
     Execution,
+    Recording,
     Stream,
     empty_model,
     open_stream,
@@ -198,7 +199,8 @@ def _fit_layer(
     source = refitter.dense.read(group.parameters)
     first = _fit_readers_of_streams(refitter, dense_stream, small_stream)
     targets = _run_dense(refitter, index, source, dense_model, dense_stream)
-    for number, (site, writer) in enumerate(zip(family.sites, family.writers, strict=True)):
+    done: dict[str, Recording] = {}  # outputs of blocks that are fitted: they need not run again
+    for number, site in enumerate(family.sites):
         shell = shells[number]
         if number == 0:
             grams = first
@@ -210,13 +212,25 @@ def _fit_layer(
             ) -> None:
                 _add_reader(refitter, grams, rows, targets[number - 1][rows], x)
 
-            probes = {site.norm: see}
-            run_layer(shell, family, index, tensors, [(small_stream, probes)], on, until=site.norm)
+            before = family.sites[number - 1].block
+            recording: Recording = {}
+            run_layer(
+                shell,
+                family,
+                index,
+                tensors,
+                [(small_stream, {site.norm: see})],
+                on,
+                until=site.norm,
+                record=(before, recording),
+                replay=done,
+            )
+            done[before] = recording
         _fit_readers(refitter, group, site, grams, source, tensors)
         _fit_writer(
-            refitter, index, group, site, writer, targets[number], tensors, shell, small_stream
+            refitter, index, group, number, targets[number], tensors, shell, small_stream, done
         )
-    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on)
+    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on, replay=done)
 
 
 def _run_dense(
@@ -342,12 +356,12 @@ def _fit_writer(
     refitter: Refitter,
     index: int,
     group: Group,
-    site: Site,
-    writer: str,
+    number: int,
     target: Tensor,
     tensors: dict[str, Tensor],
     shell: nn.Module,
     small_stream: Stream,
+    done: Mapping[str, Recording],
 ) -> None:
     """Choose the writer's surviving inputs and fit it to chase the dense stream.
 
@@ -355,6 +369,7 @@ def _fit_writer(
     each token weighs as the next norm will read it.
     """
     family, on = refitter.family, refitter.on
+    site, writer = family.sites[number], family.writers[number]
     name = f"{group.prefix}{writer}"
     prior_PK = tensors[f"{name}.weight"].T.double()
     bias = tensors.get(f"{name}.bias")
@@ -376,7 +391,8 @@ def _fit_writer(
         _add(refitter, grams, rows, widen(a), missing, weight)
 
     probes = {site.norm: see_stream, writer: see_input}
-    run_layer(shell, family, index, tensors, [(small_stream, probes)], on, until=writer)
+    streams = [(small_stream, probes)]
+    run_layer(shell, family, index, tensors, streams, on, until=writer, replay=done)
     kept_P = _survivors(refitter, group, writer, joined(*grams), prior_PK, tensors)
     if kept_P is not None:
         grams, prior_PK = tuple(restricted(gram, kept_P) for gram in grams), prior_PK[kept_P]

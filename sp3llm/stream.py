@@ -7,8 +7,9 @@ all windows go through it, and the weights go again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from sp3llm.families import Family
 Probe = Callable[[slice, Tensor], None]
 """Called with the rows of a batch and what a module is called with there: for a norm the stream at
 its read site, `(windows, tokens, D)`."""
+
+Recording = dict[int, tuple[Tensor, int | None]]
+"""By first row of a batch: a submodule's output on the host, and how many more values it returned
+beside (None: it returned the tensor alone)."""
 
 # Tokens that go through a layer at once.
 _TOKENS_A_BATCH = 8192
@@ -102,11 +107,11 @@ class _Recorder(nn.Module):
 class _Injector(nn.Module):
     """Stands where a layer stood and hands on a stream computed elsewhere."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Any) -> None:
         super().__init__()
         self.hidden = hidden
 
-    def forward(self, *_: Any, **__: Any) -> Tensor:
+    def forward(self, *_: Any, **__: Any) -> Any:
         return self.hidden
 
 
@@ -199,11 +204,15 @@ def run_layer(
     streams: list[tuple[Stream, Mapping[str, Probe]]],
     on: Execution,
     until: str | None = None,
+    record: "tuple[str, Recording] | None" = None,
+    replay: "Mapping[str, Recording]" = MappingProxyType({}),
 ) -> None:
     """Send each stream through layer `index`, in place, with its weights placed for that long.
 
     Each stream comes with probes by module name, relative to the layer, which see that module's
     input. With `until` the layer runs up to that module only, and the streams stay as they are.
+    With `record` a submodule's outputs are kept, and with `replay` such outputs stand in for
+    submodules, which then do not run; both take one stream.
 
     Raises UserError, naming the layer, if its output holds NaN or infinity.
     """
@@ -213,11 +222,51 @@ def run_layer(
             hidden = stream.hidden
             for rows in _batches(len(hidden), _windows_a_batch(hidden.shape[1])):
                 batch = hidden[rows].to(on.device)
-                with _probed(layer, rows, probes, until):
+                with (
+                    _probed(layer, rows, probes, until),
+                    _recorded(layer, rows, record),
+                    _replayed(layer, rows, replay, on),
+                ):
                     output = layer(batch, **stream.calls[len(batch)][index])
                     hidden[rows] = (output[0] if isinstance(output, tuple) else output).cpu()
             if until is None:
                 _check_finite(hidden, f"layer {index}")
+
+
+@contextmanager
+def _recorded(
+    layer: nn.Module, rows: slice, record: "tuple[str, Recording] | None"
+) -> Iterator[None]:
+    """Keep what a submodule returns for a batch, on the host."""
+    if record is None:
+        yield
+        return
+    path, recording = record
+
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
+        is_tuple = isinstance(output, tuple)
+        first = output[0] if is_tuple else output
+        recording[rows.start] = (first.cpu(), len(output) - 1 if is_tuple else None)
+
+    handle = layer.get_submodule(path).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replayed(
+    layer: nn.Module, rows: slice, replay: "Mapping[str, Recording]", on: Execution
+) -> Iterator[None]:
+    """Let recorded outputs stand in for submodules."""
+    with ExitStack() as stack:
+        for path, recording in replay.items():
+            first, others = recording[rows.start]
+            output = first.to(on.device)
+            whole = output if others is None else (output, *[None] * others)
+            stack.enter_context(_in_place_of(layer, path, _Injector(whole)))
+        yield
 
 
 @contextmanager
