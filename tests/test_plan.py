@@ -236,3 +236,24 @@ def test_null_kv_heads_means_as_many_as_heads():
     config = {"num_key_value_heads": None}
     assert Shape.of(FAMILIES["mistral"], config).num_key_value_heads == 32
     assert Shape.of(FAMILIES["mistral"], {}).num_key_value_heads == 8
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-12-heads", "qwen2-tied", "qwen3"])
+def test_counts_equal_those_of_the_real_model(variant):
+    """Parameters, FLOPs as torch counts them, and bytes of the cache that a forward leaves."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .conftest import family_of_model, tiny_model
+
+    model = tiny_model(variant, torch.float32)
+    model.set_attn_implementation("eager")
+    family, config = family_of_model(model), model.config.to_dict()
+    tokens = 24
+    cost = cost_of(family, config, Shape.of(family, config), context=tokens, itemsize=4)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        cache = model(input_ids=torch.zeros(1, tokens, dtype=torch.int64)).past_key_values
+    assert sum(p.numel() for p in model.parameters()) == cost.params
+    assert counter.get_total_flops() == cost.flops * tokens
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == cost.kv_cache * tokens

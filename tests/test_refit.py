@@ -24,7 +24,15 @@ from sp3llm.stream import (
     run_layer,
 )
 
-from .conftest import family_of_model, relative_error, save_model, tiny_model
+from .conftest import (
+    disk_tensors,
+    family_of_model,
+    logits_of,
+    relative_error,
+    save_model,
+    stock_model,
+    tiny_model,
+)
 from .test_stock import compress_tiny
 
 CPU = torch.device("cpu")
@@ -284,3 +292,52 @@ def test_a_site_that_costs_nothing_does_not_stop_the_others():
     start = torch.linalg.eigh(sum(moments))[1][:, -3:]
     found = metric_basis(moments, (metric @ metric.T, torch.zeros(8, 8).double()), start)
     assert relative_error(found @ found.T, start @ start.T) > 1e-2
+
+
+def test_ridge_map_equals_numpy_and_tends_to_the_prior():
+    import numpy
+
+    a, y, prior = normal(300, 9), normal(300, 4, seed=1), normal(9, 4, seed=2)
+    gram = gram_of(a, y)
+    least_squares = torch.from_numpy(numpy.linalg.lstsq(a.numpy(), y.numpy(), rcond=None)[0])
+    found, _, _ = ridge_solution(gram, prior, 0.0, False)
+    assert relative_error(found, least_squares) < 1e-12
+    distances = [
+        relative_error(ridge_solution(gram, prior, ridge, False)[0], prior)
+        for ridge in (1.0, 1e3, 1e6, 1e9)
+    ]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 1e-8
+
+
+def test_a_duplicated_neuron_goes_free_of_loss():
+    a = normal(400, 6)
+    a = torch.cat([a, a[:, :1]], 1)
+    gram = gram_of(a, a @ normal(7, 3, seed=1))
+    weight, _, _ = ridge_solution(gram, torch.zeros(7, 3).double(), 1e-10, False)
+    kept = choose_units(gram.inputs_PP, weight, 6, 1, "obs", 1e-10)
+    assert len({0, 6} & set(kept.tolist())) == 1
+    assert refitted_loss(gram, kept) < 1e-12
+
+
+@pytest.mark.parametrize("variant", ["llama-biases", "mistral", "qwen2-tied", "qwen3"])
+def test_refit_at_full_width_returns_the_dense_model(variant, tokens, tmp_path):
+    """Nothing is lost, so nothing may be changed: logits of the refitted model are the dense's."""
+    from sp3llm.families import groups
+    from sp3llm.plan import Shape, resized_config
+    from sp3llm.rebuild import Refitter, refitted_groups
+
+    model = tiny_model(variant)
+    checkpoint = save_model(model, tmp_path)
+    family = family_of_model(model)
+    shape = Shape.of(family, checkpoint.config)
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
+    _, projection = choose_basis(checkpoint, family, moments, shape.hidden_size)
+    refitter = Refitter(checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, [])
+    tensors = {}
+    for _, group in refitted_groups(refitter, tokens, groups(family, checkpoint.config)):
+        tensors |= group
+    small = stock_model(resized_config(family, checkpoint.config, shape), tensors, exact=True)
+    dense = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
+    unseen = (tokens + 31) % 96
+    assert relative_error(logits_of(small, unseen), logits_of(dense, unseen)) < 2e-6
