@@ -39,7 +39,9 @@ def typed(key: str, value: str) -> bool | int | float | str:
     default = getattr(CompressConfig(), key)
     if isinstance(default, bool):
         return value in ("true", "yes", "1")
-    return type(default)(value) if default is not None else value
+    if default is None:
+        return int(value) if value.isdigit() else value
+    return type(default)(value)
 
 
 def run(settings: CompressConfig) -> dict:
