@@ -11,6 +11,7 @@ of windows depends on the seed and the step alone, so a resumed run sees the sam
 
 import argparse
 import gzip
+import io
 import json
 import math
 import os
@@ -79,9 +80,11 @@ def train_tokenizer(corpora: dict[str, list[str]], folder: Path) -> None:
         for line in document.split("\n")
         if line.strip()
     )
+    # Into memory: a file name given here would be written into the model.
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines,
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         vocab_size=VOCAB_SIZE,
         model_type="bpe",
         byte_fallback=True,
@@ -96,7 +99,7 @@ def train_tokenizer(corpora: dict[str, list[str]], folder: Path) -> None:
         pad_id=-1,
         max_sentence_length=20000,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     config = json.dumps(TOKENIZER_CONFIG, indent=2) + "\n"
     (folder / "tokenizer_config.json").write_text(config)
     (folder / "config.json").write_text('{"model_type": "llama"}')
