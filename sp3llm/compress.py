@@ -85,7 +85,7 @@ class Job:
     """Token ids, `(windows, tokens)`."""
 
 
-def compress(settings: CompressConfig, console: "Console", command: str | None = None) -> Result:
+def compress(settings: CompressConfig, console: "Console") -> Result:
     """Run the whole pipeline; the output folder holds the compressed model when it returns.
 
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
@@ -151,7 +151,7 @@ def compress(settings: CompressConfig, console: "Console", command: str | None =
             name=name,
             out=out,
             architecture=family.architecture,
-            command=command or _command(settings),
+            command=_command(settings),
             plan=plan,
             trials=trials,
             fits=fits,
