@@ -1,6 +1,6 @@
 """Run `sp3llm compress` over ratios and settings, and write down what came out.
 
-python eval/bench.py --name basis --keep 0.75 0.625 0.5 --vary moments=normalised,raw
+python eval/bench.py --name basis --keep 0.75 0.625 0.5 --vary moments=normalised,raw basis=pca
 
 Every cell is the real pipeline. `eval/results/NAME.json` holds, for each run, the command, seed,
 text hashes, versions and machine; `eval/results/NAME.md` the table.

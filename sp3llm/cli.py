@@ -86,8 +86,8 @@ def add_compress(add: argparse.ArgumentParser) -> None:
     )
     for option, choices, what in (
         ("moments", MOMENTS, "stream whose second moments are taken; raw is there to compare with"),
-        ("basis", BASES, "basis of the stream: principal components, or weighed by what the "
-         "readers or the loss would miss"),
+        ("basis", BASES, "what the basis of the stream keeps: what is large, what the weights "
+         "read, or what the loss would miss"),
         ("choose", CHOICES, "how FFN neurons and KV groups are chosen: by the loss of the refit, "
          "or by their own energy"),
     ):  # fmt: skip

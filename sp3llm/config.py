@@ -42,8 +42,9 @@ class CompressConfig:
     """Refit what is left in closed form, layer by layer (a second pass over the calibration)."""
     choose: str = "obs"
     """How neurons and KV groups are chosen: by the loss of the refit, or by their own energy."""
-    basis: str = "pca"
-    """Where the basis comes from: principal components, or what readers or the loss would miss."""
+    basis: str = "gradient"
+    """What the basis keeps: what is large (`pca`), what the weights read (`readers`), or what the
+    loss would miss (`gradient`)."""
     allocate: str | None = None
     """`search`: the mix of width, FFN and KV groups that loses least; `width`: all on the hidden
     size. None: `search` with the refit, `width` without."""
@@ -94,6 +95,11 @@ class CompressConfig:
             raise UserError(
                 f"Expected --allocate to be one of {', '.join(ALLOCATIONS)}, found "
                 f"'{self.allocate}': choose one of them."
+            )
+        if self.moments == "raw" and self.basis != "pca":
+            raise UserError(
+                f"Expected --basis pca with --moments raw, found '{self.basis}', which weighs "
+                "errors in the normalised stream: add --basis pca, or leave --moments raw out."
             )
         if not self.refit and (
             self.allocate == "search" or self.intermediate_size or self.num_key_value_heads

@@ -1,6 +1,6 @@
 """Streaming measurements: what the basis is made from, and the losses before and after."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,20 +33,26 @@ from sp3llm.stream import (
     token_losses,
 )
 
-# Loss gradients are taken on this many windows: their moments only weigh directions.
-_GRADIENT_WINDOWS = 16
+# Loss gradients are taken on this many tokens, in whole windows: their moments only weigh
+# directions, and every layer's input is kept for them.
+_GRADIENT_TOKENS = 8192
+# Neighbouring read sites are summed into this many, so that what a basis is made from does not
+# grow with depth (eval/NOTES.md: next to nothing is lost).
+_SITES = 4
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of the dense stream at its read sites, float64."""
+    """Second moments of the dense stream, float64."""
 
-    total_DD: Tensor
-    """Sum over sites of the mean second moment."""
-    sites_DD: tuple[Tensor, ...] = ()
-    """Each site's own, where the basis needs them; in the order of the stream, the head last."""
+    sites_DD: tuple[Tensor, ...]
+    """Mean second moments, summed over neighbouring read sites; in the order of the stream."""
     metrics_DD: tuple[Tensor, ...] = ()
-    """What an error in the normalised stream costs at each site."""
+    """What an error in the normalised stream costs there; nothing for principal components."""
+
+    def total(self) -> Tensor:
+        """Sum over all sites, `(D, D)`."""
+        return sum(self.sites_DD[1:], self.sites_DD[0].clone())
 
 
 def tracked(progress: Progress | None, description: str, items: list[Group]) -> Iterable[Group]:
@@ -66,9 +72,9 @@ def measure_dense(
 ) -> tuple[Moments, Tensor | None]:
     """One streaming pass of the dense model over calibration and evaluation windows.
 
-    `moments` is of which stream (`normalised` or `raw`); with `basis` other than `pca` every site
-    keeps its own, with what an error there costs: `readers`, by the readers' weights,
-    `gradient`, by the loss gradients.
+    `moments` is of which stream (`normalised` or `raw`). With `basis` other than `pca` what an
+    error in the stream costs is measured too: `readers`, by the readers' weights, relative to all
+    that they read; `gradient`, by the second moments of loss gradients (see `_gradient_metrics`).
 
     Returns the moments and the token losses on the evaluation windows.
     """
@@ -76,50 +82,77 @@ def measure_dense(
     width = families.axis_sizes(family, dense.config)[families.RESIDUAL]
     embeddings, *layers, _ = families.groups(family, dense.config)
     count = len(family.sites) * len(layers) + 1
-    kept = count if basis != "pca" else 1
-    sums = [torch.zeros(width, width, dtype=torch.float64, device=on.device) for _ in range(kept)]
+    slots = 1 if basis == "pca" else min(_SITES, count)
 
-    def probe_of(site: int) -> Probe:
+    def zeros() -> Tensor:
+        return torch.zeros(width, width, dtype=torch.float64, device=on.device)
+
+    sums, metrics = [zeros() for _ in range(slots)], [zeros() for _ in range(slots)]
+
+    def probe_into(moment_DD: Tensor) -> Probe:
         def probe(_: slice, x: Tensor) -> None:
-            seen = normalise(x, eps) if moments == "normalised" else widen(x)
-            add_second_moment(sums[site % kept], seen)
+            add_second_moment(moment_DD, normalise(x, eps) if moments == "normalised" else widen(x))
 
         return probe
+
+    def close(site: int, moment_DD: Tensor, tensors: Mapping[str, Tensor], norm: str,
+              readers: list[str]) -> None:  # fmt: skip
+        moment_DD /= calibration.numel()
+        sums[site * slots // count] += moment_DD
+        if basis == "readers":
+            metric_DD = _reader_metric(tensors, norm, readers, on)
+            cost = (metric_DD * moment_DD).sum()
+            # A site where no error costs anything (a block that does nothing yet) has no say.
+            if cost > 0:
+                metrics[site * slots // count] += metric_DD / cost
 
     model = empty_model(dense.config)
     table = dense.read(embeddings.parameters)
     stream = open_stream(model, family, table, calibration, on)
     evaluated = None if evaluation is None else open_stream(model, family, table, evaluation, on)
+    windows = max(1, _GRADIENT_TOKENS // calibration.shape[1])
     inputs: list[Tensor] = []
     for index, group in enumerate(tracked(progress, "dense model, second moments", layers)):
-        first = index * len(family.sites)
-        probes = {site.norm: probe_of(first + i) for i, site in enumerate(family.sites)}
         if basis == "gradient":
-            inputs.append(stream.hidden[:_GRADIENT_WINDOWS].clone())
+            inputs.append(stream.hidden[:windows].clone())
+        at_sites = [zeros() for _ in family.sites]
+        probes = {
+            site.norm: probe_into(moment_DD)
+            for site, moment_DD in zip(family.sites, at_sites, strict=True)
+        }
         streams = [(stream, probes)] + ([(evaluated, {})] if evaluated else [])
-        run_layer(model, family, index, dense.read(group.parameters), streams, on)
-    probe_stream(stream, probe_of(count - 1), on)
+        tensors = dense.read(group.parameters)
+        run_layer(model, family, index, tensors, streams, on)
+        first = index * len(family.sites)
+        for number, (site, moment_DD) in enumerate(zip(family.sites, at_sites, strict=True)):
+            readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
+            norm = f"{group.prefix}{site.norm}.weight"
+            close(first + number, moment_DD, tensors, norm, readers)
+    at_head = zeros()
+    probe_stream(stream, probe_into(at_head), on)
+    head = head_tensors(dense, family)
+    close(count - 1, at_head, head, f"{family.final_norm}.weight", [f"{family.head}.weight"])
     losses = None
     if evaluated is not None:
-        head = head_tensors(dense, family)
         losses = token_losses(model, family, head, evaluated, evaluation, on)
-    total_DD = torch.zeros_like(sums[0])
-    for site_DD in sums:
-        site_DD /= calibration.numel()
-        total_DD += site_DD
     if not all(torch.isfinite(total).all() for total in sums):
         raise UserError(
             "The second moments of the stream do not fit float32: its activations are extreme; "
             "use --moments normalised, or a checkpoint in float64."
         )
     if basis == "pca":
-        return Moments(total_DD), losses
-    if basis == "readers":
-        metrics = _reader_metrics(dense, family, on)
-    else:
-        final = Stream(stream.hidden[:_GRADIENT_WINDOWS], stream.calls)
-        metrics = _gradient_metrics(dense, family, inputs, final, stream, on, progress)
-    return Moments(total_DD, tuple(sums), tuple(metrics)), losses
+        return Moments(tuple(sums)), losses
+    if basis == "gradient":
+        final = Stream(stream.hidden[:windows], stream.calls)
+        costs = _gradient_metrics(dense, family, inputs, final, on, progress)
+        for site, metric_DD in enumerate(costs):
+            metrics[(count - 1 - site) * slots // count] += metric_DD
+    if not all(torch.isfinite(metric_DD).all() for metric_DD in metrics):
+        raise UserError(
+            "The gradients of the loss hold NaN or infinity: use --basis readers, or --dtype "
+            "float32."
+        )
+    return Moments(tuple(sums), tuple(metrics)), losses
 
 
 def head_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:
@@ -132,29 +165,15 @@ def head_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:
     return tensors
 
 
-def _site_readers(
-    dense: Checkpoint, family: Family
-) -> Iterable[tuple[Mapping[str, Tensor], str, list[str]]]:
-    """Each site's tensors, norm and readers, in the order of the stream, the head last."""
-    _, *layers, _ = families.groups(family, dense.config)
-    for group in layers:
-        tensors = dense.read(group.parameters)
-        for site in family.sites:
-            readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
-            yield tensors, f"{group.prefix}{site.norm}.weight", readers
-    yield head_tensors(dense, family), f"{family.final_norm}.weight", [f"{family.head}.weight"]
-
-
-def _reader_metrics(dense: Checkpoint, family: Family, on: Execution) -> list[Tensor]:
-    """`A = sum W^T W` over each site's readers, the norm's weight folded in (DESIGN 3.2)."""
-    metrics = []
-    for tensors, norm, readers in _site_readers(dense, family):
-        norm_D = tensors[norm].to(on.device, torch.float64)
-        metric_DD = torch.zeros(len(norm_D), len(norm_D), dtype=torch.float64, device=on.device)
-        for reader in readers:
-            add_second_moment(metric_DD, widen(tensors[reader].to(on.device)))
-        metrics.append(norm_D[:, None] * metric_DD * norm_D)
-    return metrics
+def _reader_metric(
+    tensors: Mapping[str, Tensor], norm: str, readers: list[str], on: Execution
+) -> Tensor:
+    """`A = sum W^T W` over a site's readers, the norm's weight folded in (DESIGN 3.2)."""
+    norm_D = tensors[norm].to(on.device, torch.float64)
+    metric_DD = torch.zeros(len(norm_D), len(norm_D), dtype=torch.float64, device=on.device)
+    for reader in readers:
+        add_second_moment(metric_DD, widen(tensors[reader].to(on.device)))
+    return norm_D[:, None] * metric_DD * norm_D
 
 
 def _gradient_metrics(
@@ -162,13 +181,16 @@ def _gradient_metrics(
     family: Family,
     inputs: list[Tensor],
     final: Stream,
-    stream: Stream,
     on: Execution,
     progress: Progress | None,
-) -> list[Tensor]:
-    """`A = E[g g^T]` with `g` the gradient of the loss by the normalised stream at each site.
+) -> Iterator[Tensor]:
+    """`A = E[g g^T]` with `g` the gradient of a token's loss by the normalised stream at a site.
 
-    Labels are drawn from the model itself, so that `A` is the Fisher information of the stream.
+    Labels are drawn from the model itself, so that `A` is the Fisher information of the stream,
+    and the sum over sites of `tr(A Q C Q) / 2` the loss in nats a token that giving up `Q` costs,
+    to second order, errors at different sites and moments within one taken as independent.
+
+    Yields one matrix a site, from the head down.
     """
     _, *layers, _ = families.groups(family, dense.config)
     model = empty_model(dense.config)
@@ -177,21 +199,21 @@ def _gradient_metrics(
     def metric(gradients: Tensor, norm: Tensor) -> Tensor:
         total_DD = torch.zeros(width, width, dtype=torch.float64, device=on.device)
         add_second_moment(total_DD, widen(gradients.to(on.device)) * norm.to(on.device).float())
-        return total_DD
+        return total_DD / final.hidden[..., 0].numel()
 
     head = head_tensors(dense, family)
     upstream, at_norm = backward_head(model, family, head, final, on)
-    found = [metric(at_norm, head[f"{family.final_norm}.weight"])]
+    yield metric(at_norm, head[f"{family.final_norm}.weight"])
     pairs = list(enumerate(layers))[::-1]
     bar = tracked(progress, "dense model, loss gradients", [group for _, group in pairs])
     for (index, _), group in zip(pairs, bar, strict=True):
         tensors = dense.read(group.parameters)
-        at = Stream(inputs[index], stream.calls)
+        at = Stream(inputs[index], final.calls)
         norms = [site.norm for site in family.sites]
         upstream, gradients = backward_layer(model, family, index, tensors, at, upstream, norms, on)
         weights = [tensors[f"{group.prefix}{norm}.weight"] for norm in norms]
-        found += [metric(g, w) for g, w in zip(gradients[::-1], weights[::-1], strict=True)]
-    return found[::-1]
+        for gradient, weight in zip(gradients[::-1], weights[::-1], strict=True):
+            yield metric(gradient, weight)
 
 
 def measure_losses(
@@ -218,10 +240,10 @@ def choose_basis(
     For tied models the basis is turned so that the tie holds. Returns all eigenvalues of the
     summed moments, falling, and the projection.
     """
-    eigenvalues_D, vectors_DD = eigenbasis(moments.total_DD)
+    eigenvalues_D, vectors_DD = eigenbasis(moments.total())
     basis_DK, tied_scale_K = vectors_DD[:, :hidden_size], None
     if moments.metrics_DD:
-        basis_DK = metric_basis(moments.sites_DD, moments.metrics_DD, basis_DK)
+        basis_DK = metric_basis(moments.sites_DD, moments.metrics_DD, vectors_DD, hidden_size)
     if families.is_tied(family, dense.config):
         norm = f"{family.final_norm}.weight"
         norm_weight_D = dense.read([norm])[norm].to(basis_DK)

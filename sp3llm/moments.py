@@ -3,12 +3,16 @@
 Shape suffixes: N tokens, D residual width, K kept width.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 # Products are taken in float32 over this many tokens and summed in float64: the error of a
 # product does not grow with the number of tokens, and no float64 matrix product is needed.
 _BLOCK = 4096
+# Panels a symmetric product is taken in: 4 leave out three eighths of the work.
+_PANELS = 4
 
 
 def normalise(x_ND: Tensor, eps: float) -> Tensor:
@@ -29,7 +33,20 @@ def add_second_moment(total_DD: Tensor, x_ND: Tensor) -> None:
     """Add `sum_n x_n x_n^T` to the float64 `total_DD`, in place. `x_ND` is `(..., D)`, float."""
     rows_ND = x_ND.reshape(-1, x_ND.shape[-1])
     for block_ND in rows_ND.split(_BLOCK):
-        total_DD += (block_ND.T @ block_ND).to(total_DD)
+        total_DD += symmetric_product(block_ND, block_ND).to(total_DD)
+
+
+def symmetric_product(left_NP: Tensor, right_NP: Tensor) -> Tensor:
+    """`left^T right`, `(P, P)`, where that is symmetric: only the blocks on and above the diagonal
+    are computed.
+    """
+    size = right_NP.shape[1]
+    product_PP = right_NP.new_empty(size, size)
+    bounds = [size * panel // _PANELS for panel in range(_PANELS + 1)]
+    for start, end in pairwise(bounds):
+        product_PP[start:end, start:] = left_NP[:, start:end].T @ right_NP[:, start:]
+        product_PP[end:, start:end] = product_PP[start:end, end:].T
+    return product_PP
 
 
 def eigenbasis(moment_DD: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,54 +82,70 @@ def tied_rotation(basis_DK: Tensor, norm_weight_D: Tensor) -> tuple[Tensor, Tens
 def metric_basis(
     moments_DD: tuple[Tensor, ...],
     metrics_DD: tuple[Tensor, ...],
-    start_DK: Tensor,
-    steps: int = 200,
+    vectors_DD: Tensor,
+    kept: int,
+    steps: int = 60,
 ) -> Tensor:
-    """The subspace that loses least of what is read (DESIGN 3.2).
+    """The subspace of `kept` dimensions that loses least of what is read (DESIGN 3.2).
 
-    PCA keeps what is large, not what is read. Minimises over rank-`K` projectors `P = Z Z^T` the
-    sum over sites of `tr(A (I-P) C (I-P))`, `A` what an error costs there and `C` the stream's
-    second moment, each site scaled so that `tr(A C) = 1`, by gradient descent with a QR
-    retraction and a backtracking step from the PCA start.
+    PCA keeps what is large, not what is read. Minimises over projectors `Q = Y Y^T` onto what is
+    given up the sum over sites of `tr(A Q C Q)`, `A` what an error costs there and `C` the
+    stream's second moment: conjugate gradients on the Grassmann manifold (Edelman, Arias and
+    Smith 1998) with a QR retraction, from the orthonormal `vectors_DD`, whose first `kept`
+    columns are the start. It need not converge: the last steps change the cost, and not the
+    model.
 
     Returns `Z`, `(D, K)`, float64, turned to the principal axes of the summed moments within the
     subspace, so that it does not depend on the path taken.
     """
-    traces = [(a * c).sum() for a, c in zip(metrics_DD, moments_DD, strict=True)]
-    # A site where no error costs anything (a block that does nothing yet) has no say.
-    sites = [
-        (1 / trace, a, c)
-        for trace, a, c in zip(traces, metrics_DD, moments_DD, strict=True)
-        if trace > 0
-    ]
+    if kept == len(vectors_DD):
+        return vectors_DD
+    sites = list(zip(metrics_DD, moments_DD, strict=True))
 
-    def cost_and_gradient(z_DK: Tensor) -> tuple[Tensor, Tensor]:
-        cost, gradient_DK = torch.zeros_like(z_DK[0, 0]), torch.zeros_like(z_DK)
-        for scale, a_DD, c_DD in sites:
-            az_DK, cz_DK = scale * (a_DD @ z_DK), c_DD @ z_DK
-            zaz_KK, zcz_KK = z_DK.T @ az_DK, z_DK.T @ cz_DK
-            cost = cost + 1 - 2 * (az_DK * cz_DK).sum() + (zaz_KK * zcz_KK).sum()
-            lost_DK = az_DK @ zcz_KK + cz_DK @ zaz_KK - c_DD @ az_DK
-            lost_DK = lost_DK - scale * (a_DD @ cz_DK)
-            gradient_DK = gradient_DK + 2 * lost_DK
-        return cost, gradient_DK - z_DK @ (z_DK.T @ gradient_DK)
+    def cost_and_gradient(y_DR: Tensor) -> tuple[Tensor, Tensor]:
+        cost, gradient_DR = y_DR.new_zeros(()), torch.zeros_like(y_DR)
+        for a_DD, c_DD in sites:
+            ay_DR, cy_DR = a_DD @ y_DR, c_DD @ y_DR
+            yay_RR, ycy_RR = y_DR.T @ ay_DR, y_DR.T @ cy_DR
+            cost = cost + (yay_RR * ycy_RR).sum()
+            gradient_DR += 2 * (ay_DR @ ycy_RR + cy_DR @ yay_RR)
+        return cost, _tangent(gradient_DR, y_DR)
 
-    z_DK = start_DK
-    cost, gradient_DK = cost_and_gradient(z_DK)
-    step = 1.0 / gradient_DK.norm().clamp_min(1e-30)
-    for _ in range(steps):
+    y_DR = vectors_DD[:, kept:]
+    cost, gradient_DR = cost_and_gradient(y_DR)
+    direction_DR = -gradient_DR
+    step = 1.0 / gradient_DR.norm().clamp_min(1e-30)
+    for _ in range(steps if gradient_DR.any() else 0):
+        slope = (gradient_DR * direction_DR).sum()
+        if slope >= 0:
+            direction_DR, slope = -gradient_DR, -gradient_DR.square().sum()
         for _ in range(30):
-            trial_DK = torch.linalg.qr(z_DK - step * gradient_DK)[0]
-            trial_cost, trial_gradient_DK = cost_and_gradient(trial_DK)
-            if trial_cost <= cost - 1e-4 * step * gradient_DK.square().sum():
+            trial_DR = _retracted(y_DR + step * direction_DR)
+            trial_cost, trial_gradient_DR = cost_and_gradient(trial_DR)
+            if trial_cost <= cost + 1e-4 * step * slope:
                 break
             step = step / 2
         else:
             break
-        settled = cost - trial_cost < 1e-7 * cost
-        z_DK, cost, gradient_DK, step = trial_DK, trial_cost, trial_gradient_DK, step * 2
+        settled = cost - trial_cost < 1e-6 * cost
+        change_DR = trial_gradient_DR - _tangent(gradient_DR, trial_DR)
+        turn = (trial_gradient_DR * change_DR).sum() / gradient_DR.square().sum()
+        direction_DR = turn.clamp_min(0) * _tangent(direction_DR, trial_DR) - trial_gradient_DR
+        y_DR, cost, gradient_DR, step = trial_DR, trial_cost, trial_gradient_DR, step * 2
         if settled:
             break
-    inner_KK = sum((z_DK.T @ c_DD @ z_DK for c_DD in moments_DD), z_DK.new_zeros(()))
-    _, turn_KK = eigenbasis(inner_KK)
+    z_DK = torch.linalg.qr(y_DR, mode="complete")[0][:, y_DR.shape[1] :]
+    total_DD = sum(moments_DD, torch.zeros_like(vectors_DD))
+    _, turn_KK = eigenbasis(z_DK.T @ total_DD @ z_DK)
     return z_DK @ turn_KK
+
+
+def _tangent(direction_DR: Tensor, y_DR: Tensor) -> Tensor:
+    """The part of a direction that moves the subspace."""
+    return direction_DR - y_DR @ (y_DR.T @ direction_DR)
+
+
+def _retracted(y_DR: Tensor) -> Tensor:
+    """Orthonormal columns of the same span, near those given: QR with a positive diagonal."""
+    q_DR, r_RR = torch.linalg.qr(y_DR)
+    return q_DR * torch.where(r_RR.diagonal() < 0, -1.0, 1.0).to(q_DR)

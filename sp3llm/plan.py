@@ -391,26 +391,31 @@ def needs_of(
     itemsize: int,
     compute_itemsize: int,
 ) -> Needs:
-    """Estimate the memory and disk of `sp3llm compress --basis pca`.
+    """Estimate the memory and disk of `sp3llm compress`.
 
-    The first pass holds calibration and evaluation streams; the second the dense stream before
-    and between the writers of a layer, and the small one. Gram matrices are float64: one to fit
-    and one held back, their sum, the cut and ridged copies and a factor. The head is transformed
-    in float64.
+    The first pass holds calibration and evaluation streams, and every layer's input for the 8192
+    tokens (one window at least) whose gradients the basis is made from; the second the dense
+    stream before and between the writers of a layer, the small one and what attention's writer
+    reads. The basis takes second moments and metrics of four groups of sites. Gram matrices are
+    float64: one to fit and one held back, their sum, the cut and ridged copies and a factor. The
+    head is transformed in float64.
     """
     dense = Shape.of(family, config)
     wide, narrow = dense.hidden_size, shape.hidden_size
-    first = (samples + eval_samples) * wide
-    second = samples * ((1 + len(family.sites[1:])) * wide + narrow)
+    traced = min(samples, max(1, 8192 // seq_len)) * setting(family, config, "num_hidden_layers")
+    heads = dense.num_attention_heads * dense.head_dim
+    first = (samples + eval_samples + traced) * wide
+    second = samples * ((1 + len(family.sites[1:])) * wide + narrow + heads)
     one, two = ({**resized_config(family, config, s), "num_hidden_layers": n}
                 for s, n in ((dense, 1), (dense, 2)))  # fmt: skip
     layer = count_parameters(family, two) - count_parameters(family, one)
     table = axis_sizes(family, config)[VOCAB] * wide
-    widest_input = max(dense.intermediate_size, dense.num_attention_heads * dense.head_dim)
+    widest_input = max(dense.intermediate_size, heads)
+    basis = 8 * 14 * wide**2
     grams = 8 * (7 * widest_input**2 + 4 * widest_input * narrow)
     return Needs(
         streams=max(first, second) * seq_len * compute_itemsize,
-        working=max(2 * layer * (itemsize + compute_itemsize) + grams, 3 * 8 * table),
+        working=max(2 * layer * (itemsize + compute_itemsize) + max(grams, basis), 3 * 8 * table),
         disk=count_parameters(family, resized_config(family, config, shape)) * itemsize,
     )
 

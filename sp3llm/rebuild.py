@@ -33,8 +33,9 @@ from sp3llm.refit import (
 )
 from sp3llm.stream import (
     Execution,
-    Recording,
+    Returns,
     Stream,
+    add_to_stream,
     empty_model,
     open_stream,
     probe_stream,
@@ -194,43 +195,31 @@ def _fit_layer(
     dense_stream: Stream,
     small_stream: Stream,
 ) -> None:
-    """Fit one layer, `tensors` in place, and send both streams through it."""
+    """Fit one layer, `tensors` in place, and send both streams through it.
+
+    The small stream moves on by each fitted writer's own output; of the blocks behind it nothing
+    runs again, and what is before it is silent.
+    """
     family, on = refitter.family, refitter.on
     source = refitter.dense.read(group.parameters)
-    first = _fit_readers_of_streams(refitter, dense_stream, small_stream)
-    targets = _run_dense(refitter, index, source, dense_model, dense_stream)
-    done: dict[str, Recording] = {}  # outputs of blocks that are fitted: they need not run again
+    grams = _stream_grams(refitter, dense_stream.hidden, small_stream)
+    targets, returns = _run_dense(refitter, index, source, dense_model, dense_stream)
+    last = len(family.sites) - 1
     for number, site in enumerate(family.sites):
-        shell = shells[number]
-        if number == 0:
-            grams = first
-        else:
-            grams = _reader_grams(refitter)
-
-            def see(
-                rows: slice, x: Tensor, grams: tuple[Gram, Gram] = grams, number: int = number
-            ) -> None:
-                _add_reader(refitter, grams, rows, targets[number - 1][rows], x)
-
-            before = family.sites[number - 1].block
-            recording: Recording = {}
-            run_layer(
-                shell,
-                family,
-                index,
-                tensors,
-                [(small_stream, {site.norm: see})],
-                on,
-                until=site.norm,
-                record=(before, recording),
-                replay=done,
-            )
-            done[before] = recording
+        if number:
+            grams = _stream_grams(refitter, targets[number - 1], small_stream)
         _fit_readers(refitter, group, site, grams, source, tensors)
-        _fit_writer(
-            refitter, index, group, number, targets[number], tensors, shell, small_stream, done
-        )
-    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on, replay=done)
+        silent = {done.block: returns[done.block] for done in family.sites[:number]}
+        inputs = _fit_writer(
+            refitter, index, group, number, targets[number], tensors, shells[number], small_stream,
+            silent, keep_inputs=number < last,
+        )  # fmt: skip
+        if number < last:
+            name = f"{group.prefix}{family.writers[number]}"
+            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+            add_to_stream(small_stream, inputs, weight, bias, on, f"{name} of the small model")
+    # The last writer's inputs are the widest of all: running its block again costs less memory.
+    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on, silent=silent)
 
 
 def _run_dense(
@@ -239,7 +228,7 @@ def _run_dense(
     source: Mapping[str, Tensor],
     dense_model: nn.Module,
     dense_stream: Stream,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Returns]:
     """Run the dense layer; the stream after each of its writers, on the host."""
     family = refitter.family
     between = [torch.empty_like(dense_stream.hidden) for _ in family.sites[1:]]
@@ -250,16 +239,13 @@ def _run_dense(
             store[rows] = x.cpu()
 
         probes[site.norm] = keep
-    run_layer(dense_model, family, index, source, [(dense_stream, probes)], refitter.on)
-    return [*between, dense_stream.hidden]
+    returns: Returns = {site.block: None for site in family.sites}
+    streams = [(dense_stream, probes)]
+    run_layer(dense_model, family, index, source, streams, refitter.on, note=returns)
+    return [*between, dense_stream.hidden], returns
 
 
 # --------------------------------------------------------------------------- readers
-
-
-def _reader_grams(refitter: Refitter) -> tuple[Gram, Gram]:
-    width, kept = refitter.projection.basis_DK.shape
-    return tuple(empty_gram(kept, width, refitter.on.device) for _ in range(2))
 
 
 def _add(
@@ -278,21 +264,16 @@ def _add(
             add_to_gram(gram, a[part], y[part], None if weight is None else weight[part])
 
 
-def _add_reader(
-    refitter: Refitter, grams: tuple[Gram, Gram], rows: slice, dense_x: Tensor, small_x: Tensor
-) -> None:
-    dense_n = normalise(dense_x.to(refitter.on.device), refitter.eps)
-    _add(refitter, grams, rows, normalise(small_x, refitter.eps), dense_n)
-
-
-def _fit_readers_of_streams(
-    refitter: Refitter, dense_stream: Stream, small_stream: Stream
+def _stream_grams(
+    refitter: Refitter, dense_hidden: Tensor, small_stream: Stream
 ) -> tuple[Gram, Gram]:
     """Grams of a site that reads the streams as they stand."""
-    grams = _reader_grams(refitter)
+    width, kept = refitter.projection.basis_DK.shape
+    grams = tuple(empty_gram(kept, width, refitter.on.device) for _ in range(2))
 
     def see(rows: slice, x: Tensor) -> None:
-        _add_reader(refitter, grams, rows, dense_stream.hidden[rows], x)
+        dense_n = normalise(dense_hidden[rows].to(refitter.on.device), refitter.eps)
+        _add(refitter, grams, rows, normalise(x, refitter.eps), dense_n)
 
     probe_stream(small_stream, see, refitter.on)
     return grams
@@ -341,7 +322,7 @@ def _fit_head(
     family = refitter.family
     if refitter.projection.tied_scale_K is not None:
         return
-    grams = _fit_readers_of_streams(refitter, dense_stream, small_stream)
+    grams = _stream_grams(refitter, dense_stream.hidden, small_stream)
     fit = _reader_map(refitter, grams, False, family.final_norm)
     head, norm = f"{family.head}.weight", f"{family.final_norm}.weight"
     source = refitter.dense.read(group.parameters)
@@ -361,15 +342,18 @@ def _fit_writer(
     tensors: dict[str, Tensor],
     shell: nn.Module,
     small_stream: Stream,
-    done: Mapping[str, Recording],
-) -> None:
+    silent: Mapping[str, int | None],
+    keep_inputs: bool,
+) -> Tensor | None:
     """Choose the writer's surviving inputs and fit it to chase the dense stream.
 
     `W' = argmin sum_t |c X_out T - X' - a' W'^T|^2 / mean(X_out^2) + lambda |W' - c T^T W|^2`:
     each token weighs as the next norm will read it.
+
+    Returns the inputs that survive, `(windows, tokens, P)` on the host, if they are to be kept.
     """
     family, on = refitter.family, refitter.on
-    site, writer = family.sites[number], family.writers[number]
+    writer = family.writers[number]
     name = f"{group.prefix}{writer}"
     prior_PK = tensors[f"{name}.weight"].T.double()
     bias = tensors.get(f"{name}.bias")
@@ -379,28 +363,31 @@ def _fit_writer(
         torch.float64 if on.dtype == torch.float64 else torch.float32
     )
     grams = tuple(empty_gram(*prior_PK.shape, on.device) for _ in range(2))
-    before: dict[int, Tensor] = {}
+    inputs: Tensor | None = None
 
-    def see_stream(rows: slice, x: Tensor) -> None:
-        before[rows.start] = x
-
-    def see_input(rows: slice, a: Tensor) -> None:
+    def see(rows: slice, a: Tensor) -> None:
+        nonlocal inputs
         wanted = widen(target[rows].to(on.device))
         weight = 1 / wanted.square().mean(-1).clamp_min(1e-12)
-        missing = wanted @ scaled_DK - widen(before.pop(rows.start))
+        missing = wanted @ scaled_DK - widen(small_stream.hidden[rows].to(on.device))
         _add(refitter, grams, rows, widen(a), missing, weight)
+        if keep_inputs:
+            if inputs is None:
+                inputs = a.new_empty((*target.shape[:2], a.shape[-1]), device="cpu")
+            inputs[rows] = a.cpu()
 
-    probes = {site.norm: see_stream, writer: see_input}
-    streams = [(small_stream, probes)]
-    run_layer(shell, family, index, tensors, streams, on, until=writer, replay=done)
+    streams = [(small_stream, {writer: see})]
+    run_layer(shell, family, index, tensors, streams, on, until=writer, silent=silent)
     kept_P = _survivors(refitter, group, writer, joined(*grams), prior_PK, tensors)
     if kept_P is not None:
         grams, prior_PK = tuple(restricted(gram, kept_P) for gram in grams), prior_PK[kept_P]
+        inputs = None if inputs is None else inputs[..., kept_P.cpu()]
     fit = ridge_fit(*grams, prior_PK, prior_bias_K)
     _log(refitter, name, fit)
     tensors[f"{name}.weight"] = rounded(f"{name}.weight", fit.solution_PQ.T, refitter.dtype)
     if bias is not None:
         tensors[f"{name}.bias"] = rounded(f"{name}.bias", fit.intercept_Q, refitter.dtype)
+    return inputs
 
 
 def _survivors(

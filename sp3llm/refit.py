@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sp3llm.errors import UserError
+from sp3llm.moments import symmetric_product
 
 # Relative to the mean diagonal of the Gram matrix. Infinity, plain projection, is always tried.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -81,18 +82,20 @@ def add_to_gram(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None 
     Products are float32 over blocks (float64 for float64 input), sums float64.
     """
     a_NP, y_NQ = a_NP.reshape(-1, a_NP.shape[-1]), y_NQ.reshape(-1, y_NQ.shape[-1])
-    if weight_N is None:
-        weight_N = torch.ones(len(a_NP), dtype=a_NP.dtype, device=a_NP.device)
-    weight_N = weight_N.reshape(-1)
-    blocks = zip(a_NP.split(_BLOCK), y_NQ.split(_BLOCK), weight_N.split(_BLOCK), strict=True)
-    for block_NP, block_NQ, block_N in blocks:
-        weighted_NP = block_NP * block_N[:, None]
-        gram.inputs_PP.add_((weighted_NP.T @ block_NP).double())
-        gram.cross_PQ.add_((weighted_NP.T @ block_NQ).double())
+    weights = None if weight_N is None else weight_N.reshape(-1).split(_BLOCK)
+    blocks = zip(a_NP.split(_BLOCK), y_NQ.split(_BLOCK), strict=True)
+    for index, (block_NP, block_NQ) in enumerate(blocks):
+        weighted_NP, squares_N = block_NP, block_NQ.square().sum(1)
+        weight_N = torch.ones_like(squares_N)
+        if weights is not None:
+            weight_N = weights[index]
+            weighted_NP = block_NP * weight_N[:, None]
+        gram.inputs_PP.add_(symmetric_product(weighted_NP, block_NP))
+        gram.cross_PQ.add_(weighted_NP.T @ block_NQ)
         gram.input_sum_P.add_(weighted_NP.sum(0, dtype=torch.float64))
-        gram.target_sum_Q.add_((block_N @ block_NQ).double())
-        gram.energy.add_((block_N * block_NQ.square().sum(1)).sum(dtype=torch.float64))
-        gram.weight.add_(block_N.sum(dtype=torch.float64))
+        gram.target_sum_Q.add_(weight_N @ block_NQ)
+        gram.energy.add_((weight_N * squares_N).sum(dtype=torch.float64))
+        gram.weight.add_(weight_N.sum(dtype=torch.float64))
 
 
 def joined(one: Gram, two: Gram) -> Gram:

@@ -22,9 +22,8 @@ Probe = Callable[[slice, Tensor], None]
 """Called with the rows of a batch and what a module is called with there: for a norm the stream at
 its read site, `(windows, tokens, D)`."""
 
-Recording = dict[int, tuple[Tensor, int | None]]
-"""By first row of a batch: a submodule's output on the host, and how many more values it returned
-beside (None: it returned the tensor alone)."""
+Returns = dict[str, int | None]
+"""By submodule: how many values it returns; None: a tensor alone."""
 
 # Tokens that go through a layer at once.
 _TOKENS_A_BATCH = 8192
@@ -204,67 +203,77 @@ def run_layer(
     streams: list[tuple[Stream, Mapping[str, Probe]]],
     on: Execution,
     until: str | None = None,
-    record: "tuple[str, Recording] | None" = None,
-    replay: "Mapping[str, Recording]" = MappingProxyType({}),
+    silent: "Mapping[str, int | None]" = MappingProxyType({}),
+    note: "Returns | None" = None,
 ) -> None:
     """Send each stream through layer `index`, in place, with its weights placed for that long.
 
     Each stream comes with probes by module name, relative to the layer, which see that module's
     input. With `until` the layer runs up to that module only, and the streams stay as they are.
-    With `record` a submodule's outputs are kept, and with `replay` such outputs stand in for
-    submodules, which then do not run; both take one stream.
+    Submodules in `silent` do not run: zeros stand for what they would have added to the stream,
+    in as many values as they return. `note` has submodules as keys and is told how many that is.
 
     Raises UserError, naming the layer, if its output holds NaN or infinity.
     """
     layer = model.get_submodule(family.layers_module)[index]
-    with _placed(model, tensors, on):
+    with _placed(model, tensors, on), _noted(layer, note):
         for stream, probes in streams:
             hidden = stream.hidden
             for rows in _batches(len(hidden), _windows_a_batch(hidden.shape[1])):
                 batch = hidden[rows].to(on.device)
-                with (
-                    _probed(layer, rows, probes, until),
-                    _recorded(layer, rows, record),
-                    _replayed(layer, rows, replay, on),
-                ):
+                with _probed(layer, rows, probes, until), _silenced(layer, batch, silent):
                     output = layer(batch, **stream.calls[len(batch)][index])
                     hidden[rows] = (output[0] if isinstance(output, tuple) else output).cpu()
             if until is None:
                 _check_finite(hidden, f"layer {index}")
 
 
+@torch.no_grad()
+def add_to_stream(
+    stream: Stream, inputs: Tensor, weight: Tensor, bias: Tensor | None, on: Execution, where: str
+) -> None:
+    """Add a linear writer's output to the stream, in place, as the stock layer would.
+
+    `inputs` `(windows, tokens, P)` on the host, `weight` `(K, P)`, `bias` `(K,)`.
+
+    Raises UserError, saying where, if the stream then holds NaN or infinity.
+    """
+    weight = weight.to(on.device, on.dtype)
+    bias = None if bias is None else bias.to(on.device, on.dtype)
+    for rows in _batches(len(inputs), _windows_a_batch(inputs.shape[1])):
+        written = nn.functional.linear(inputs[rows].to(on.device), weight, bias)
+        stream.hidden[rows] = (stream.hidden[rows].to(on.device) + written).cpu()
+    _check_finite(stream.hidden, where)
+
+
 @contextmanager
-def _recorded(
-    layer: nn.Module, rows: slice, record: "tuple[str, Recording] | None"
-) -> Iterator[None]:
-    """Keep what a submodule returns for a batch, on the host."""
-    if record is None:
-        yield
-        return
-    path, recording = record
+def _noted(layer: nn.Module, note: "Returns | None") -> Iterator[None]:
+    """Tell how many values submodules return."""
 
-    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
-        is_tuple = isinstance(output, tuple)
-        first = output[0] if is_tuple else output
-        recording[rows.start] = (first.cpu(), len(output) - 1 if is_tuple else None)
+    def hook_of(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
+            note[path] = len(output) if isinstance(output, tuple) else None
 
-    handle = layer.get_submodule(path).register_forward_hook(hook)
+        return hook
+
+    paths = list(note or {})
+    handles = [layer.get_submodule(p).register_forward_hook(hook_of(p)) for p in paths]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
-def _replayed(
-    layer: nn.Module, rows: slice, replay: "Mapping[str, Recording]", on: Execution
+def _silenced(
+    layer: nn.Module, batch: Tensor, silent: "Mapping[str, int | None]"
 ) -> Iterator[None]:
-    """Let recorded outputs stand in for submodules."""
+    """Let zeros stand for what submodules return."""
     with ExitStack() as stack:
-        for path, recording in replay.items():
-            first, others = recording[rows.start]
-            output = first.to(on.device)
-            whole = output if others is None else (output, *[None] * others)
+        for path, count in silent.items():
+            zeros = torch.zeros_like(batch)
+            whole = zeros if count is None else (zeros, *[None] * (count - 1))
             stack.enter_context(_in_place_of(layer, path, _Injector(whole)))
         yield
 
@@ -411,7 +420,10 @@ def _outputs(*modules: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _check_finite(hidden: Tensor, where: str) -> None:
-    if not torch.isfinite(hidden).all():
+    # The sum is an order of magnitude cheaper than looking at every value, and finite only if
+    # all are; finite values whose sum overflows are looked at.
+    total = hidden.sum(dtype=torch.promote_types(hidden.dtype, torch.float32))
+    if not torch.isfinite(total) and not torch.isfinite(hidden).all():
         raise UserError(
             f"The activations after {where} hold NaN or infinity: try --dtype float32, or an "
             "undamaged copy of the checkpoint."

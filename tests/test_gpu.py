@@ -23,7 +23,7 @@ def test_moments_on_the_gpu_equal_those_on_the_cpu(tokens, tmp_path):
         measure_dense(
             checkpoint, family, tokens, None, "normalised", "pca",
             Execution(torch.device(device), torch.float32),
-        )[0].total_DD.cpu()
+        )[0].total().cpu()
         for device in ("cpu", "cuda")
     )  # fmt: skip
     assert relative_error(gpu, cpu) < 1e-5

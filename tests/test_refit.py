@@ -201,21 +201,50 @@ def test_dropping_dead_neurons_and_groups_costs_nothing(tmp_path, tokens):
     assert families.RESIDUAL == "hidden_size"
 
 
-def test_metric_basis_costs_no_more_than_pca_and_is_orthonormal():
+def metric_cost(moments, metrics, basis):
+    """`sum tr(A Q C Q)` for the subspace that a basis gives up."""
+    away = torch.eye(len(basis), dtype=torch.float64) - basis @ basis.T
+    return sum((a @ away @ c @ away).trace() for a, c in zip(metrics, moments, strict=True)).item()
+
+
+@pytest.mark.parametrize("kept", [1, 5, 11])
+def test_metric_basis_costs_less_than_pca_and_is_orthonormal(kept):
     moments = tuple(m @ m.T for m in (normal(12, 12, seed=s) for s in range(3)))
     metrics = tuple(m @ m.T for m in (normal(12, 3, seed=s) for s in range(10, 13)))
+    vectors = torch.linalg.eigh(sum(moments))[1].flip(1)
+    found = metric_basis(moments, metrics, vectors, kept)
+    cost = metric_cost(moments, metrics, found)
+    assert cost < 0.9 * metric_cost(moments, metrics, vectors[:, :kept])
+    assert relative_error(found.T @ found, torch.eye(kept, dtype=torch.float64)) < 1e-12
+    assert found.shape == (12, kept)
 
-    def cost(z):
-        away = torch.eye(12, dtype=torch.float64) - z @ z.T
-        return sum(
-            ((a @ away @ c @ away).trace() / (a * c).sum()).item()
-            for a, c in zip(metrics, moments, strict=True)
-        )
 
-    start = torch.linalg.eigh(sum(moments))[1][:, -5:]
-    found = metric_basis(moments, metrics, start)
-    assert cost(found) < 0.9 * cost(start)
-    assert relative_error(found.T @ found, torch.eye(5, dtype=torch.float64)) < 1e-12
+def test_metric_basis_gives_up_exactly_what_nobody_reads():
+    """A metric that sees 5 directions of 12, none of them loud: keeping those 5 costs nothing."""
+    moment = torch.eye(12, dtype=torch.float64) + 0.05 * normal(12, 12) @ normal(12, 12).T
+    read = normal(12, 5, seed=3)
+    vectors = torch.linalg.eigh(moment)[1].flip(1)
+    found = metric_basis((moment,), (read @ read.T,), vectors, 5, steps=2000)
+    start = metric_cost((moment,), (read @ read.T,), vectors[:, :5])
+    assert metric_cost((moment,), (read @ read.T,), found) < 1e-6 * start
+
+
+def test_metric_basis_at_full_width_and_without_any_cost_is_the_start():
+    moment, nothing = normal(6, 6) @ normal(6, 6).T, torch.zeros(6, 6, dtype=torch.float64)
+    vectors = torch.linalg.qr(normal(6, 6, seed=1))[0]
+    assert metric_basis((moment,), (moment,), vectors, 6) is vectors
+    found = metric_basis((moment @ moment.T,), (nothing,), vectors, 2)
+    assert relative_error(found @ found.T, vectors[:, :2] @ vectors[:, :2].T) < 1e-12
+
+
+def test_symmetric_product_is_the_product():
+    from sp3llm.moments import symmetric_product
+
+    for width in (1, 3, 4, 17):
+        x, weight = normal(50, width), normal(50, 1, seed=1).abs()
+        product = symmetric_product(x * weight, x)
+        assert relative_error(product, (x * weight).T @ x) < 1e-14
+        assert relative_error(product, product.T) < 1e-14
 
 
 def test_streamed_gradients_equal_those_of_a_whole_backward(tmp_path, tokens):
@@ -286,12 +315,28 @@ def test_inputs_that_never_fire_can_be_cut():
     assert len(set(kept.tolist())) == 4
 
 
-def test_a_site_that_costs_nothing_does_not_stop_the_others():
-    moments = tuple(m @ m.T for m in (normal(8, 8, seed=s) for s in range(2)))
-    metric = normal(8, 2, seed=5)
-    start = torch.linalg.eigh(sum(moments))[1][:, -3:]
-    found = metric_basis(moments, (metric @ metric.T, torch.zeros(8, 8).double()), start)
-    assert relative_error(found @ found.T, start @ start.T) > 1e-2
+def test_a_site_that_costs_nothing_does_not_stop_the_others(tmp_path, tokens):
+    """Readers of zeros have no relative error to speak of: they get no say, and nothing is NaN."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for reader in ("gate_proj", "up_proj"):
+            getattr(model.model.layers[1].mlp, reader).weight.zero_()
+    checkpoint = save_model(model, tmp_path)
+    family = family_of_model(model)
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "readers", ON)
+    assert all(metric.isfinite().all() for metric in moments.metrics_DD)
+    assert sum(metric.trace() for metric in moments.metrics_DD) > 0
+
+
+def test_moments_of_a_basis_do_not_grow_with_depth(tmp_path, tokens):
+    for depth in (3, 6):
+        model = tiny_model("llama", num_hidden_layers=depth)
+        checkpoint = save_model(model, tmp_path / str(depth))
+        family = family_of_model(model)
+        pca, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
+        found, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "gradient", ON)
+        assert len(found.sites_DD) == len(found.metrics_DD) == 4
+        assert relative_error(found.total(), pca.total()) < 1e-12
 
 
 def test_ridge_map_equals_numpy_and_tends_to_the_prior():
@@ -341,3 +386,29 @@ def test_refit_at_full_width_returns_the_dense_model(variant, tokens, tmp_path):
     dense = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
     unseen = (tokens + 31) % 96
     assert relative_error(logits_of(small, unseen), logits_of(dense, unseen)) < 2e-6
+
+
+@pytest.mark.parametrize("variant", ["llama-biases", "mistral-12-heads", "qwen3"])
+def test_the_small_stream_is_what_the_stock_model_computes(variant, tokens, tmp_path):
+    """Fits see a stream moved on writer by writer: it is the stock small model's own."""
+    from sp3llm.families import groups
+    from sp3llm.plan import Shape, resized_config
+    from sp3llm.rebuild import Refitter, _walk
+
+    model = tiny_model(variant)
+    checkpoint = save_model(model, tmp_path)
+    family = family_of_model(model)
+    dense = Shape.of(family, checkpoint.config)
+    shape = dense.with_width(24).with_groups(1)
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "gradient", ON)
+    _, projection = choose_basis(checkpoint, family, moments, 24)
+    refitter = Refitter(checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, [])
+    tensors, streams = {}, []
+    for _, group, stream in _walk(refitter, tokens, groups(family, checkpoint.config)):
+        tensors |= group
+        streams.append(stream.hidden.clone())
+    small = stock_model(resized_config(family, checkpoint.config, shape), tensors, exact=False)
+    seen = []
+    small.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits_of(small, tokens)
+    assert relative_error(streams[-1], seen[0]) < 1e-12

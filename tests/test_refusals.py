@@ -390,7 +390,11 @@ def test_logits_that_overflow_are_refused(model, refused):
 
 def test_stream_too_large_for_its_raw_moments_is_refused(model, refused):
     replace_tensor(model, EMBEDDINGS, tensors_of(model)[EMBEDDINGS] * 1e25)
-    refused(model, "--moments", "raw")
+    refused(model, "--moments", "raw", "--basis", "pca")
+
+
+def test_raw_moments_with_a_basis_of_the_normalised_stream_are_refused(model, refused):
+    assert "--basis pca" in refused(model, "--moments", "raw")
 
 
 def test_weights_that_do_not_fit_the_dtype_asked_for_are_refused(model, refused):
