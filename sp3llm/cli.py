@@ -14,6 +14,7 @@ from sp3llm.config import (
     COUNTS,
     DTYPES,
     MOMENTS,
+    TIES,
     CompressConfig,
 )
 from sp3llm.errors import UserError
@@ -141,7 +142,18 @@ def add_budget(add: argparse.ArgumentParser) -> None:
         "that loses least, or spend the budget on the hidden size (default: search; width with "
         "--no-refit)",
     )
-    for option in ("hidden-size", "intermediate-size", "num-key-value-heads"):
+    add.add_argument(
+        "--tie",
+        default=default.tie,
+        help=f"tied embeddings: {', '.join(TIES)}; auto takes whichever loses less at the budget "
+        f"(default: {default.tie})",
+    )
+    for option in (
+        "hidden-size",
+        "intermediate-size",
+        "num-key-value-heads",
+        "word-embed-proj-dim",
+    ):
         add.add_argument(f"--{option}", type=int, metavar="N", help=f"fix {option} by hand")
     add.add_argument(
         "--tensor-parallel",

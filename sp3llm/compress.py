@@ -19,6 +19,7 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from sp3llm.families import Family, Group
     from sp3llm.measure import Moments
     from sp3llm.plan import Plan, Shape
-    from sp3llm.rebuild import Projection, Refitter
+    from sp3llm.project import Projection
+    from sp3llm.rebuild import Refitter
     from sp3llm.score import Excess
     from sp3llm.stream import Execution
 
@@ -186,7 +188,7 @@ def choose_shape(
     no fit of the trial saw.
     """
     from sp3llm.measure import choose_basis
-    from sp3llm.plan import search
+    from sp3llm.plan import row_of, search
     from sp3llm.rebuild import trial_loss
 
     if len(shapes) == 1:
@@ -196,18 +198,26 @@ def choose_shape(
     held_from = unseen_from - max(1, unseen_from // 6)
     bar = progress.add_task("search for the shape", total=None)
 
-    projections: dict[int, Projection] = {}
+    projections: dict[tuple[int, int | None, bool], Projection] = {}
 
     def loss_of(shape: "Shape") -> float:
-        width = shape.hidden_size
-        if width not in projections:
-            _, projections[width] = choose_basis(job.dense, job.family, moments, width)
-        refitter = _refitter(job, shape, projections[width], held_from, unseen_from)
+        widths = (shape.hidden_size, shape.word_embed_proj_dim, shape.tie_word_embeddings)
+        if widths not in projections:
+            _, projections[widths] = choose_basis(
+                job.dense, job.family, moments, shape, job.calibration
+            )
+        refitter = _refitter(job, shape, projections[widths], held_from, unseen_from)
         loss = trial_loss(refitter, tokens)
         progress.advance(bar)
         return loss
 
-    best, losses = search(shapes, loss_of)
+    losses: dict[Shape, float] = {}
+    for tied in (True, False):
+        alike = [shape for shape in shapes if shape.tie_word_embeddings == tied]
+        if alike:
+            row = partial(row_of, job.family, job.dense.config)
+            losses |= search(alike, loss_of, row)[1]
+    best = min(losses, key=losses.__getitem__)
     progress.update(bar, total=len(losses))
     return best, [{**asdict(shape), "trial_loss": loss} for shape, loss in losses.items()]
 
@@ -220,7 +230,7 @@ def compressed_groups(
     from sp3llm.measure import choose_basis, tracked
     from sp3llm.rebuild import held_back_from, plain_groups, refitted_groups
 
-    eigenvalues, projection = choose_basis(job.dense, job.family, moments, shape.hidden_size)
+    eigenvalues, projection = choose_basis(job.dense, job.family, moments, shape, job.calibration)
     groups = families.groups(job.family, job.dense.config)
     if not job.settings.refit:
         bar = tracked(progress, "fold, rotate, cut", groups)

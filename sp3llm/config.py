@@ -11,6 +11,7 @@ BASES = ("pca", "readers", "gradient")
 ALLOCATIONS = ("search", "width")
 COUNTS = ("params", "bytes", "flops", "kv-cache")
 CHOICES = ("obs", "energy")
+TIES = ("auto", "keep", "untie")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -54,6 +55,11 @@ class CompressConfig:
     """Fixes the FFN width."""
     num_key_value_heads: int | None = None
     """Fixes the number of KV groups."""
+    word_embed_proj_dim: int | None = None
+    """Fixes the embedding width of a tied OPT."""
+    tie: str = "auto"
+    """What becomes of tied embeddings: `keep` them tied, `untie` them (the budget holds either
+    way), or `auto`, whichever loses less."""
     tensor_parallel: int = 1
     """Keeps heads and widths divisible by this many devices."""
     multiple_of: int | None = None
@@ -84,6 +90,7 @@ class CompressConfig:
             ("moments", MOMENTS),
             ("basis", BASES),
             ("choose", CHOICES),
+            ("tie", TIES),
             ("dtype", DTYPES),
         ):
             if getattr(self, name) not in choices:

@@ -6,6 +6,7 @@ Fold, rotate, cut, count and validate are generic loops over these tables. Match
 Names are those on disk. A parameter's axes are given in the order of its shape.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,15 @@ RESIDUAL = "hidden_size"
 FFN = "intermediate_size"
 QUERY = "num_attention_heads * head_dim"
 KEY_VALUE = "num_key_value_heads * head_dim"
+INTERLEAVED = "num_attention_heads * 3 * head_dim"
 HEAD_DIM = "head_dim"
 VOCAB = "vocab_size"
+EMBEDDING = "word_embed_proj_dim"
+POSITIONS = "max_position_embeddings + offset"
 
-Axes = tuple[str, ...]
+Axis = str | tuple[str, ...]
+"""One axis of a parameter; a tuple: several one after the other, as fused matrices have them."""
+Axes = tuple[Axis, ...]
 Table = Mapping[str, Axes]
 
 
@@ -64,6 +70,33 @@ class Family:
     """Prefix of layer parameters."""
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Buffers that old checkpoints carry and the class recomputes."""
+    head_module: str = "lm_head"
+    """The head's module, which in some families has another name than on disk."""
+    keys: Mapping[str, str | None] = field(default_factory=dict)
+    """Where the config names a size otherwise than Llama's: the key, or None if it has none."""
+    centred: bool = False
+    """The norms are LayerNorms: they remove the mean over channels first (DESIGN 3.4)."""
+    norm_bias: bool = False
+    """The norms have biases."""
+    norm_offset: float = 0.0
+    """What the class adds to a norm's stored weight."""
+    eps: str | float = "rms_norm_eps"
+    """The norms' epsilon, or the config key that holds it."""
+    residual_multiplier: str | None = None
+    """Config key of the factor on everything that is added to the stream."""
+    scales_embeddings: bool = False
+    """The class multiplies embeddings by the square root of the hidden size."""
+    square: bool = False
+    """The class demands `hidden_size = num_attention_heads * head_dim` (DESIGN 3.6)."""
+    rotary: bool = True
+    """Positions are rotated into queries and keys, which cannot be projected then."""
+    projections: tuple[str, str] | None = None
+    """Modules from the embedding width into the stream, and from the stream to it before the head;
+    the class has them where the two widths differ (DESIGN 3.5)."""
+    position_offset: int = 0
+    """Rows of the table of learned positions before the first position's."""
+    unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """Config key to the only value that is supported, and why no other is."""
 
     @property
     def layers_module(self) -> str:
@@ -86,6 +119,8 @@ class Group:
     """Full name on disk to axes."""
     prefix: str = ""
     """What a full name begins with."""
+    layer: int = -1
+    """Which layer it is, if it is one."""
 
 
 _LLAMA_LAYER: dict[str, Axes] = {
@@ -119,6 +154,11 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention_bias": False,
     "mlp_bias": False,
+}
+_LAYER_NORMS: dict[str, Axes] = {
+    f"{norm}.{part}": (RESIDUAL,)
+    for norm in ("input_layernorm", "post_attention_layernorm")
+    for part in ("weight", "bias")
 }
 
 LLAMA = Family(
@@ -184,7 +224,179 @@ QWEN3 = replace(
     optional={"attention_bias": _ATTENTION_BIAS},
 )
 
-FAMILIES: Mapping[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+GEMMA = replace(
+    LLAMA,
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    defaults={
+        **_COMMON_DEFAULTS,
+        "hidden_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "intermediate_size": 24576,
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    optional={"attention_bias": _ATTENTION_BIAS},
+    norm_offset=1.0,
+    scales_embeddings=True,
+)
+GRANITE = replace(
+    LLAMA,
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    defaults={**LLAMA.defaults, "residual_multiplier": 1.0},
+    residual_multiplier="residual_multiplier",
+)
+SMOLLM3 = replace(
+    LLAMA,
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    defaults={
+        **_COMMON_DEFAULTS,
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "intermediate_size": 11008,
+        "vocab_size": 128256,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+)
+PHI3 = replace(
+    LLAMA,
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    defaults={
+        **_COMMON_DEFAULTS,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_key_value_heads": None,
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    layer={
+        "input_layernorm.weight": (RESIDUAL,),
+        "self_attn.qkv_proj.weight": ((QUERY, KEY_VALUE, KEY_VALUE), RESIDUAL),
+        "self_attn.o_proj.weight": (RESIDUAL, QUERY),
+        "post_attention_layernorm.weight": (RESIDUAL,),
+        "mlp.gate_up_proj.weight": ((FFN, FFN), RESIDUAL),
+        "mlp.down_proj.weight": (RESIDUAL, FFN),
+    },
+    optional={},
+    sites=(
+        Site("input_layernorm", ("self_attn.qkv_proj",), "self_attn"),
+        Site("post_attention_layernorm", ("mlp.gate_up_proj",), "mlp"),
+    ),
+)
+STABLELM = replace(
+    LLAMA,
+    model_type="stablelm",
+    architecture="StableLmForCausalLM",
+    defaults={
+        **{k: v for k, v in _COMMON_DEFAULTS.items() if k != "rms_norm_eps"},
+        "hidden_size": 2560,
+        "intermediate_size": 6912,
+        "num_key_value_heads": 32,
+        "vocab_size": 50304,
+        "max_position_embeddings": 4096,
+        "layer_norm_eps": 1e-5,
+        "use_qkv_bias": False,
+        "qk_layernorm": False,
+        "use_parallel_residual": False,
+    },
+    layer={**_LLAMA_LAYER, **_LAYER_NORMS},
+    optional={"use_qkv_bias": _QKV_BIAS},
+    keys={"head_dim": None},
+    centred=True,
+    norm_bias=True,
+    eps="layer_norm_eps",
+    square=True,
+    unsupported={
+        "qk_layernorm": (False, "norms inside the heads are not in its table yet"),
+        "use_parallel_residual": (False, "one norm read by two parallel blocks is not yet"),
+    },
+)
+OPT = Family(
+    model_type="opt",
+    architecture="OPTForCausalLM",
+    defaults={
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "ffn_dim": 3072,
+        "num_attention_heads": 12,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "word_embed_proj_dim": None,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "do_layer_norm_before": True,
+        "_remove_final_layer_norm": False,
+        "tie_word_embeddings": True,
+    },
+    embeddings={
+        "model.decoder.embed_tokens.weight": (VOCAB, EMBEDDING),
+        "model.decoder.embed_positions.weight": (POSITIONS, RESIDUAL),
+    },
+    layer={
+        "self_attn_layer_norm.weight": (RESIDUAL,),
+        "self_attn_layer_norm.bias": (RESIDUAL,),
+        "self_attn.q_proj.weight": (QUERY, RESIDUAL),
+        "self_attn.k_proj.weight": (KEY_VALUE, RESIDUAL),
+        "self_attn.v_proj.weight": (KEY_VALUE, RESIDUAL),
+        "self_attn.out_proj.weight": (RESIDUAL, QUERY),
+        "final_layer_norm.weight": (RESIDUAL,),
+        "final_layer_norm.bias": (RESIDUAL,),
+        "fc1.weight": (FFN, RESIDUAL),
+        "fc2.weight": (RESIDUAL, FFN),
+    },
+    optional={
+        "enable_bias": {
+            **_QKV_BIAS,
+            "self_attn.out_proj.bias": (RESIDUAL,),
+            "fc1.bias": (FFN,),
+            "fc2.bias": (RESIDUAL,),
+        }
+    },
+    sites=(
+        Site(
+            "self_attn_layer_norm",
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "self_attn",
+        ),
+        Site("final_layer_norm", ("fc1",), "fc2"),
+    ),
+    writers=("self_attn.out_proj", "fc2"),
+    final_norm="model.decoder.final_layer_norm",
+    layer_prefix="model.decoder.layers.{layer}.",
+    keys={"intermediate_size": "ffn_dim", "num_key_value_heads": None, "head_dim": None},
+    centred=True,
+    norm_bias=True,
+    eps=1e-5,
+    square=True,
+    rotary=False,
+    projections=("model.decoder.project_in", "model.decoder.project_out"),
+    position_offset=2,
+    unsupported={
+        "do_layer_norm_before": (
+            True,
+            "its norms sit after the sublayer, on the stream, so no exact rotation exists "
+            "(opt-350m is the one size of OPT like that)",
+        ),
+        "layer_norm_elementwise_affine": (True, "norms without weights are not in its table"),
+        "_remove_final_layer_norm": (False, "a head that reads the raw stream is not in its table"),
+    },
+)
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GRANITE, SMOLLM3, PHI3, STABLELM, OPT)
+}
 
 _POST_NORM = "its norms sit after the sublayer, on the stream, so no exact rotation exists"
 REFUSED: Mapping[str, str] = {
@@ -222,6 +434,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"Expected architecture {family.architecture}, found {architecture} in "
             "config.json: choose the causal language model of this family."
         )
+    for key, (value, why) in family.unsupported.items():
+        found = setting(family, config, key)
+        if found != value:
+            raise UserError(
+                f"A {model_type} model with {key} = {json.dumps(found)} cannot be compressed: "
+                f"{why}; choose another model."
+            )
     if config.get("quantization_config"):
         details = config["quantization_config"]
         known = isinstance(details, dict) and details.get("quant_method")
@@ -235,13 +454,42 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 def setting(family: Family, config: Mapping[str, Any], key: str) -> Any:
     """A config value, or the family's default where `config.json` is silent or null."""
+    key = family.keys.get(key, key)
     value = config.get(key)
     return family.defaults.get(key) if value is None else value
 
 
+def norm_eps(family: Family, config: Mapping[str, Any]) -> float:
+    """The norms' epsilon."""
+    is_key = isinstance(family.eps, str)
+    return setting(family, config, family.eps) if is_key else family.eps
+
+
+def residual_multiplier(family: Family, config: Mapping[str, Any]) -> float:
+    """The factor on what writers add to the stream."""
+    key = family.residual_multiplier
+    return setting(family, config, key) if key else 1.0
+
+
+def is_square(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether `hidden_size` must stay `num_attention_heads * head_dim`.
+
+    Some classes derive one from the other; Phi-3's check of its longrope factors does.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    is_long = (rope.get("rope_type") or rope.get("type")) in ("longrope", "su", "yarn")
+    return family.square or (family.model_type == "phi3" and is_long)
+
+
+def embedding_scale(family: Family, hidden_size: int) -> float:
+    """What the class multiplies embeddings by before the stream."""
+    return math.sqrt(hidden_size) if family.scales_embeddings else 1.0
+
+
 def key_value_heads(family: Family, config: Mapping[str, Any]) -> int:
     """Number of KV groups: null means as many as there are heads, absence the class default."""
-    stated = config.get("num_key_value_heads", family.defaults["num_key_value_heads"])
+    key = family.keys.get("num_key_value_heads", "num_key_value_heads")
+    stated = config.get(key, family.defaults.get(key)) if key else None
     return stated or setting(family, config, "num_attention_heads")
 
 
@@ -255,9 +503,17 @@ def axis_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
         FFN: setting(family, config, "intermediate_size"),
         QUERY: heads * head_dim,
         KEY_VALUE: key_value_heads(family, config) * head_dim,
+        INTERLEAVED: heads * 3 * head_dim,
         HEAD_DIM: head_dim,
         VOCAB: setting(family, config, "vocab_size"),
+        EMBEDDING: setting(family, config, "word_embed_proj_dim") or hidden_size,
+        POSITIONS: setting(family, config, "max_position_embeddings") + family.position_offset,
     }
+
+
+def axis_size(sizes: Mapping[str, int], axis: Axis) -> int:
+    """Length of an axis, fused ones included."""
+    return sizes[axis] if isinstance(axis, str) else sum(sizes[part] for part in axis)
 
 
 def window_length(family: Family, config: Mapping[str, Any], asked: int | None) -> int:
@@ -279,20 +535,32 @@ def is_tied(family: Family, config: Mapping[str, Any]) -> bool:
     return bool(setting(family, config, "tie_word_embeddings"))
 
 
+def has_projections(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether embeddings have a width of their own."""
+    sizes = axis_sizes(family, config)
+    return family.projections is not None and sizes[EMBEDDING] != sizes[RESIDUAL]
+
+
 def groups(family: Family, config: Mapping[str, Any]) -> list[Group]:
     """All parameters on disk in the order the stream meets them: embeddings, layers, head."""
     layer = dict(family.layer)
     for flag, table in family.optional.items():
         if setting(family, config, flag):
             layer.update(table)
-    head: dict[str, Axes] = {f"{family.final_norm}.weight": (RESIDUAL,)}
+    embeddings, head = dict(family.embeddings), {f"{family.final_norm}.weight": (RESIDUAL,)}
+    if family.norm_bias:
+        head[f"{family.final_norm}.bias"] = (RESIDUAL,)
+    if has_projections(family, config):
+        into, out = family.projections
+        embeddings[f"{into}.weight"] = (RESIDUAL, EMBEDDING)
+        head[f"{out}.weight"] = (EMBEDDING, RESIDUAL)
     if not is_tied(family, config):
-        head[f"{family.head}.weight"] = (VOCAB, RESIDUAL)
-    found = [Group("embeddings", family.embeddings)]
+        head[f"{family.head}.weight"] = (VOCAB, EMBEDDING if family.projections else RESIDUAL)
+    found = [Group("embeddings", embeddings)]
     for index in range(setting(family, config, "num_hidden_layers")):
         prefix = family.layer_prefix.format(layer=index)
         table = {prefix + name: axes for name, axes in layer.items()}
-        found.append(Group(f"layer {index}", table, prefix))
+        found.append(Group(f"layer {index}", table, prefix, index))
     found.append(Group("head", head))
     return found
 
@@ -301,7 +569,7 @@ def parameter_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, tup
     """Shape of every parameter on disk, tied weights once."""
     sizes = axis_sizes(family, config)
     return {
-        name: tuple(sizes[axis] for axis in axes)
+        name: tuple(axis_size(sizes, axis) for axis in axes)
         for group in groups(family, config)
         for name, axes in group.parameters.items()
     }
@@ -327,5 +595,5 @@ def _count(family: Family, config: Mapping[str, Any], matrices_only: bool) -> in
         repeats = layers if group.prefix else 1
         for axes in group.parameters.values():
             if len(axes) == 2 or not matrices_only:
-                total += repeats * math.prod(sizes[axis] for axis in axes)
+                total += repeats * math.prod(axis_size(sizes, axis) for axis in axes)
     return total

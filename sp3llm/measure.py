@@ -14,12 +14,15 @@ from sp3llm.families import Family, Group
 from sp3llm.moments import (
     add_second_moment,
     eigenbasis,
+    mean_free_frame,
     metric_basis,
     normalise,
     tied_rotation,
     widen,
 )
-from sp3llm.rebuild import Projection
+from sp3llm.plan import Shape
+from sp3llm.project import HeadMoments, Narrowing, Projection, norm_of
+from sp3llm.rebuild import head_tensors
 from sp3llm.stream import (
     Execution,
     Probe,
@@ -49,10 +52,46 @@ class Moments:
     """Mean second moments, summed over neighbouring read sites; in the order of the stream."""
     metrics_DD: tuple[Tensor, ...] = ()
     """What an error in the normalised stream costs there; nothing for principal components."""
+    head_DD: Tensor | None = None
+    """Mean second moment of what the head reads."""
+    heads: tuple[HeadMoments, ...] = ()
+    """Of every layer, where the width is heads times head size."""
 
     def total(self) -> Tensor:
         """Sum over all sites, `(D, D)`."""
         return sum(self.sites_DD[1:], self.sites_DD[0].clone())
+
+
+@dataclass
+class _Sum:
+    """Second moments and means of vectors, in `B` blocks of `W` channels, as they come."""
+
+    squares_BWW: Tensor
+    sums_BW: Tensor
+    count: int = 0
+
+    @staticmethod
+    def of(blocks: int, width: int, on: Execution) -> "_Sum":
+        """Nothing yet."""
+        squares_BWW = torch.zeros(blocks, width, width, dtype=torch.float64, device=on.device)
+        return _Sum(squares_BWW, torch.zeros_like(squares_BWW[..., 0]))
+
+    def add(self, x: Tensor) -> None:
+        """Add `(..., B W)`, float."""
+        blocks, width = self.sums_BW.shape
+        x_NBW = x.reshape(-1, blocks, width)
+        for block, squares_WW in enumerate(self.squares_BWW):
+            add_second_moment(squares_WW, x_NBW[:, block])
+        self.sums_BW += x_NBW.sum(0, dtype=torch.float64)
+        self.count += len(x_NBW)
+
+    def moments(self) -> Tensor:
+        """Mean second moments, `(B, W, W)`."""
+        return self.squares_BWW / self.count
+
+    def means(self) -> Tensor:
+        """Means, `(B, W)`."""
+        return self.sums_BW / self.count
 
 
 def tracked(progress: Progress | None, description: str, items: list[Group]) -> Iterable[Group]:
@@ -78,7 +117,7 @@ def measure_dense(
 
     Returns the moments and the token losses on the evaluation windows.
     """
-    eps = families.setting(family, dense.config, "rms_norm_eps")
+    eps = families.norm_eps(family, dense.config)
     width = families.axis_sizes(family, dense.config)[families.RESIDUAL]
     embeddings, *layers, _ = families.groups(family, dense.config)
     count = len(family.sites) * len(layers) + 1
@@ -89,18 +128,18 @@ def measure_dense(
 
     sums, metrics = [zeros() for _ in range(slots)], [zeros() for _ in range(slots)]
 
-    def probe_into(moment_DD: Tensor) -> Probe:
+    def probe_into(total: _Sum) -> Probe:
         def probe(_: slice, x: Tensor) -> None:
-            add_second_moment(moment_DD, normalise(x, eps) if moments == "normalised" else widen(x))
+            total.add(normalise(x, eps, family.centred) if moments == "normalised" else widen(x))
 
         return probe
 
-    def close(site: int, moment_DD: Tensor, tensors: Mapping[str, Tensor], norm: str,
+    def close(site: int, total: _Sum, tensors: Mapping[str, Tensor], norm: str,
               readers: list[str]) -> None:  # fmt: skip
-        moment_DD /= calibration.numel()
+        moment_DD = total.moments()[0]
         sums[site * slots // count] += moment_DD
         if basis == "readers":
-            metric_DD = _reader_metric(tensors, norm, readers, on)
+            metric_DD = _reader_metric(family, tensors, norm, readers, on)
             cost = (metric_DD * moment_DD).sum()
             # A site where no error costs anything (a block that does nothing yet) has no say.
             if cost > 0:
@@ -112,26 +151,32 @@ def measure_dense(
     evaluated = None if evaluation is None else open_stream(model, family, table, evaluation, on)
     windows = max(1, _GRADIENT_TOKENS // calibration.shape[1])
     inputs: list[Tensor] = []
+    heads: list[HeadMoments] = []
+    square, dense_shape = families.is_square(family, dense.config), Shape.of(family, dense.config)
     for index, group in enumerate(tracked(progress, "dense model, second moments", layers)):
         if basis == "gradient":
             inputs.append(stream.hidden[:windows].clone())
-        at_sites = [zeros() for _ in family.sites]
+        at_sites = [_Sum.of(1, width, on) for _ in family.sites]
         probes = {
-            site.norm: probe_into(moment_DD)
-            for site, moment_DD in zip(family.sites, at_sites, strict=True)
+            site.norm: probe_into(total) for site, total in zip(family.sites, at_sites, strict=True)
         }
+        if square:
+            outputs = _Sum.of(dense_shape.num_attention_heads, dense_shape.head_dim, on)
+            probes[family.writers[0]] = lambda _, a, outputs=outputs: outputs.add(widen(a))
         streams = [(stream, probes)] + ([(evaluated, {})] if evaluated else [])
         tensors = dense.read(group.parameters)
         run_layer(model, family, index, tensors, streams, on)
         first = index * len(family.sites)
-        for number, (site, moment_DD) in enumerate(zip(family.sites, at_sites, strict=True)):
+        if square:
+            heads.append(_head_moments(family, group, tensors, at_sites[0], outputs))
+        for number, (site, total) in enumerate(zip(family.sites, at_sites, strict=True)):
             readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
-            norm = f"{group.prefix}{site.norm}.weight"
-            close(first + number, moment_DD, tensors, norm, readers)
-    at_head = zeros()
+            norm = f"{group.prefix}{site.norm}"
+            close(first + number, total, tensors, norm, readers)
+    at_head = _Sum.of(1, width, on)
     probe_stream(stream, probe_into(at_head), on)
     head = head_tensors(dense, family)
-    close(count - 1, at_head, head, f"{family.final_norm}.weight", [f"{family.head}.weight"])
+    close(count - 1, at_head, head, family.final_norm, [f"{family.head}.weight"])
     losses = None
     if evaluated is not None:
         losses = token_losses(model, family, head, evaluated, evaluation, on)
@@ -141,7 +186,7 @@ def measure_dense(
             "use --moments normalised, or a checkpoint in float64."
         )
     if basis == "pca":
-        return Moments(tuple(sums)), losses
+        return Moments(tuple(sums), (), at_head.moments()[0], tuple(heads)), losses
     if basis == "gradient":
         final = Stream(stream.hidden[:windows], stream.calls)
         costs = _gradient_metrics(dense, family, inputs, final, on, progress)
@@ -152,27 +197,49 @@ def measure_dense(
             "The gradients of the loss hold NaN or infinity: use --basis readers, or --dtype "
             "float32."
         )
-    return Moments(tuple(sums), tuple(metrics)), losses
+    return Moments(tuple(sums), tuple(metrics), at_head.moments()[0], tuple(heads)), losses
 
 
-def head_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:
-    """Final norm and head; a tied head's table under the head's own name."""
-    *_, head = families.groups(family, checkpoint.config)
-    tensors = checkpoint.read(head.parameters)
-    if families.is_tied(family, checkpoint.config):
-        table = checkpoint.read([family.embedding])[family.embedding]
-        tensors[f"{family.head}.weight"] = table
-    return tensors
+def _head_moments(
+    family: Family, group: Group, tensors: Mapping[str, Tensor], reads: _Sum, outputs: _Sum
+) -> HeadMoments:
+    """Moments of a layer's queries and keys, from those of what they read, and of its outputs."""
+    mean_HE = outputs.means()
+    output_HEE = outputs.moments() - mean_HE[..., :, None] * mean_HE[..., None, :]
+    if family.rotary:
+        return HeadMoments(output_HEE, mean_HE)
+    site = family.sites[0]
+    moment_DD, mean_D = reads.moments()[0], reads.means()[0]
+    norm_D, shift_D = norm_of(family, f"{group.prefix}{site.norm}", tensors, moment_DD)
+    found = []
+    for reader in site.readers[:2]:
+        weight_QD = tensors[f"{group.prefix}{reader}.weight"].to(moment_DD)
+        bias = tensors.get(f"{group.prefix}{reader}.bias")
+        constant_Q = torch.zeros_like(weight_QD[:, 0]) if bias is None else bias.to(moment_DD)
+        constant_Q = constant_Q if shift_D is None else constant_Q + weight_QD @ shift_D
+        weight_HED = (weight_QD * norm_D).reshape(*mean_HE.shape, -1)
+        covariance_DD = moment_DD - torch.outer(mean_D, mean_D)
+        mean_QE = weight_HED @ mean_D + constant_Q.reshape(mean_HE.shape)
+        found.append((weight_HED @ covariance_DD @ weight_HED.mT, mean_QE))
+    (query_HEE, query_mean_HE), (key_HEE, _) = found
+    query_HEE = query_HEE + query_mean_HE[..., :, None] * query_mean_HE[..., None, :]
+    return HeadMoments(output_HEE, mean_HE, query_HEE, key_HEE)
 
 
 def _reader_metric(
-    tensors: Mapping[str, Tensor], norm: str, readers: list[str], on: Execution
+    family: Family, tensors: Mapping[str, Tensor], norm: str, readers: list[str], on: Execution
 ) -> Tensor:
     """`A = sum W^T W` over a site's readers, the norm's weight folded in (DESIGN 3.2)."""
-    norm_D = tensors[norm].to(on.device, torch.float64)
-    metric_DD = torch.zeros(len(norm_D), len(norm_D), dtype=torch.float64, device=on.device)
+    like = torch.empty(0, dtype=torch.float64, device=on.device)
+    norm_D, _ = norm_of(family, norm, tensors, like)
+    width = len(norm_D)
+    metric_DD = torch.zeros(width, width, dtype=torch.float64, device=on.device)
+    out = tensors.get(f"{family.projections[1]}.weight") if family.projections else None
     for reader in readers:
-        add_second_moment(metric_DD, widen(tensors[reader].to(on.device)))
+        matrix_FD = widen(tensors[reader].to(on.device))
+        if out is not None and reader == f"{family.head}.weight":
+            matrix_FD = matrix_FD @ out.to(matrix_FD)
+        add_second_moment(metric_DD, matrix_FD)
     return norm_D[:, None] * metric_DD * norm_D
 
 
@@ -196,14 +263,15 @@ def _gradient_metrics(
     model = empty_model(dense.config)
     width = final.hidden.shape[-1]
 
-    def metric(gradients: Tensor, norm: Tensor) -> Tensor:
+    def metric(gradients: Tensor, norm: str, tensors: Mapping[str, Tensor]) -> Tensor:
         total_DD = torch.zeros(width, width, dtype=torch.float64, device=on.device)
-        add_second_moment(total_DD, widen(gradients.to(on.device)) * norm.to(on.device).float())
+        seen = widen(gradients.to(on.device))
+        add_second_moment(total_DD, seen * norm_of(family, norm, tensors, seen)[0])
         return total_DD / final.hidden[..., 0].numel()
 
     head = head_tensors(dense, family)
     upstream, at_norm = backward_head(model, family, head, final, on)
-    yield metric(at_norm, head[f"{family.final_norm}.weight"])
+    yield metric(at_norm, family.final_norm, head)
     pairs = list(enumerate(layers))[::-1]
     bar = tracked(progress, "dense model, loss gradients", [group for _, group in pairs])
     for (index, _), group in zip(pairs, bar, strict=True):
@@ -211,9 +279,8 @@ def _gradient_metrics(
         at = Stream(inputs[index], final.calls)
         norms = [site.norm for site in family.sites]
         upstream, gradients = backward_layer(model, family, index, tensors, at, upstream, norms, on)
-        weights = [tensors[f"{group.prefix}{norm}.weight"] for norm in norms]
-        for gradient, weight in zip(gradients[::-1], weights[::-1], strict=True):
-            yield metric(gradient, weight)
+        for gradient, norm in zip(gradients[::-1], norms[::-1], strict=True):
+            yield metric(gradient, f"{group.prefix}{norm}", tensors)
 
 
 def measure_losses(
@@ -233,19 +300,84 @@ def measure_losses(
 
 
 def choose_basis(
-    dense: Checkpoint, family: Family, moments: Moments, hidden_size: int
+    dense: Checkpoint, family: Family, moments: Moments, shape: Shape, tokens: Tensor | None = None
 ) -> tuple[Tensor, Projection]:
-    """The global basis: top principal components, or the rank-K projector that costs least.
+    """The global basis: top principal components, or the projector of that rank that costs least.
 
-    For tied models the basis is turned so that the tie holds. Returns all eigenvalues of the
-    summed moments, falling, and the projection.
+    Under LayerNorm it is taken in the mean-free frame and turned into another one (DESIGN 3.4).
+    For tied models without projections it is turned so that the tie holds (3.5); where embeddings
+    keep a width of their own, a narrower one gets a basis from the calibration `tokens`.
+
+    Returns all eigenvalues of the summed moments, falling, and the projection.
     """
-    eigenvalues_D, vectors_DD = eigenbasis(moments.total())
-    basis_DK, tied_scale_K = vectors_DD[:, :hidden_size], None
-    if moments.metrics_DD:
-        basis_DK = metric_basis(moments.sites_DD, moments.metrics_DD, vectors_DD, hidden_size)
-    if families.is_tied(family, dense.config):
+    kept = shape.hidden_size
+    total_DD, sites_DD, metrics_DD = moments.total(), moments.sites_DD, moments.metrics_DD
+    device = total_DD.device
+    if family.centred:
+        frame_DF = mean_free_frame(len(total_DD), device)
+        kept -= 1
+        total_DD = frame_DF.T @ total_DD @ frame_DF
+        sites_DD = tuple(frame_DF.T @ site_DD @ frame_DF for site_DD in sites_DD)
+        metrics_DD = tuple(frame_DF.T @ metric_DD @ frame_DF for metric_DD in metrics_DD)
+    eigenvalues_D, vectors_DD = eigenbasis(total_DD)
+    basis_DK = vectors_DD[:, :kept]
+    if metrics_DD:
+        basis_DK = metric_basis(sites_DD, metrics_DD, vectors_DD, kept)
+    if family.centred:
+        basis_DK = frame_DF @ basis_DK @ mean_free_frame(shape.hidden_size, device).T
+    narrowing = None
+    if families.is_square(family, dense.config):
+        narrowing = Narrowing(moments.heads, shape.num_key_value_heads, shape.head_dim)
+    tied_scale_K, embedding_EJ = None, None
+    if shape.tie_word_embeddings and family.projections is None:
         norm = f"{family.final_norm}.weight"
-        norm_weight_D = dense.read([norm])[norm].to(basis_DK)
-        basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_weight_D)
-    return eigenvalues_D, Projection(basis_DK, tied_scale_K)
+        norm_D, _ = norm_of(family, family.final_norm, dense.read([norm]), basis_DK)
+        basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_D)
+    elif shape.tie_word_embeddings:
+        embedding_EJ = _embedding_basis(dense, family, moments, shape, tokens, basis_DK)
+    return eigenvalues_D, Projection(basis_DK, tied_scale_K, embedding_EJ, narrowing)
+
+
+def _embedding_basis(
+    dense: Checkpoint,
+    family: Family,
+    moments: Moments,
+    shape: Shape,
+    tokens: Tensor | None,
+    basis_DK: Tensor,
+) -> Tensor:
+    """Embedding coordinates to keep, `(E, J)`: those that stream and head miss least.
+
+    The table has two roles, and an error `Q` in it two costs, each relative to all that the role
+    does: `tr(A Q C Q)` with `C` the second moment of the embeddings that `tokens` look up and `A`
+    what the stream takes from them, and with `C` that of what the table is multiplied with in the
+    end and `A` the table's own moment, free of the mean over the vocabulary, which no softmax
+    sees.
+    """
+    config = dense.config
+    width = families.axis_sizes(family, config)[families.EMBEDDING]
+    like = basis_DK
+    if shape.word_embed_proj_dim == width:
+        return torch.eye(width, dtype=like.dtype, device=like.device)
+    tensors = head_tensors(dense, family)
+    table_VE = tensors[f"{family.head}.weight"].to(like)
+    into, out = (f"{module}.weight" for module in family.projections)
+    into_ED = torch.eye(width, dtype=like.dtype, device=like.device)
+    out_ED = into_ED
+    if families.has_projections(family, config):
+        into_ED, out_ED = dense.read([into])[into].to(like).T, tensors[out].to(like)
+    counts_V = torch.bincount(tokens.flatten(), minlength=len(table_VE)).to(like)
+    looked_up_EE = table_VE.T @ (counts_V[:, None] * table_VE)
+    taken_EE = into_ED @ basis_DK @ basis_DK.T @ into_ED.T
+    norm_D, bias_D = norm_of(family, family.final_norm, tensors, like)
+    read_ED = out_ED * norm_D
+    given_EE = read_ED @ moments.head_DD.to(like) @ read_ED.T
+    if bias_D is not None:
+        given_EE = given_EE + torch.outer(out_ED @ bias_D, out_ED @ bias_D)
+    centred_VE = table_VE - table_VE.mean(0)
+    scored_EE = centred_VE.T @ centred_VE
+    pairs = [(taken_EE, looked_up_EE), (scored_EE, given_EE)]
+    metrics_EE = tuple(a_EE / (a_EE * c_EE).sum() for a_EE, c_EE in pairs)
+    moments_EE = tuple(c_EE for _, c_EE in pairs)
+    start_EE = eigenbasis(looked_up_EE / looked_up_EE.trace() + given_EE / given_EE.trace())[1]
+    return metric_basis(moments_EE, metrics_EE, start_EE, shape.word_embed_proj_dim)

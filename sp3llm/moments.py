@@ -3,6 +3,7 @@
 Shape suffixes: N tokens, D residual width, K kept width.
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -15,13 +16,25 @@ _BLOCK = 4096
 _PANELS = 4
 
 
-def normalise(x_ND: Tensor, eps: float) -> Tensor:
-    """The stream as an RMSNorm sees it before its own weight: `x / sqrt(mean(x^2) + eps)`.
+def normalise(x_ND: Tensor, eps: float, centred: bool = False) -> Tensor:
+    """The stream as a norm sees it before its own weight: `x / sqrt(mean(x^2) + eps)`, and for a
+    LayerNorm (`centred`) with the mean over channels removed first.
 
     `x_ND` has shape `(..., D)`; the result is float32 (float64 for float64 input).
     """
     x_ND = widen(x_ND)
+    if centred:
+        x_ND = x_ND - x_ND.mean(-1, keepdim=True)
     return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps)
+
+
+def mean_free_frame(width: int, device: torch.device) -> Tensor:
+    """Orthonormal columns orthogonal to the vector of ones, `(D, D - 1)`, float64: the cosines of
+    the DCT-II but the constant one. No channel is singled out (DESIGN 3.4).
+    """
+    position_D1 = torch.arange(width, dtype=torch.float64, device=device)[:, None] + 0.5
+    frequency_1F = torch.arange(1, width, dtype=torch.float64, device=device)[None]
+    return math.sqrt(2 / width) * torch.cos(math.pi / width * position_D1 * frequency_1F)
 
 
 def widen(x: Tensor) -> Tensor:

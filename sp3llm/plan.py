@@ -9,14 +9,17 @@ from typing import Any
 from sp3llm.config import CompressConfig
 from sp3llm.errors import UserError
 from sp3llm.families import (
+    EMBEDDING,
     FFN,
     HEAD_DIM,
+    POSITIONS,
     RESIDUAL,
     VOCAB,
     Family,
     axis_sizes,
     count_matrix_parameters,
     count_parameters,
+    is_square,
     is_tied,
     key_value_heads,
     setting,
@@ -32,6 +35,9 @@ class Shape:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    word_embed_proj_dim: int | None = None
+    """Width of the embedding table, in families that have projections between it and the stream."""
+    tie_word_embeddings: bool = False
 
     @staticmethod
     def of(family: Family, config: Mapping[str, Any]) -> "Shape":
@@ -44,6 +50,8 @@ class Shape:
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads(family, config),
             head_dim=sizes[HEAD_DIM],
+            word_embed_proj_dim=sizes[EMBEDDING] if family.projections else None,
+            tie_word_embeddings=is_tied(family, config),
         )
 
     def with_width(self, hidden_size: int) -> "Shape":
@@ -58,6 +66,11 @@ class Shape:
             num_attention_heads=group * num_key_value_heads,
             num_key_value_heads=num_key_value_heads,
         )
+
+    def untied(self) -> "Shape":
+        """The same with a head of its own, and embeddings as wide as the stream."""
+        width = None if self.word_embed_proj_dim is None else self.hidden_size
+        return replace(self, tie_word_embeddings=False, word_embed_proj_dim=width)
 
     def with_axis_of(self, other: "Shape", axis: str) -> "Shape":
         """The same with `other`'s size of the axis that a writer reads: FFN or heads."""
@@ -82,6 +95,10 @@ class Limits:
     """Fixed by hand."""
     num_key_value_heads: int | None = None
     """Fixed by hand."""
+    word_embed_proj_dim: int | None = None
+    """Fixed by hand, in families that have it."""
+    tie: str = "keep"
+    """What becomes of a tied head: `keep`, `untie`, or `auto`, both to choose from."""
     only_width: bool = False
     """Spend all of the budget on the hidden size; what is not fixed by hand stays."""
     tensor_parallel: int = 1
@@ -95,11 +112,13 @@ class Limits:
 def limits_of(settings: CompressConfig, itemsize: int) -> Limits:
     """The limits that settings put on a plan.
 
-    With `--allocate width`, which `--no-refit` implies, FFN and KV groups stay as they are.
+    With `--allocate width`, which `--no-refit` implies, FFN and KV groups stay as they are; without
+    the refit there are no trials, and a tie is kept.
     """
     names = {field.name for field in fields(Limits)} & {field.name for field in fields(settings)}
     limits = Limits(itemsize=itemsize, **{name: getattr(settings, name) for name in names})
-    return replace(limits, only_width=settings.allocation == "width")
+    tie = "keep" if settings.tie == "auto" and not settings.refit else settings.tie
+    return replace(limits, only_width=settings.allocation == "width", tie=tie)
 
 
 @dataclass(frozen=True)
@@ -179,7 +198,8 @@ def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> d
     """
     dense = asdict(Shape.of(family, config))
     changed = {k: v for k, v in asdict(shape).items() if v != dense[k] or k == "head_dim"}
-    return {**config, **changed}
+    named = {family.keys.get(k, k): v for k, v in changed.items()}
+    return {**config, **{k: v for k, v in named.items() if k is not None}}
 
 
 def cost_of(
@@ -190,9 +210,11 @@ def cost_of(
     layers = setting(family, config, "num_hidden_layers")
     params = count_parameters(family, resized)
     multiplied = count_matrix_parameters(family, resized)
-    if not is_tied(family, config):
+    if not is_tied(family, resized):
         sizes = axis_sizes(family, resized)
-        multiplied -= sizes[VOCAB] * sizes[RESIDUAL]
+        multiplied -= sizes[VOCAB] * sizes[EMBEDDING]
+    if POSITIONS in (axes[0] for axes in family.embeddings.values()):
+        multiplied -= axis_sizes(family, resized)[POSITIONS] * shape.hidden_size
     attention = 4 * layers * shape.num_attention_heads * shape.head_dim * context
     return Cost(
         params=params,
@@ -245,8 +267,31 @@ def start_shape(family: Family, config: Mapping[str, Any], limits: Limits) -> Sh
                 f"Expected --{name.replace('_', '-')} between 1 and the model's {most}, found "
                 f"{asked}: give a smaller number."
             )
+    if limits.word_embed_proj_dim is not None:
+        if family.projections is None or limits.tie == "untie" or not dense.tie_word_embeddings:
+            raise UserError(
+                "Expected a tied model of a family whose embeddings have a width of their own for "
+                "--word-embed-proj-dim (opt), found another: leave it out."
+            )
+        if not 0 < limits.word_embed_proj_dim <= dense.word_embed_proj_dim:
+            raise UserError(
+                "Expected --word-embed-proj-dim between 1 and the model's "
+                f"{dense.word_embed_proj_dim}, found {limits.word_embed_proj_dim}: give a smaller "
+                "number."
+            )
+    if (
+        dense.tie_word_embeddings
+        and not limits.tie == "untie"
+        and family.centred
+        and not family.projections
+    ):
+        raise UserError(
+            f"A tied head cannot be kept in a {family.model_type} model, whose LayerNorm leaves no "
+            "diagonal to tie through: use --tie untie."
+        )
+    square = is_square(family, config)
     multiple = _multiple(limits, dense)
-    if multiple % dense.num_attention_heads:
+    if not square and multiple % dense.num_attention_heads:
         raise UserError(
             f"Expected --multiple-of to be a multiple of the {dense.num_attention_heads} attention "
             f"heads, which must divide the hidden size, found {multiple}: use "
@@ -254,8 +299,9 @@ def start_shape(family: Family, config: Mapping[str, Any], limits: Limits) -> Sh
         )
     shape = dense.with_groups(limits.num_key_value_heads or dense.num_key_value_heads)
     shape = replace(shape, intermediate_size=limits.intermediate_size or dense.intermediate_size)
+    shape = shape.untied() if limits.tie == "untie" else shape
     heads = math.lcm(dense.num_attention_heads, shape.num_attention_heads)
-    if limits.hidden_size is not None and limits.hidden_size % heads:
+    if not square and limits.hidden_size is not None and limits.hidden_size % heads:
         raise UserError(
             f"Expected --hidden-size to be a multiple of the {dense.num_attention_heads} attention "
             f"heads (and of the {shape.num_attention_heads} that are kept), which Hugging Face "
@@ -280,7 +326,17 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
     Raises UserError if none fits.
     """
     dense = Shape.of(family, config)
+    if limits.tie == "auto":
+        kept = candidates(family, config, replace(limits, tie="keep"))
+        if not dense.tie_word_embeddings:
+            return kept
+        try:
+            return kept + candidates(family, config, replace(limits, tie="untie"))
+        except UserError:  # a table more does not fit the budget
+            return kept
     start = start_shape(family, config, limits)
+    if is_square(family, config):
+        return _square_candidates(family, config, limits)
     group_counts = [start.num_key_value_heads]
     if limits.num_key_value_heads is None and not limits.only_width:
         for eighth in range(7, 2, -1):
@@ -297,15 +353,129 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
     if not found:
         smallest = start.with_groups(group_counts[-1])
         smallest = smallest.with_width(limits.hidden_size or _multiple(limits, dense))
-        least = _cost(family, config, limits, smallest) / _cost(family, config, limits, dense)
-        least = math.ceil(least * 1e4) / 1e4  # so that the number named is one that works
-        raise UserError(
-            f"No shape keeps {limits.keep:.4g} of the model's {limits.of}: the smallest that the "
-            f"limits allow (hidden_size {smallest.hidden_size}, intermediate_size "
-            f"{smallest.intermediate_size}, num_key_value_heads {smallest.num_key_value_heads}) "
-            f"keeps {least:.4f}; raise --keep."
-        )
+        raise _nothing_fits(family, config, limits, smallest)
     return found
+
+
+def _nothing_fits(
+    family: Family, config: Mapping[str, Any], limits: Limits, smallest: Shape
+) -> UserError:
+    dense = Shape.of(family, config)
+    least = _cost(family, config, limits, smallest) / _cost(family, config, limits, dense)
+    least = math.ceil(least * 1e4) / 1e4  # so that the number named is one that works
+    return UserError(
+        f"No shape keeps {limits.keep:.4g} of the model's {limits.of}: the smallest that the "
+        f"limits allow (hidden_size {smallest.hidden_size}, intermediate_size "
+        f"{smallest.intermediate_size}, num_key_value_heads {smallest.num_key_value_heads}) "
+        f"keeps {least:.4f}; raise --keep."
+    )
+
+
+def _square_candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> list[Shape]:
+    """Shapes of a family whose width is heads times head size, the full embedding width first.
+
+    Heads shrink alike where no rotary embedding forbids it, in steps of 8, or go whole; where
+    embeddings have a width of their own, three quarters and half of it are tried too. In each row
+    hidden sizes rise from the widest that leaves the FFN whole, which takes up the remainder.
+    """
+    dense, start = Shape.of(family, config), start_shape(family, config, limits)
+    rows: list[list[Shape]] = []
+    if not family.rotary and limits.num_key_value_heads is None:
+        for width in _embedding_widths(family, config, limits):
+            rows.append(
+                [
+                    replace(start, head_dim=head_dim, word_embed_proj_dim=width)
+                    for head_dim in range(8, dense.head_dim, 8)
+                ]
+            )
+    width = _embedding_widths(family, config, limits)[0]
+    counts = range(limits.tensor_parallel, dense.num_key_value_heads + 1, limits.tensor_parallel)
+    if limits.num_key_value_heads is not None:
+        counts = [limits.num_key_value_heads]
+    whole = [replace(dense, word_embed_proj_dim=width).with_groups(count) for count in counts]
+    rows.append(
+        [
+            replace(shape, intermediate_size=start.intermediate_size,
+                    tie_word_embeddings=start.tie_word_embeddings)
+            for shape in whole
+        ]
+    )  # fmt: skip
+    found: list[Shape] = []
+    shapes = [_squared(limits, shape) for row in rows for shape in row]
+    for row in rows:
+        square = [_squared(limits, shape) for shape in row]
+        found += _filled_row(family, config, limits, [s for s in square if s is not None])
+    if not found:
+        legal = [shape for shape in shapes if shape is not None]
+        if not legal:
+            wholes = dense.head_dim * dense.num_attention_heads // dense.num_key_value_heads
+            shrunk = "" if family.rotary else f"of {8 * dense.num_attention_heads} (heads of " \
+                "8, 16, ... dimensions) or "  # fmt: skip
+            raise UserError(
+                f"Expected --hidden-size and --multiple-of to allow a multiple {shrunk}of {wholes} "
+                f"(whole heads), since this model's width is heads times head size, found "
+                f"{limits.hidden_size or limits.multiple_of}: choose another."
+            )
+        raise _nothing_fits(family, config, limits, min(
+            legal, key=lambda shape: _cost(family, config, limits, shape)))  # fmt: skip
+    return found
+
+
+def _embedding_widths(
+    family: Family, config: Mapping[str, Any], limits: Limits
+) -> list[int | None]:
+    dense = Shape.of(family, config)
+    if family.projections is None or limits.tie == "untie" or not dense.tie_word_embeddings:
+        return [None]
+    if limits.word_embed_proj_dim is not None:
+        return [limits.word_embed_proj_dim]
+    full = dense.word_embed_proj_dim
+    if limits.only_width:
+        return [full]
+    multiple = 64 if full >= 1024 else 8
+    return [full, *(full * quarters // 4 // multiple * multiple for quarters in (3, 2))]
+
+
+def _squared(limits: Limits, shape: Shape) -> Shape | None:
+    """The shape with the width that its heads make; None where that is not allowed."""
+    width = shape.num_attention_heads * shape.head_dim
+    asked = limits.hidden_size
+    if (asked and asked != width) or width % (limits.multiple_of or 1):
+        return None
+    # Hugging Face builds the projections only where the widths differ (DESIGN 3.5).
+    if shape.tie_word_embeddings and shape.word_embed_proj_dim == width:
+        return None
+    square = shape.with_width(width)
+    return square if shape.tie_word_embeddings else square.untied()
+
+
+def _filled_row(
+    family: Family, config: Mapping[str, Any], limits: Limits, shapes: list[Shape]
+) -> list[Shape]:
+    """Of shapes that rise in width the widest within the budget, and wider ones with less FFN."""
+    dense = Shape.of(family, config)
+    budget = limits.keep * _cost(family, config, limits, dense)
+    fitting = [shape for shape in shapes if _cost(family, config, limits, shape) <= budget]
+    found = fitting[-1:]
+    if limits.only_width or limits.intermediate_size is not None:
+        return found
+    for shape in shapes[len(fitting) :]:
+        filled = _filled(family, config, limits, shape)
+        if filled is not None and filled != dense:
+            found.append(filled)
+    return found
+
+
+def row_of(family: Family, config: Mapping[str, Any], shape: Shape) -> int:
+    """Which row of candidates a shape belongs to: neighbouring rows differ by one step."""
+    if not is_square(family, config):
+        return -shape.num_key_value_heads
+    dense = Shape.of(family, config)
+    if shape.head_dim == dense.head_dim:
+        return -1
+    if not shape.tie_word_embeddings:
+        return 0
+    return (dense.word_embed_proj_dim or 0) - (shape.word_embed_proj_dim or 0)
 
 
 def _with_groups(
@@ -421,17 +591,18 @@ def needs_of(
 
 
 def search(
-    shapes: list[Shape], loss_of: Callable[[Shape], float]
+    shapes: list[Shape], loss_of: Callable[[Shape], float], row_of: Callable[[Shape], int]
 ) -> tuple[Shape, dict[Shape, float]]:
     """Walk from the first candidate to the neighbour that loses least until none loses less.
 
-    Neighbours differ by one step of width (the FFN takes up the remainder) or by one step of KV
-    groups, so a handful of trials is enough where the loss has one valley.
+    Neighbours differ by one step of width (the FFN takes up the remainder) or by one row (of KV
+    groups, of the embedding width), so a handful of trials is enough where the loss has one
+    valley.
 
     Returns the best shape and every loss found out.
     """
-    counts = sorted({s.num_key_value_heads for s in shapes}, reverse=True)
-    rows = [[s for s in shapes if s.num_key_value_heads == count] for count in counts]
+    numbers = sorted({row_of(shape) for shape in shapes})
+    rows = [[shape for shape in shapes if row_of(shape) == number] for number in numbers]
     losses: dict[Shape, float] = {}
 
     def loss(shape: Shape) -> float:
@@ -441,10 +612,11 @@ def search(
 
     best = shapes[0]
     while True:
-        row = counts.index(best.num_key_value_heads)
+        row = numbers.index(row_of(best))
         column = rows[row].index(best)
         steps = [(row, column + 1), (row + 1, column), (row, column - 1), (row - 1, column)]
-        around = [rows[i][j] for i, j in steps if 0 <= i < len(rows) and 0 <= j < len(rows[i])]
+        steps = [(i, j) for i, j in steps if 0 <= i < len(rows) and j >= 0]
+        around = [rows[i][j] for i, j in steps if j < len(rows[i])]
         better = min([best, *around], key=loss)
         if better == best:
             return best, losses

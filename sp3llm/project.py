@@ -5,16 +5,68 @@ square equals the old one's where the stream lies in the span of `T`, so the nor
 (DESIGN 3.3). Embeddings become `c E T`, writers `c T^T W`, readers `W diag(g) T / c`, and the
 norm weights 1: the constant sits in the readers, where rounding does not hit all channels alike.
 
+Under LayerNorm `T = Z U^T` makes the new stream free of a mean (DESIGN 3.4): there is nothing to
+centre, and the direction `1_K` that no stream uses carries constants to readers without a bias.
+
 Everything is computed in float64; the caller rounds once, when it writes.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sp3llm.families import Family, Group
+from sp3llm.families import KEY_VALUE, QUERY, Family, Group, embedding_scale
+from sp3llm.heads import (
+    join_writer,
+    project_heads,
+    query_key_projection,
+    split_writer,
+    value_output_projection,
+)
+
+
+@dataclass(frozen=True)
+class HeadMoments:
+    """What one layer's attention sees, head by head; float64."""
+
+    output_HEE: Tensor
+    """Covariance of what each head gives the writer."""
+    mean_HE: Tensor
+    """Its mean."""
+    query_HEE: Tensor | None = None
+    """Second moments of queries, biases included; None under rotary embedding."""
+    key_HEE: Tensor | None = None
+    """Covariances of keys."""
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """How attention is cut before anything else, where the width is heads times head size."""
+
+    heads: tuple[HeadMoments, ...]
+    """By layer."""
+    num_key_value_heads: int
+    """KV groups kept."""
+    head_dim: int
+    """Dimensions that every head keeps."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How the small model's coordinates come from the dense one's."""
+
+    basis_DK: Tensor
+    """`T`, old to new, float64: orthonormal columns, or under LayerNorm `Z U^T`."""
+    tied_scale_K: Tensor | None = None
+    """The `s` of `moments.tied_rotation`, where the head shares the embedding table."""
+    embedding_EJ: Tensor | None = None
+    """Old to new embedding coordinates, orthonormal columns, where the small model has
+    projections between embeddings and stream."""
+    narrowing: Narrowing | None = None
+    """For families whose width is heads times head size."""
 
 
 def stream_scale(basis_DK: Tensor) -> float:
@@ -23,22 +75,14 @@ def stream_scale(basis_DK: Tensor) -> float:
 
 
 def project_group(
-    family: Family,
-    group: Group,
-    tensors: Mapping[str, Tensor],
-    basis_DK: Tensor,
-    tied_scale_K: Tensor | None = None,
+    family: Family, group: Group, tensors: Mapping[str, Tensor], projection: Projection
 ) -> dict[str, Tensor]:
-    """Transform one group; the result has the same names, on axes of the new width.
-
-    `basis_DK` is float64 with orthonormal columns. `tied_scale_K` is the `s` of
-    `moments.tied_rotation`, for models whose head shares the embedding table.
-    """
+    """Transform one group; the result has names and shapes of the small model."""
     if group.name == "embeddings":
-        return {name: project_table(tensors[name], basis_DK) for name in group.parameters}
+        return _project_embeddings(family, tensors, projection)
     if group.name == "head":
-        return _project_head(family, tensors, basis_DK, tied_scale_K)
-    return _project_layer(family, group, tensors, basis_DK)
+        return _project_head(family, tensors, projection)
+    return _project_layer(family, group, tensors, projection.basis_DK)
 
 
 def project_table(table_VD: Tensor, basis_DK: Tensor) -> Tensor:
@@ -46,28 +90,188 @@ def project_table(table_VD: Tensor, basis_DK: Tensor) -> Tensor:
     return stream_scale(basis_DK) * (table_VD.to(basis_DK) @ basis_DK)
 
 
-def project_reader(weight_FD: Tensor, norm_weight_D: Tensor, basis_DK: Tensor) -> Tensor:
-    """A reader with its norm's weight folded in: `W diag(g) T / c`."""
-    folded_FD = weight_FD.to(basis_DK) * norm_weight_D.to(basis_DK)
-    return (folded_FD @ basis_DK) / stream_scale(basis_DK)
-
-
 def project_writer(weight_DF: Tensor, basis_DK: Tensor) -> Tensor:
     """A writer's matrix `(D, F)` or bias `(D,)`: `c T^T W`."""
     return stream_scale(basis_DK) * (basis_DK.T @ weight_DF.to(basis_DK))
+
+
+def norm_of(
+    family: Family, norm: str, tensors: Mapping[str, Tensor], like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A norm's weight, with what the class adds to it, and its bias, in the dtype of `like`."""
+    bias_D = tensors.get(f"{norm}.bias")
+    weight_D = tensors[f"{norm}.weight"].to(like) + family.norm_offset
+    return weight_D, None if bias_D is None else bias_D.to(like)
+
+
+def place_reader(
+    tensors: dict[str, Tensor], name: str, weight_FK: Tensor, constant_F: Tensor | None
+) -> None:
+    """Set a reader that also takes in a constant: by its bias, or through the spare direction.
+
+    `tensors[name + ".bias"]`, if there is one, holds what the bias is without the constant.
+    """
+    bias = f"{name}.bias"
+    if constant_F is not None and bias in tensors:
+        tensors[bias] = tensors[bias].to(weight_FK) + constant_F
+    elif constant_F is not None:
+        weight_FK = weight_FK - weight_FK.mean(1, keepdim=True)
+        weight_FK = weight_FK + constant_F[:, None] / weight_FK.shape[1]
+    tensors[f"{name}.weight"] = weight_FK
+
+
+def plain_norm(
+    family: Family, tensors: dict[str, Tensor], norm: str, readers: list[str], basis_DK: Tensor
+) -> None:
+    """Set a norm to weight 1 and, for readers without a bias, bias 1: their constants' carrier."""
+    ones_K = torch.ones(basis_DK.shape[1], dtype=basis_DK.dtype, device=basis_DK.device)
+    tensors[f"{norm}.weight"] = ones_K - family.norm_offset
+    if family.norm_bias:
+        carries = any(f"{reader}.bias" not in tensors for reader in readers)
+        tensors[f"{norm}.bias"] = ones_K.clone() if carries else torch.zeros_like(ones_K)
+
+
+def head_reader(
+    family: Family, tensors: Mapping[str, Tensor], projection: Projection
+) -> tuple[str, Tensor, Tensor | None]:
+    """The module that reads the final norm, its matrix in old coordinates with that norm's weight
+    folded in, `(F, D)`, and the constant that the norm's bias gives it.
+
+    That is the head, or with projections the one before a head that stays as it is.
+    """
+    weight_D, bias_D = norm_of(family, family.final_norm, tensors, projection.basis_DK)
+    out = family.projections[1] if family.projections else ""
+    matrix_ED = tensors.get(f"{out}.weight")
+    if projection.embedding_EJ is not None:
+        name, matrix_FD = out, _unembedding(tensors[f"{family.head}.weight"], projection)
+        if matrix_ED is not None:
+            matrix_FD = matrix_FD @ matrix_ED.to(matrix_FD)
+    else:
+        name, matrix_FD = family.head, tensors[f"{family.head}.weight"].to(weight_D)
+        if matrix_ED is not None:
+            matrix_FD = matrix_FD @ matrix_ED.to(matrix_FD)
+    return name, matrix_FD * weight_D, None if bias_D is None else matrix_FD @ bias_D
+
+
+def narrow_attention(
+    family: Family,
+    group: Group,
+    tensors: Mapping[str, Tensor],
+    projection: Projection,
+) -> dict[str, Tensor]:
+    """The layer with fewer heads, or with heads of fewer dimensions, still in old coordinates.
+
+    Heads shrink by SP3's projections (`heads`), or KV groups go whole, those first whose outputs
+    write least into the kept stream. What is lost of an output's mean goes to the writer's bias.
+    """
+    narrowing, basis_DK = projection.narrowing, projection.basis_DK
+    if narrowing is None:
+        return dict(tensors)
+    moments, found = narrowing.heads[group.layer], dict(tensors)
+    heads, full = moments.mean_HE.shape
+    writer = f"{group.prefix}{family.writers[0]}"
+    kept_writer_DQ = basis_DK @ (basis_DK.T @ tensors[f"{writer}.weight"].to(basis_DK))
+    writer_HDE = split_writer(kept_writer_DQ, full, heads)
+    if narrowing.head_dim < full:
+        maps = query_key_projection(moments.query_HEE, moments.key_HEE, narrowing.head_dim)
+        value_HEP, writer_HDP, constant_HD = value_output_projection(
+            moments.output_HEE, writer_HDE, narrowing.head_dim, moments.mean_HE
+        )
+        for reader, map_HEP in zip(family.sites[0].readers, (*maps, value_HEP), strict=True):
+            for name in (f"{group.prefix}{reader}.weight", f"{group.prefix}{reader}.bias"):
+                if name in tensors:
+                    found[name] = project_heads(tensors[name], map_HEP)
+        width = len(kept_writer_DQ)
+        found[f"{writer}.weight"], constant_D = join_writer(writer_HDP, constant_HD, width)
+    else:
+        groups = _groups_of(family, group, tensors, full)
+        kept_G, gone_G = _strongest(moments, writer_HDE, groups, narrowing.num_key_value_heads)
+        for name, axes in group.parameters.items():
+            for dim, axis in enumerate(axes):
+                if axis in (QUERY, KEY_VALUE):
+                    unit = tensors[name].shape[dim] // groups
+                    index = _members(kept_G, unit).to(tensors[name].device)
+                    found[name] = found[name].index_select(dim, index)
+        gone_H = _members(gone_G, heads // groups)
+        constant_D = (writer_HDE[gone_H] @ moments.mean_HE[gone_H][..., None]).sum((0, 2))
+    if f"{writer}.bias" in tensors:
+        found[f"{writer}.bias"] = tensors[f"{writer}.bias"].to(constant_D) + constant_D
+    return found
+
+
+def _groups_of(family: Family, group: Group, tensors: Mapping[str, Tensor], head_dim: int) -> int:
+    rows = next(
+        tensors[name].shape[0] for name, axes in group.parameters.items() if axes[0] == KEY_VALUE
+    )
+    return rows // head_dim
+
+
+def _members(units_U: Tensor, size: int) -> Tensor:
+    """Indices of the members of units of one size."""
+    return (units_U[:, None] * size + torch.arange(size, device=units_U.device)).reshape(-1)
+
+
+def _strongest(
+    moments: HeadMoments, writer_HDE: Tensor, groups: int, keep: int
+) -> tuple[Tensor, Tensor]:
+    """KV groups that write most, `tr(W C W^T)`, and the others; both rising."""
+    energy_H = ((writer_HDE @ moments.output_HEE) * writer_HDE).sum((1, 2))
+    order_G = energy_H.reshape(groups, -1).sum(1).argsort(descending=True, stable=True)
+    return order_G[:keep].sort().values, order_G[keep:].sort().values
+
+
+def _unembedding(table_VE: Tensor, projection: Projection) -> Tensor:
+    """What turns the vector that a table of old coordinates scores into one for the kept ones,
+    `(J, E)`: least squares over the scores, free of their mean, which no softmax sees.
+    """
+    embedding_EJ = projection.embedding_EJ
+    if embedding_EJ.shape[0] == embedding_EJ.shape[1]:
+        return embedding_EJ.T
+    table_VE = table_VE.to(embedding_EJ)
+    table_VE = table_VE - table_VE.mean(0)
+    scores_EE = table_VE.T @ table_VE
+    inner_JJ = embedding_EJ.T @ scores_EE @ embedding_EJ
+    inner_JJ.diagonal().add_(1e-9 * inner_JJ.diagonal().mean())
+    return torch.linalg.solve(inner_JJ, embedding_EJ.T @ scores_EE)
+
+
+def _project_embeddings(
+    family: Family, tensors: Mapping[str, Tensor], projection: Projection
+) -> dict[str, Tensor]:
+    basis_DK = projection.basis_DK
+    width, kept = basis_DK.shape
+    into_DE = tensors.get(f"{(family.projections or ('',))[0]}.weight")
+    projected = {}
+    for name in family.embeddings:
+        table = tensors[name].to(basis_DK)
+        if name != family.embedding:
+            projected[name] = project_table(table, basis_DK)
+        elif projection.embedding_EJ is not None:
+            embedding_EJ = projection.embedding_EJ
+            into_JD = embedding_EJ.T if into_DE is None else embedding_EJ.T @ into_DE.to(table).T
+            projected[name] = table @ embedding_EJ
+            projected[f"{family.projections[0]}.weight"] = project_table(into_JD, basis_DK).T
+        else:
+            table = table if into_DE is None else table @ into_DE.to(table).T
+            scale = embedding_scale(family, width) / embedding_scale(family, kept)
+            projected[name] = scale * project_table(table, basis_DK)
+    return projected
 
 
 def _project_layer(
     family: Family, group: Group, tensors: Mapping[str, Tensor], basis_DK: Tensor
 ) -> dict[str, Tensor]:
     projected = dict(tensors)
-    ones_K = torch.ones(basis_DK.shape[1], dtype=basis_DK.dtype, device=basis_DK.device)
     for site in family.sites:
-        norm = f"{group.prefix}{site.norm}.weight"
-        for reader in site.readers:
-            name = f"{group.prefix}{reader}.weight"
-            projected[name] = project_reader(tensors[name], tensors[norm], basis_DK)
-        projected[norm] = ones_K.clone()
+        norm = f"{group.prefix}{site.norm}"
+        readers = [f"{group.prefix}{reader}" for reader in site.readers]
+        weight_D, bias_D = norm_of(family, norm, tensors, basis_DK)
+        for reader in readers:
+            matrix_FD = tensors[f"{reader}.weight"].to(basis_DK)
+            constant_F = None if bias_D is None else matrix_FD @ bias_D
+            reader_FK = (matrix_FD * weight_D) @ basis_DK / stream_scale(basis_DK)
+            place_reader(projected, reader, reader_FK, constant_F)
+        plain_norm(family, projected, norm, readers, basis_DK)
     for writer in family.writers:
         for part in ("weight", "bias"):
             name = f"{group.prefix}{writer}.{part}"
@@ -77,16 +281,17 @@ def _project_layer(
 
 
 def _project_head(
-    family: Family,
-    tensors: Mapping[str, Tensor],
-    basis_DK: Tensor,
-    tied_scale_K: Tensor | None,
+    family: Family, tensors: Mapping[str, Tensor], projection: Projection
 ) -> dict[str, Tensor]:
-    norm, head = f"{family.final_norm}.weight", f"{family.head}.weight"
-    if tied_scale_K is not None:
-        return {norm: tied_scale_K / stream_scale(basis_DK) ** 2}
-    width = basis_DK.shape[1]
-    return {
-        norm: torch.ones(width, dtype=basis_DK.dtype, device=basis_DK.device),
-        head: project_reader(tensors[head], tensors[norm], basis_DK),
-    }
+    basis_DK, scale = projection.basis_DK, stream_scale(projection.basis_DK)
+    if projection.tied_scale_K is not None:
+        # The table of the embeddings is `t E T`, and `diag(g) T / c` is read through it.
+        width, kept = basis_DK.shape
+        table_scale = scale * embedding_scale(family, width) / embedding_scale(family, kept)
+        weight_K = projection.tied_scale_K / (scale * table_scale)
+        return {f"{family.final_norm}.weight": weight_K - family.norm_offset}
+    name, matrix_FD, constant_F = head_reader(family, tensors, projection)
+    projected: dict[str, Tensor] = {}
+    place_reader(projected, name, matrix_FD @ basis_DK / scale, constant_F)
+    plain_norm(family, projected, family.final_norm, [name], basis_DK)
+    return projected

@@ -7,7 +7,7 @@ has been fitted is rounded to the dtype of the export before the next fit sees i
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,15 @@ from sp3llm.errors import UserError
 from sp3llm.families import Family, Group, Site
 from sp3llm.moments import normalise, widen
 from sp3llm.plan import Shape, resized_config
-from sp3llm.project import project_group, stream_scale
+from sp3llm.project import (
+    Projection,
+    head_reader,
+    narrow_attention,
+    norm_of,
+    place_reader,
+    project_group,
+    stream_scale,
+)
 from sp3llm.refit import (
     Fit,
     Gram,
@@ -50,16 +58,6 @@ _CHOICE_RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
-class Projection:
-    """How the small model's coordinates come from the dense one's."""
-
-    basis_DK: Tensor
-    """Old to new, orthonormal columns, float64."""
-    tied_scale_K: Tensor | None
-    """Final norm's weight of a tied model (DESIGN 3.5)."""
-
-
-@dataclass(frozen=True)
 class Refitter:
     """What every step of the second pass needs."""
 
@@ -82,7 +80,12 @@ class Refitter:
     @property
     def eps(self) -> float:
         """The norms' epsilon."""
-        return families.setting(self.family, self.dense.config, "rms_norm_eps")
+        return families.norm_eps(self.family, self.dense.config)
+
+    @property
+    def multiplier(self) -> float:
+        """The family's factor on what writers add to the stream."""
+        return families.residual_multiplier(self.family, self.dense.config)
 
 
 def plain_groups(
@@ -106,9 +109,23 @@ def _projected(
     on: Execution,
     group: Group,
 ) -> dict[str, Tensor]:
-    source = {name: t.to(on.device) for name, t in dense.read(group.parameters).items()}
-    projected = project_group(family, group, source, projection.basis_DK, projection.tied_scale_K)
+    is_head = group.name == "head"
+    source = head_tensors(dense, family) if is_head else dense.read(group.parameters)
+    source = {name: t.to(on.device) for name, t in source.items()}
+    if group.prefix:
+        source = narrow_attention(family, group, source, projection)
+    projected = project_group(family, group, source, projection)
     return {name: rounded(name, tensor, dtype) for name, tensor in projected.items()}
+
+
+def head_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:
+    """Final norm and head; a tied head's table under the head's own name."""
+    *_, head = families.groups(family, checkpoint.config)
+    tensors = checkpoint.read(head.parameters)
+    if families.is_tied(family, checkpoint.config):
+        table = checkpoint.read([family.embedding])[family.embedding]
+        tensors[f"{family.head}.weight"] = table
+    return tensors
 
 
 def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,7 +162,7 @@ def trial_loss(refitter: Refitter, tokens: Tensor) -> float:
     table, head = tensors[family.embedding], tensors
     for _, tensors, _ in walked:
         head = tensors
-    if families.is_tied(family, config):
+    if refitter.shape.tie_word_embeddings:
         head = {**head, f"{family.head}.weight": table}
     unseen = slice(refitter.unseen_from, None)
     ends = Stream(stream.hidden[unseen], stream.calls)
@@ -167,7 +184,7 @@ def _walk(
             dense_stream = open_stream(dense_model, family, source, tokens, on)
             small_stream = open_stream(shells[0], family, tensors, tokens, on)
         elif group.name == "head":
-            _fit_head(refitter, group, tensors, dense_stream, small_stream)
+            _fit_head(refitter, tensors, dense_stream, small_stream)
         else:
             _fit_layer(
                 refitter, index - 1, group, tensors, dense_model, shells, dense_stream, small_stream
@@ -178,7 +195,11 @@ def _walk(
 def _shells(refitter: Refitter) -> list[nn.Module]:
     """Empty small models whose first 0, 1, ... writers have their inputs cut already."""
     family, dense, shape = refitter.family, refitter.dense.config, refitter.shape
-    steps = [Shape.of(family, dense).with_width(shape.hidden_size)]
+    whole = Shape.of(family, dense)
+    start = replace(shape, intermediate_size=whole.intermediate_size)
+    if not families.is_square(family, dense):  # else attention is cut before anything else
+        start = start.with_axis_of(whole, families.QUERY)
+    steps = [start]
     for writer in family.writers:
         axis = family.layer[f"{writer}.weight"][1]
         steps.append(steps[-1].with_axis_of(shape, axis))
@@ -202,13 +223,14 @@ def _fit_layer(
     """
     family, on = refitter.family, refitter.on
     source = refitter.dense.read(group.parameters)
+    narrow = narrow_attention(family, group, source, refitter.projection)
     grams = _stream_grams(refitter, dense_stream.hidden, small_stream)
     targets, returns = _run_dense(refitter, index, source, dense_model, dense_stream)
     last = len(family.sites) - 1
     for number, site in enumerate(family.sites):
         if number:
             grams = _stream_grams(refitter, targets[number - 1], small_stream)
-        _fit_readers(refitter, group, site, grams, source, tensors)
+        _fit_readers(refitter, group, site, grams, narrow, tensors)
         silent = {done.block: returns[done.block] for done in family.sites[:number]}
         inputs = _fit_writer(
             refitter, index, group, number, targets[number], tensors, shells[number], small_stream,
@@ -217,7 +239,9 @@ def _fit_layer(
         if number < last:
             name = f"{group.prefix}{family.writers[number]}"
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-            add_to_stream(small_stream, inputs, weight, bias, on, f"{name} of the small model")
+            add_to_stream(
+                small_stream, inputs, weight, bias, refitter.multiplier, on, f"the small {name}"
+            )
     # The last writer's inputs are the widest of all: running its block again costs less memory.
     run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on, silent=silent)
 
@@ -272,8 +296,9 @@ def _stream_grams(
     grams = tuple(empty_gram(kept, width, refitter.on.device) for _ in range(2))
 
     def see(rows: slice, x: Tensor) -> None:
-        dense_n = normalise(dense_hidden[rows].to(refitter.on.device), refitter.eps)
-        _add(refitter, grams, rows, normalise(x, refitter.eps), dense_n)
+        centred = refitter.family.centred
+        dense_n = normalise(dense_hidden[rows].to(refitter.on.device), refitter.eps, centred)
+        _add(refitter, grams, rows, normalise(x, refitter.eps, centred), dense_n)
 
     probe_stream(small_stream, see, refitter.on)
     return grams
@@ -297,37 +322,59 @@ def _fit_readers(
     source: Mapping[str, Tensor],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Readers of one site through one map: `W' = W diag(g) M^T`, constants into their biases."""
+    """Readers of one site through one map: `W' = W diag(g) M^T`, constants into their biases, or
+    through the spare direction where they have none.
+    """
+    family = refitter.family
     names = [f"{group.prefix}{reader}" for reader in site.readers]
-    intercept = all(f"{name}.bias" in source for name in names)
-    fit = _reader_map(refitter, grams, intercept, f"{group.prefix}{site.norm}")
-    norm_D = source[f"{group.prefix}{site.norm}.weight"].to(fit.solution_PQ)
+    norm = f"{group.prefix}{site.norm}"
+    has_biases = all(f"{name}.bias" in source for name in names)
+    fit = _reader_map(refitter, grams, has_biases or family.norm_bias, norm)
+    norm_D, bias_D = norm_of(family, norm, source, fit.solution_PQ)
     for name in names:
-        folded = source[f"{name}.weight"].to(norm_D) * norm_D
-        weight = f"{name}.weight"
-        tensors[weight] = rounded(weight, folded @ fit.solution_PQ.T, refitter.dtype)
-        if intercept:
-            bias = source[f"{name}.bias"].to(norm_D) + folded @ fit.intercept_Q
-            tensors[f"{name}.bias"] = rounded(f"{name}.bias", bias, refitter.dtype)
+        if f"{name}.bias" in source:
+            tensors[f"{name}.bias"] = source[f"{name}.bias"].to(norm_D)
+        matrix_FD = source[f"{name}.weight"].to(norm_D)
+        constant_F = None if bias_D is None else matrix_FD @ bias_D
+        _place(refitter, tensors, name, matrix_FD * norm_D, constant_F, fit)
+
+
+def _place(
+    refitter: Refitter,
+    tensors: dict[str, Tensor],
+    name: str,
+    folded_FD: Tensor,
+    constant_F: Tensor | None,
+    fit: Fit,
+) -> None:
+    """Set one reader from its site's map and what its norm's bias gives it."""
+    if fit.intercept_Q is not None:
+        constant_F = folded_FD @ fit.intercept_Q + (0 if constant_F is None else constant_F)
+    place_reader(tensors, name, folded_FD @ fit.solution_PQ.T, constant_F)
+    for part in (f"{name}.weight", f"{name}.bias"):
+        if part in tensors:
+            tensors[part] = rounded(part, tensors[part], refitter.dtype)
 
 
 def _fit_head(
     refitter: Refitter,
-    group: Group,
     tensors: dict[str, Tensor],
     dense_stream: Stream,
     small_stream: Stream,
 ) -> None:
-    """The head is one more reader; a tied table, with its two roles, stays as DESIGN 3.5 has it."""
+    """The head, or the projection before a tied one, is one more reader.
+
+    Without such a projection a tied table, with its two roles, stays as DESIGN 3.5 has it: the
+    embeddings' role is exact within the subspace, and so is the head's.
+    """
     family = refitter.family
     if refitter.projection.tied_scale_K is not None:
         return
     grams = _stream_grams(refitter, dense_stream.hidden, small_stream)
-    fit = _reader_map(refitter, grams, False, family.final_norm)
-    head, norm = f"{family.head}.weight", f"{family.final_norm}.weight"
-    source = refitter.dense.read(group.parameters)
-    folded = source[head].to(fit.solution_PQ) * source[norm].to(fit.solution_PQ)
-    tensors[head] = rounded(head, folded @ fit.solution_PQ.T, refitter.dtype)
+    fit = _reader_map(refitter, grams, family.norm_bias, family.final_norm)
+    source = {n: t.to(refitter.on.device) for n, t in head_tensors(refitter.dense, family).items()}
+    name, folded_FD, constant_F = head_reader(family, source, refitter.projection)
+    _place(refitter, tensors, name, folded_FD, constant_F, fit)
 
 
 # --------------------------------------------------------------------------- writers
@@ -347,8 +394,8 @@ def _fit_writer(
 ) -> Tensor | None:
     """Choose the writer's surviving inputs and fit it to chase the dense stream.
 
-    `W' = argmin sum_t |c X_out T - X' - a' W'^T|^2 / mean(X_out^2) + lambda |W' - c T^T W|^2`:
-    each token weighs as the next norm will read it.
+    `W' = argmin sum_t |c X_out T - X' - r a' W'^T|^2 / mean(X_out^2) + lambda |W' - c T^T W|^2`:
+    each token weighs as the next norm will read it; `r` is the family's multiplier.
 
     Returns the inputs that survive, `(windows, tokens, P)` on the host, if they are to be kept.
     """
@@ -368,9 +415,11 @@ def _fit_writer(
     def see(rows: slice, a: Tensor) -> None:
         nonlocal inputs
         wanted = widen(target[rows].to(on.device))
+        if family.centred:
+            wanted = wanted - wanted.mean(-1, keepdim=True)
         weight = 1 / wanted.square().mean(-1).clamp_min(1e-12)
         missing = wanted @ scaled_DK - widen(small_stream.hidden[rows].to(on.device))
-        _add(refitter, grams, rows, widen(a), missing, weight)
+        _add(refitter, grams, rows, widen(a), missing / refitter.multiplier, weight)
         if keep_inputs:
             if inputs is None:
                 inputs = a.new_empty((*target.shape[:2], a.shape[-1]), device="cpu")
@@ -407,6 +456,8 @@ def _survivors(
         cut_axes = {families.FFN: 1}
     else:
         keep, total = shape.num_key_value_heads, dense.num_key_value_heads
+        if refitter.projection.narrowing is not None:
+            keep = total
         unit = dense.num_attention_heads // total * dense.head_dim
         cut_axes = {families.QUERY: unit, families.KEY_VALUE: dense.head_dim}
     if keep == total:

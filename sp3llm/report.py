@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +102,7 @@ def rows(result: "Result") -> list[tuple[str, str, str]]:
         ("parameters", f"{plan.dense_parameters:,}", f"{plan.parameters:,}"),
         ("of the dense model", "100 %", f"{100 * plan.keep_params:.2f} %"),
         ("weights", human_bytes(result.dense_bytes), human_bytes(result.weight_bytes)),
-        *[
-            (key, str(getattr(plan.dense_shape, key)), str(getattr(plan.shape, key)))
-            for key in ("hidden_size", "intermediate_size", "num_key_value_heads")
-        ],
+        *[(key, str(before), str(after)) for key, before, after in _sizes(plan)],
         (
             f"perplexity ({', '.join(result.evaluation.sources)})",
             f"{result.dense_perplexity:.3f}",
@@ -114,12 +112,18 @@ def rows(result: "Result") -> list[tuple[str, str, str]]:
     ]
 
 
+def _sizes(plan: "Plan") -> list[tuple[str, Any, Any]]:
+    """Sizes before and after: the main ones, and any other that changes."""
+    main = ("hidden_size", "intermediate_size", "num_key_value_heads")
+    before, after = asdict(plan.dense_shape), asdict(plan.shape)
+    return [(key, before[key], after[key]) for key in after
+            if key in main or before[key] != after[key]]  # fmt: skip
+
+
 def plan_line(name: str, plan: "Plan") -> str:
     """One line: what becomes what."""
     changes = [
-        f"{key} {getattr(plan.dense_shape, key)} -> {getattr(plan.shape, key)}"
-        for key in ("hidden_size", "intermediate_size", "num_key_value_heads")
-        if getattr(plan.dense_shape, key) != getattr(plan.shape, key)
+        f"{key} {before} -> {after}" for key, before, after in _sizes(plan) if before != after
     ]
     return (
         f"{name}: {plan.dense_parameters:,} -> {plan.parameters:,} parameters "
@@ -256,6 +260,10 @@ def _what_was_done(result: "Result", settings: "CompressConfig") -> str:
         steps.append(f"{small.intermediate_size} of {dense.intermediate_size} FFN neurons kept")
     if small.num_key_value_heads < dense.num_key_value_heads:
         steps.append(f"{small.num_key_value_heads} of {dense.num_key_value_heads} KV groups kept")
+    if small.head_dim < dense.head_dim:
+        steps.append(f"heads projected onto {small.head_dim} of {dense.head_dim} dimensions")
+    if dense.tie_word_embeddings and not small.tie_word_embeddings:
+        steps.append("the head untied from the embeddings")
     if settings.refit:
         steps.append("what is left refitted in closed form")
     return ", ".join(steps)

@@ -173,7 +173,7 @@ def open_stream(
     with (
         _placed(model, embeddings, on),
         _in_place_of(model, family.layers_module, nn.ModuleList(recorders)),
-        _in_place_of(model, family.final_norm, nn.Identity()),
+        _bypassed(model, [family.final_norm, *(family.projections or ())[1:]]),
     ):
         # One window by itself too: the backward pass goes window by window.
         for rows in [slice(0, 1), *_batches(len(tokens), _windows_a_batch(tokens.shape[1]))]:
@@ -230,11 +230,18 @@ def run_layer(
 
 @torch.no_grad()
 def add_to_stream(
-    stream: Stream, inputs: Tensor, weight: Tensor, bias: Tensor | None, on: Execution, where: str
+    stream: Stream,
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: float,
+    on: Execution,
+    where: str,
 ) -> None:
     """Add a linear writer's output to the stream, in place, as the stock layer would.
 
-    `inputs` `(windows, tokens, P)` on the host, `weight` `(K, P)`, `bias` `(K,)`.
+    `inputs` `(windows, tokens, P)` on the host, `weight` `(K, P)`, `bias` `(K,)`, `multiplier` the
+    family's on all that is added.
 
     Raises UserError, saying where, if the stream then holds NaN or infinity.
     """
@@ -242,7 +249,7 @@ def add_to_stream(
     bias = None if bias is None else bias.to(on.device, on.dtype)
     for rows in _batches(len(inputs), _windows_a_batch(inputs.shape[1])):
         written = nn.functional.linear(inputs[rows].to(on.device), weight, bias)
-        stream.hidden[rows] = (stream.hidden[rows].to(on.device) + written).cpu()
+        stream.hidden[rows] = (stream.hidden[rows].to(on.device) + written * multiplier).cpu()
     _check_finite(stream.hidden, where)
 
 
@@ -287,7 +294,8 @@ def _probed(
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             if name in probes:
-                probes[name](rows, args[0])
+                seen = args[0]  # OPT's layers put windows and tokens on one axis
+                probes[name](rows, seen.reshape(rows.stop - rows.start, -1, seen.shape[-1]))
             if name == until:
                 raise _Reached
 
@@ -310,6 +318,44 @@ def probe_stream(stream: Stream, probe: Probe, on: Execution) -> None:
         probe(rows, stream.hidden[rows].to(on.device))
 
 
+@contextmanager
+def _bypassed(model: nn.Module, paths: list[str]) -> Iterator[None]:
+    """Let modules hand on what they are given, where the model has them."""
+    with ExitStack() as stack:
+        for path in paths:
+            owner, _, attribute = path.rpartition(".")
+            if getattr(model.get_submodule(owner), attribute) is not None:
+                stack.enter_context(_in_place_of(model, path, nn.Identity()))
+        yield
+
+
+@contextmanager
+def _from_layers_on(model: nn.Module, family: Family, piece: Tensor) -> Iterator[None]:
+    """Let a forward run from behind the layers only, where the stream is `piece`."""
+    layers = nn.ModuleList([_Injector(piece) for _ in range(model.config.num_hidden_layers)])
+    before = [
+        name.removesuffix(".weight") for name in family.embeddings if name != family.embedding
+    ]
+    before += (family.projections or ())[:1]
+    with ExitStack() as stack:
+        stack.enter_context(_in_place_of(model, family.layers_module, layers))
+        for path in before:
+            owner, _, attribute = path.rpartition(".")
+            if getattr(model.get_submodule(owner), attribute) is not None:
+                nothing = _Injector(piece.detach().new_zeros(()))
+                stack.enter_context(_in_place_of(model, path, nothing))
+        yield
+
+
+def _by_module(family: Family, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The head's tensors under its module's name, which is not always that on disk."""
+    stored = f"{family.head}."
+    return {
+        f"{family.head_module}.{name.removeprefix(stored)}" if name.startswith(stored) else name: t
+        for name, t in head.items()
+    }
+
+
 @torch.no_grad()
 def token_losses(
     model: nn.Module,
@@ -326,15 +372,13 @@ def token_losses(
     head's (for tied embeddings: the table, under the head's name).
     """
     losses = torch.empty((len(tokens), tokens.shape[1] - 1), dtype=torch.float64)
-    layers = model.config.num_hidden_layers
     step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
-    with _placed(model, head, on):
+    with _placed(model, _by_module(family, head), on):
         for row, window in enumerate(tokens):
             for start in range(0, len(window) - 1, step):
                 piece = stream.hidden[row : row + 1, start : min(start + step, len(window) - 1)]
                 piece = piece.to(on.device)
-                injectors = nn.ModuleList([_Injector(piece) for _ in range(layers)])
-                with _in_place_of(model, family.layers_module, injectors):
+                with _from_layers_on(model, family, piece):
                     logits = model(inputs_embeds=piece, use_cache=False).logits[0]
                 targets = window[start + 1 : start + 1 + len(logits)].to(on.device)
                 wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -357,21 +401,19 @@ def backward_head(
     """
     generator = torch.Generator(on.device).manual_seed(0)
     by_stream, by_norm = torch.empty_like(stream.hidden), torch.empty_like(stream.hidden)
-    layers = model.config.num_hidden_layers
     step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
-    with _placed(model, head, on):
+    with _placed(model, _by_module(family, head), on):
         norm = model.get_submodule(family.final_norm)
         for row in range(len(stream.hidden)):
             for start in range(0, stream.hidden.shape[1], step):
                 part = (slice(row, row + 1), slice(start, start + step))
                 piece = stream.hidden[part].to(on.device).requires_grad_()
-                injectors = nn.ModuleList([_Injector(piece) for _ in range(layers)])
-                with _in_place_of(model, family.layers_module, injectors), _outputs(norm) as seen:
+                with _from_layers_on(model, family, piece), _outputs(norm) as seen:
                     logits = model(inputs_embeds=piece, use_cache=False).logits[0].float()
                 labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                 gradients = torch.autograd.grad(loss, [piece, seen[0]])
-                by_stream[part], by_norm[part] = (g.cpu() for g in gradients)
+                by_stream[part], by_norm[part] = (g.view_as(piece).cpu() for g in gradients)
     return by_stream, by_norm
 
 
@@ -403,7 +445,7 @@ def backward_layer(
             gradients = torch.autograd.grad(output, [batch, *seen], upper)
             below[rows] = gradients[0].cpu()
             for store, gradient in zip(by_norm, gradients[1:], strict=True):
-                store[rows] = gradient.cpu()
+                store[rows] = gradient.view_as(batch).cpu()
     return below, by_norm
 
 

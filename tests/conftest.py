@@ -16,7 +16,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sp3llm.checkpoint import Checkpoint, open_checkpoint
 from sp3llm.families import FAMILIES, Family, groups
-from sp3llm.project import project_group
+from sp3llm.moments import mean_free_frame, tied_rotation
+from sp3llm.plan import Shape
+from sp3llm.project import Projection, norm_of, project_group
+from sp3llm.rebuild import head_tensors
 from sp3llm.source import bundled_model
 
 _COMMON = {
@@ -28,6 +31,7 @@ _COMMON = {
     "vocab_size": 96,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
+    "layer_norm_eps": 1e-5,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
@@ -72,6 +76,57 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "gemma": {"model_type": "gemma", "head_dim": 16},
+    "gemma-untied": {"model_type": "gemma", "head_dim": 16, "tie_word_embeddings": False},
+    "granite": {
+        "model_type": "granite",
+        "residual_multiplier": 0.22,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.02,
+        "logits_scaling": 8.0,
+    },
+    "granite-tied": {
+        "model_type": "granite",
+        "residual_multiplier": 0.5,
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 0, 1],
+        "tie_word_embeddings": True,
+    },
+    "phi3": {"model_type": "phi3"},
+    "stablelm": {
+        "model_type": "stablelm",
+        "use_qkv_bias": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "stablelm-no-biases": {
+        "model_type": "stablelm",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "opt": {"model_type": "opt", "ffn_dim": 40, "tie_word_embeddings": True},
+    "opt-projected": {
+        "model_type": "opt",
+        "ffn_dim": 40,
+        "word_embed_proj_dim": 32,
+        "tie_word_embeddings": True,
+    },
+    "opt-no-biases": {
+        "model_type": "opt",
+        "ffn_dim": 40,
+        "enable_bias": False,
+        "tie_word_embeddings": True,
+    },
+    "opt-untied": {"model_type": "opt", "ffn_dim": 40, "tie_word_embeddings": False},
     "qwen3-biases-tied": {
         "model_type": "qwen3",
         "head_dim": 16,
@@ -121,14 +176,36 @@ def disk_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:
 
 
 def project_checkpoint(
-    checkpoint: Checkpoint, family: Family, basis: Tensor, tied_scale: Tensor | None = None
+    checkpoint: Checkpoint, family: Family, projection: Projection
 ) -> dict[str, Tensor]:
     """All groups through `project_group`."""
     projected: dict[str, Tensor] = {}
     for group in groups(family, checkpoint.config):
-        tensors = checkpoint.read(group.parameters)
-        projected |= project_group(family, group, tensors, basis, tied_scale)
+        is_head = group.name == "head"
+        tensors = head_tensors(checkpoint, family) if is_head else checkpoint.read(group.parameters)
+        projected |= project_group(family, group, tensors, projection)
     return projected
+
+
+def full_width_projection(
+    checkpoint: Checkpoint, family: Family, shape: Shape, rotate: bool = True
+) -> Projection:
+    """A random orthogonal change of basis; under LayerNorm, of the mean-free part."""
+    width = shape.hidden_size
+    if family.centred:
+        turn = random_orthogonal(width - 1) if rotate else torch.eye(width - 1).double()
+        frame = mean_free_frame(width, torch.device("cpu"))
+        basis = frame @ turn @ frame.T
+    else:
+        basis = random_orthogonal(width) if rotate else torch.eye(width).double()
+    if not shape.tie_word_embeddings:
+        return Projection(basis)
+    if family.projections is not None:
+        embedding = random_orthogonal(shape.word_embed_proj_dim, seed=7)
+        return Projection(basis, embedding_EJ=embedding)
+    norm = f"{family.final_norm}.weight"
+    weight, _ = norm_of(family, family.final_norm, checkpoint.read([norm]), basis)
+    return Projection(*tied_rotation(basis, weight))
 
 
 def exact_norms(model: nn.Module) -> nn.Module:
@@ -136,8 +213,10 @@ def exact_norms(model: nn.Module) -> nn.Module:
     for owner in list(model.modules()):
         for name, module in list(owner.named_children()):
             if type(module).__name__.endswith("RMSNorm"):
-                exact = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
-                exact.weight = module.weight
+                is_offset = hasattr(module, "eps")
+                eps = module.eps if is_offset else module.variance_epsilon
+                exact = nn.RMSNorm(module.weight.shape, eps=eps)
+                exact.weight = nn.Parameter(module.weight + 1.0) if is_offset else module.weight
                 setattr(owner, name, exact.double())
     return model
 
@@ -146,8 +225,9 @@ def stock_model(config: dict[str, Any], tensors: dict[str, Tensor], exact: bool)
     """A stock float64 model of these tensors; `exact` makes its norms float64 too."""
     stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     model = AutoModelForCausalLM.from_config(stock).double().eval()
+    tensors = {name.replace("embed_out.", "lm_head."): tensor for name, tensor in tensors.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
-    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    tied = {"lm_head.weight"} if stock.tie_word_embeddings else set()
     assert set(missing) <= tied
     assert not unexpected
     model.tie_weights()

@@ -10,10 +10,10 @@ import torch
 
 from sp3llm import families
 from sp3llm.compress import write_model
-from sp3llm.families import RESIDUAL, axis_sizes, is_tied
+from sp3llm.families import EMBEDDING, axis_sizes, is_square
 from sp3llm.measure import choose_basis, measure_dense
-from sp3llm.moments import tied_rotation
 from sp3llm.plan import Shape, resized_config
+from sp3llm.project import Projection
 from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
 from sp3llm.stream import Execution
 
@@ -21,6 +21,7 @@ from .conftest import (
     TINY,
     disk_tensors,
     family_of_model,
+    full_width_projection,
     logits_of,
     project_checkpoint,
     random_orthogonal,
@@ -31,8 +32,9 @@ from .conftest import (
 )
 
 ON = Execution(torch.device("cpu"), torch.float64)
-UNTIED = [name for name, settings in TINY.items() if not settings.get("tie_word_embeddings")]
-TIED = [name for name in TINY if name not in UNTIED]
+TIED = [name for name in TINY if tiny_model(name).config.tie_word_embeddings]
+WRITERS = {writer for family in families.FAMILIES.values() for writer in family.writers}
+WRITERS.add("project_in")
 
 
 def tolerance(exact: bool) -> float:
@@ -40,37 +42,56 @@ def tolerance(exact: bool) -> float:
     return 1e-12 if exact else 2e-6
 
 
+def padded(checkpoint, family, tensors):
+    """Config and tensors of the same model with an embedding table one column of zeros wider: the
+    class has projections only where that width is not the stream's.
+    """
+    config = {**checkpoint.config, "word_embed_proj_dim": axis_sizes(family, checkpoint.config)[
+        EMBEDDING] + 1}  # fmt: skip
+    table = tensors[family.embedding]
+    return config, {**tensors, family.embedding: torch.nn.functional.pad(table, (0, 1))}
+
+
 @pytest.mark.parametrize("exact", [True, False], ids=["float64-norms", "stock-norms"])
 @pytest.mark.parametrize("rotate", [False, True], ids=["fold", "fold-rotate"])
-@pytest.mark.parametrize("variant", UNTIED)
+@pytest.mark.parametrize("variant", list(TINY))
 def test_full_width_leaves_logits_unchanged(variant, rotate, exact, tokens, tmp_path):
     model = tiny_model(variant)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    width = axis_sizes(family, checkpoint.config)[RESIDUAL]
-    basis = random_orthogonal(width) if rotate else torch.eye(width, dtype=torch.float64)
-    projected = project_checkpoint(checkpoint, family, basis)
+    shape = Shape.of(family, checkpoint.config)
     dense = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact)
-    turned = stock_model(checkpoint.config, projected, exact)
+    projection = full_width_projection(checkpoint, family, shape, rotate)
+    projected = project_checkpoint(checkpoint, family, projection)
+    config = checkpoint.config
+    if shape.tie_word_embeddings:
+        assert f"{family.head}.weight" not in projected
+        if shape.word_embed_proj_dim == shape.hidden_size:
+            config, projected = padded(checkpoint, family, projected)
+            for module in family.projections:
+                name = f"{module}.weight"
+                widths = (0, 1) if module == family.projections[0] else (0, 0, 0, 1)
+                projected[name] = torch.nn.functional.pad(projected[name], widths)
+    elif family.projections is not None:
+        config = {**config, "word_embed_proj_dim": shape.hidden_size}
+    turned = stock_model(config, projected, exact)
     error = relative_error(logits_of(turned, tokens), logits_of(dense, tokens))
     assert error < tolerance(exact)
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["float64-norms", "stock-norms"])
 @pytest.mark.parametrize("variant", TIED)
-def test_full_width_leaves_a_tied_model_unchanged_and_tied(variant, exact, tokens, tmp_path):
+def test_untied_at_full_width_leaves_logits_unchanged(variant, tokens, tmp_path):
     model = tiny_model(variant)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    width = axis_sizes(family, checkpoint.config)[RESIDUAL]
-    norm = checkpoint.read(["model.norm.weight"])["model.norm.weight"]
-    basis, scale = tied_rotation(random_orthogonal(width), norm)
-    projected = project_checkpoint(checkpoint, family, basis, scale)
-    assert "lm_head.weight" not in projected
-    dense = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact)
-    turned = stock_model(checkpoint.config, projected, exact)
-    error = relative_error(logits_of(turned, tokens), logits_of(dense, tokens))
-    assert error < tolerance(exact)
+    shape = Shape.of(family, checkpoint.config).untied()
+    projection = full_width_projection(checkpoint, family, shape)
+    projected = project_checkpoint(checkpoint, family, projection)
+    dense = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
+    config = resized_config(family, checkpoint.config, shape)
+    turned = stock_model(config, projected, exact=True)
+    assert not turned.config.tie_word_embeddings
+    assert relative_error(logits_of(turned, tokens), logits_of(dense, tokens)) < 1e-12
 
 
 @pytest.mark.parametrize("variant", list(TINY))
@@ -78,43 +99,71 @@ def test_norm_weights_are_exactly_one(variant, tmp_path):
     model = tiny_model(variant)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    width = axis_sizes(family, checkpoint.config)[RESIDUAL]
-    basis = random_orthogonal(width)[:, : width // 2]
-    scale = torch.ones(width // 2, dtype=torch.float64)
-    tied = is_tied(family, checkpoint.config)
-    projected = project_checkpoint(checkpoint, family, basis, scale if tied else None)
-    for name, value in projected.items():
-        if name.endswith("layernorm.weight") or (name == "model.norm.weight" and not tied):
-            assert (value == 1).all(), name
+    shape = Shape.of(family, checkpoint.config)
+    projection = full_width_projection(checkpoint, family, shape)
+    projected = project_checkpoint(checkpoint, family, projection)
+    norms = [name for name, value in projected.items() if value.ndim == 1 and "norm" in name]
+    for name in norms:
+        if name.endswith((".q_norm.weight", ".k_norm.weight")):
+            continue
+        if projection.tied_scale_K is not None and name.startswith(family.final_norm):
+            continue
+        values = {1 - family.norm_offset} if name.endswith("weight") else {0.0, 1.0}
+        assert set(projected[name].tolist()) <= values, name
 
 
 def confine_stream(model, kept: int) -> None:
     """Make embeddings and writers write into `kept` dimensions only, along no coordinate axis."""
     width = model.config.hidden_size
     frame = random_orthogonal(width, seed=5)[:, :kept]
+    if family_of_model(model).centred:  # one dimension goes to the mean, which nothing reads
+        frame[:, 0] = 1
+    frame = torch.linalg.qr(frame)[0]
     projector = frame @ frame.T
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("embed_tokens.weight"):
-                parameter.copy_(parameter @ projector)
-            elif ".o_proj." in name or ".down_proj." in name:
+            if name.endswith(("embed_tokens.weight", "embed_positions.weight")):
+                if parameter.shape[1] == width:  # else the projection into the stream confines it
+                    parameter.copy_(parameter @ projector)
+            elif any(f".{writer}." in name for writer in WRITERS):
                 parameter.copy_(projector @ parameter)
+
+
+def square_heads_that_die(model) -> int:
+    """Let half of the heads write nothing, and return the width that the other half makes."""
+    config = model.config
+    half = config.hidden_size // 2
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".o_proj.weight", ".out_proj.weight")):
+                parameter[:, half:] = 0
+    return half
+
+
+def shape_of_width(family, config, kept):
+    """The dense shape at another width; heads go with it where the class demands that."""
+    shape = Shape.of(family, config)
+    if is_square(family, config):
+        shape = shape.with_groups(shape.num_key_value_heads * kept // shape.hidden_size)
+    return shape.with_width(kept) if shape.tie_word_embeddings else shape.with_width(kept).untied()
 
 
 @pytest.mark.parametrize("refit", [False, True], ids=["plain", "refit"])
 @pytest.mark.parametrize("variant", list(TINY))
 def test_cut_is_exact_where_the_stream_is_confined(variant, refit, tokens, tmp_path):
     """Streamed moments, eigenbasis, projection and writing, all of it, at K < D."""
-    model = tiny_model(variant, rms_norm_eps=0.1)
+    model = tiny_model(variant, rms_norm_eps=0.1, layer_norm_eps=0.1)
     heads = model.config.num_attention_heads
     kept = (model.config.hidden_size // 2) // heads * heads
+    if is_square(family_of_model(model), model.config.to_dict()):
+        kept = square_heads_that_die(model)
     confine_stream(model, kept)
     checkpoint = save_model(model, tmp_path / "dense")
     family = family_of_model(model)
     moment, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
-    eigenvalues, projection = choose_basis(checkpoint, family, moment, kept)
-    assert eigenvalues[kept] < 1e-12 * eigenvalues[0]
-    shape = Shape.of(family, checkpoint.config).with_width(kept)
+    shape = shape_of_width(family, checkpoint.config, kept)
+    eigenvalues, projection = choose_basis(checkpoint, family, moment, shape, tokens)
+    assert eigenvalues[kept - family.centred] < 1e-12 * eigenvalues[0]
     config = resized_config(family, checkpoint.config, shape)
     (tmp_path / "small").mkdir()
     groups = iter(families.groups(family, checkpoint.config))
@@ -146,13 +195,13 @@ def test_a_wrong_stream_scale_is_caught_only_by_the_confined_model(tokens, tmp_p
     dense = logits_of(
         stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True), tokens
     )
-    turned = project_checkpoint(checkpoint, family, random_orthogonal(48))
+    turned = project_checkpoint(checkpoint, family, Projection(random_orthogonal(48)))
     full = stock_model(checkpoint.config, turned, exact=True)
     assert relative_error(logits_of(full, tokens), dense) < 1e-12
     moment, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
-    _, projection = choose_basis(checkpoint, family, moment, 24)
-    cut = project_checkpoint(checkpoint, family, projection.basis_DK)
     shape = Shape.of(family, checkpoint.config).with_width(24)
+    _, projection = choose_basis(checkpoint, family, moment, shape)
+    cut = project_checkpoint(checkpoint, family, projection)
     config = resized_config(family, checkpoint.config, shape)
     small = stock_model(config, cut, exact=True)
     assert relative_error(logits_of(small, tokens), dense) > 1e-3

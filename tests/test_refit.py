@@ -191,7 +191,7 @@ def test_dropping_dead_neurons_and_groups_costs_nothing(tmp_path, tokens):
     dense = Shape.of(family, checkpoint.config)
     assert (dense.num_key_value_heads, dense.intermediate_size) == (2, 40)
     shape = Shape(dense.hidden_size, 24, 2, 1, dense.head_dim)
-    _, projection = choose_basis(checkpoint, family, moments, dense.hidden_size)
+    _, projection = choose_basis(checkpoint, family, moments, dense)
     for choose in ("obs", "energy"):
         refitter = Refitter(
             checkpoint, family, shape, projection, torch.float64, ON, choose, 2, 3, []
@@ -377,7 +377,7 @@ def test_refit_at_full_width_returns_the_dense_model(variant, tokens, tmp_path):
     family = family_of_model(model)
     shape = Shape.of(family, checkpoint.config)
     moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
-    _, projection = choose_basis(checkpoint, family, moments, shape.hidden_size)
+    _, projection = choose_basis(checkpoint, family, moments, shape)
     refitter = Refitter(checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, [])
     tensors = {}
     for _, group in refitted_groups(refitter, tokens, groups(family, checkpoint.config)):
@@ -401,7 +401,7 @@ def test_the_small_stream_is_what_the_stock_model_computes(variant, tokens, tmp_
     dense = Shape.of(family, checkpoint.config)
     shape = dense.with_width(24).with_groups(1)
     moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "gradient", ON)
-    _, projection = choose_basis(checkpoint, family, moments, 24)
+    _, projection = choose_basis(checkpoint, family, moments, shape)
     refitter = Refitter(checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, [])
     tensors, streams = {}, []
     for _, group, stream in _walk(refitter, tokens, groups(family, checkpoint.config)):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sp3llm import stream as streaming
+from sp3llm.families import norm_eps
 from sp3llm.measure import measure_dense, measure_losses
 from sp3llm.moments import add_second_moment, eigenbasis, normalise
 from sp3llm.stream import Execution
@@ -14,17 +15,21 @@ FLOAT32 = Execution(torch.device("cpu"), torch.float32)
 
 
 def dense_moments(model, family, tokens, raw: bool) -> torch.Tensor:
-    """From a plain whole-model forward with hooks on the norms."""
-    width, eps = model.config.hidden_size, model.config.rms_norm_eps
+    """The sum of second moments over read sites, from one plain forward, token by token."""
+    width = model.config.hidden_size
+    eps = norm_eps(family, model.config.to_dict())
     total = torch.zeros(width, width, dtype=torch.float64)
 
     def hook(_, args):
         x = args[0].double().reshape(-1, width)
+        if not raw and family.centred:
+            x = x - x.mean(-1, keepdim=True)
         n = x if raw else x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
         total.add_(n.T @ n)
 
-    norms = [f"model.layers.{i}.{site.norm}" for i in range(3) for site in family.sites]
-    for name in [*norms, "model.norm"]:
+    prefixes = [family.layer_prefix.format(layer=index) for index in range(3)]
+    norms = [f"{prefix}{site.norm}" for prefix in prefixes for site in family.sites]
+    for name in [*norms, family.final_norm]:
         model.get_submodule(name).register_forward_pre_hook(hook)
     with torch.no_grad():
         model(input_ids=tokens, use_cache=False)
