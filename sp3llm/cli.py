@@ -152,6 +152,7 @@ def add_budget(add: argparse.ArgumentParser) -> None:
         "hidden-size",
         "intermediate-size",
         "num-key-value-heads",
+        "head-dim",
         "word-embed-proj-dim",
     ):
         add.add_argument(f"--{option}", type=int, metavar="N", help=f"fix {option} by hand")

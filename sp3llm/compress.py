@@ -112,6 +112,8 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     dtype = _dtype(settings.dtype, dense_dtype)
     limits = limits_of(settings, dtype.itemsize)
     shapes = candidates(family, dense.config, limits)
+    if not settings.refit:
+        shapes = shapes[:1]  # there are no trials to choose by
 
     out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
     disk.check_output(out)

@@ -55,6 +55,8 @@ class CompressConfig:
     """Fixes the FFN width."""
     num_key_value_heads: int | None = None
     """Fixes the number of KV groups."""
+    head_dim: int | None = None
+    """Fixes what every head of an OPT is projected to."""
     word_embed_proj_dim: int | None = None
     """Fixes the embedding width of a tied OPT."""
     tie: str = "auto"

@@ -95,6 +95,8 @@ class Limits:
     """Fixed by hand."""
     num_key_value_heads: int | None = None
     """Fixed by hand."""
+    head_dim: int | None = None
+    """Fixed by hand, in families whose heads can shrink."""
     word_embed_proj_dim: int | None = None
     """Fixed by hand, in families that have it."""
     tie: str = "keep"
@@ -290,6 +292,17 @@ def start_shape(family: Family, config: Mapping[str, Any], limits: Limits) -> Sh
             "diagonal to tie through: use --tie untie."
         )
     square = is_square(family, config)
+    if limits.head_dim is not None:
+        if not square or family.rotary:
+            raise UserError(
+                "Expected a model whose heads can shrink for --head-dim (opt), found rotary "
+                "embedding, which forbids it: leave it out."
+            )
+        if not 0 < limits.head_dim < dense.head_dim:
+            raise UserError(
+                f"Expected --head-dim between 1 and {dense.head_dim - 1}, below the model's "
+                f"{dense.head_dim}, found {limits.head_dim}: give a smaller number."
+            )
     multiple = _multiple(limits, dense)
     if not square and multiple % dense.num_attention_heads:
         raise UserError(
@@ -381,17 +394,20 @@ def _square_candidates(family: Family, config: Mapping[str, Any], limits: Limits
     dense, start = Shape.of(family, config), start_shape(family, config, limits)
     rows: list[list[Shape]] = []
     if not family.rotary and limits.num_key_value_heads is None:
+        head_dims = [limits.head_dim] if limits.head_dim else range(8, dense.head_dim, 8)
         for width in _embedding_widths(family, config, limits):
             rows.append(
                 [
                     replace(start, head_dim=head_dim, word_embed_proj_dim=width)
-                    for head_dim in range(8, dense.head_dim, 8)
+                    for head_dim in head_dims
                 ]
             )
     width = _embedding_widths(family, config, limits)[0]
     counts = range(limits.tensor_parallel, dense.num_key_value_heads + 1, limits.tensor_parallel)
     if limits.num_key_value_heads is not None:
         counts = [limits.num_key_value_heads]
+    elif limits.head_dim is not None:
+        counts = []
     whole = [replace(dense, word_embed_proj_dim=width).with_groups(count) for count in counts]
     rows.append(
         [

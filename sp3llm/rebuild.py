@@ -465,14 +465,32 @@ def _survivors(
     weight_PK, _, used = ridge_solution(gram, prior_PK, _CHOICE_RIDGE, intercept=False)
     kept_P = choose_units(gram.inputs_PP, weight_PK, keep, unit, refitter.choose, used)
     kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
+    sizes = families.axis_sizes(family, refitter.dense.config)
     for name, axes in group.parameters.items():
         for dim, axis in enumerate(axes):
-            if axis in cut_axes and name != f"{group.prefix}{writer}.weight":
-                size = cut_axes[axis]
-                offsets = torch.arange(size, device=kept_U.device)
-                rows = (kept_U[:, None] * size + offsets).reshape(-1)
+            rows = _kept_rows(axis, kept_U, cut_axes, sizes)
+            if rows is not None and name != f"{group.prefix}{writer}.weight":
                 tensors[name] = tensors[name].index_select(dim, rows.to(tensors[name].device))
     return kept_P
+
+
+def _kept_rows(
+    axis: families.Axis, kept_U: Tensor, cut_axes: Mapping[str, int], sizes: Mapping[str, int]
+) -> Tensor | None:
+    """Indices along an axis that belong to kept units, `cut_axes` of them an axis; None: all."""
+    parts = (axis,) if isinstance(axis, str) else axis
+    if not any(part in cut_axes for part in parts):
+        return None
+    rows, start = [], 0
+    for part in parts:
+        size = cut_axes.get(part)
+        if size is None:
+            rows.append(start + torch.arange(sizes[part], device=kept_U.device))
+        else:
+            offsets = torch.arange(size, device=kept_U.device)
+            rows.append(start + (kept_U[:, None] * size + offsets).reshape(-1))
+        start += sizes[part]
+    return torch.cat(rows)
 
 
 def _log(refitter: Refitter, name: str, fit: Fit) -> None:
