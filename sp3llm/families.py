@@ -95,6 +95,8 @@ class Family:
     the class has them where the two widths differ (DESIGN 3.5)."""
     position_offset: int = 0
     """Rows of the table of learned positions before the first position's."""
+    parallel: str | None = None
+    """Config key that says whether a layer's blocks read the same stream and are added together."""
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """Config key to the only value that is supported, and why no other is."""
 
@@ -392,10 +394,70 @@ OPT = Family(
         "_remove_final_layer_norm": (False, "a head that reads the raw stream is not in its table"),
     },
 )
+_NEOX_ATTENTION = "attention.query_key_value"
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    defaults={
+        "hidden_size": 6144,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 64,
+        "intermediate_size": 24576,
+        "vocab_size": 50432,
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    embeddings={"gpt_neox.embed_in.weight": (VOCAB, RESIDUAL)},
+    layer={
+        **_LAYER_NORMS,
+        f"{_NEOX_ATTENTION}.weight": (INTERLEAVED, RESIDUAL),
+        "attention.dense.weight": (RESIDUAL, QUERY),
+        "mlp.dense_h_to_4h.weight": (FFN, RESIDUAL),
+        "mlp.dense_h_to_4h.bias": (FFN,),
+        "mlp.dense_4h_to_h.weight": (RESIDUAL, FFN),
+        "mlp.dense_4h_to_h.bias": (RESIDUAL,),
+    },
+    optional={
+        "attention_bias": {
+            f"{_NEOX_ATTENTION}.bias": (INTERLEAVED,),
+            "attention.dense.bias": (RESIDUAL,),
+        }
+    },
+    sites=(
+        Site("input_layernorm", (_NEOX_ATTENTION,), "attention"),
+        Site("post_attention_layernorm", ("mlp.dense_h_to_4h",), "mlp"),
+    ),
+    writers=("attention.dense", "mlp.dense_4h_to_h"),
+    final_norm="gpt_neox.final_layer_norm",
+    head="embed_out",
+    layer_prefix="gpt_neox.layers.{layer}.",
+    ignored_suffixes=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+    keys={"num_key_value_heads": None, "head_dim": None},
+    centred=True,
+    norm_bias=True,
+    eps="layer_norm_eps",
+    square=True,
+    parallel="use_parallel_residual",
+)
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GRANITE, SMOLLM3, PHI3, STABLELM, OPT)
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA,
+        GRANITE,
+        SMOLLM3,
+        PHI3,
+        STABLELM,
+        OPT,
+        GPT_NEOX,
+    )
 }
 
 _POST_NORM = "its norms sit after the sublayer, on the stream, so no exact rotation exists"
@@ -469,6 +531,11 @@ def residual_multiplier(family: Family, config: Mapping[str, Any]) -> float:
     """The factor on what writers add to the stream."""
     key = family.residual_multiplier
     return setting(family, config, key) if key else 1.0
+
+
+def is_parallel(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether a layer's blocks read the same stream and are added together."""
+    return bool(family.parallel and setting(family, config, family.parallel))
 
 
 def is_square(family: Family, config: Mapping[str, Any]) -> bool:

@@ -327,7 +327,8 @@ def choose_basis(
         basis_DK = frame_DF @ basis_DK @ mean_free_frame(shape.hidden_size, device).T
     narrowing = None
     if families.is_square(family, dense.config):
-        narrowing = Narrowing(moments.heads, shape.num_key_value_heads, shape.head_dim)
+        groups = Shape.of(family, dense.config).num_key_value_heads
+        narrowing = Narrowing(moments.heads, groups, shape.num_key_value_heads, shape.head_dim)
     tied_scale_K, embedding_EJ = None, None
     if shape.tie_word_embeddings and family.projections is None:
         norm = f"{family.final_norm}.weight"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sp3llm.families import KEY_VALUE, QUERY, Family, Group, embedding_scale
+from sp3llm.families import INTERLEAVED, KEY_VALUE, QUERY, Family, Group, embedding_scale
 from sp3llm.heads import (
     join_writer,
     project_heads,
@@ -48,6 +48,8 @@ class Narrowing:
 
     heads: tuple[HeadMoments, ...]
     """By layer."""
+    groups: int
+    """KV groups of the dense model."""
     num_key_value_heads: int
     """KV groups kept."""
     head_dim: int
@@ -184,11 +186,11 @@ def narrow_attention(
         width = len(kept_writer_DQ)
         found[f"{writer}.weight"], constant_D = join_writer(writer_HDP, constant_HD, width)
     else:
-        groups = _groups_of(family, group, tensors, full)
+        groups = narrowing.groups
         kept_G, gone_G = _strongest(moments, writer_HDE, groups, narrowing.num_key_value_heads)
         for name, axes in group.parameters.items():
             for dim, axis in enumerate(axes):
-                if axis in (QUERY, KEY_VALUE):
+                if axis in (QUERY, KEY_VALUE, INTERLEAVED):
                     unit = tensors[name].shape[dim] // groups
                     index = _members(kept_G, unit).to(tensors[name].device)
                     found[name] = found[name].index_select(dim, index)
@@ -197,13 +199,6 @@ def narrow_attention(
     if f"{writer}.bias" in tensors:
         found[f"{writer}.bias"] = tensors[f"{writer}.bias"].to(constant_D) + constant_D
     return found
-
-
-def _groups_of(family: Family, group: Group, tensors: Mapping[str, Tensor], head_dim: int) -> int:
-    rows = next(
-        tensors[name].shape[0] for name, axes in group.parameters.items() if axes[0] == KEY_VALUE
-    )
-    return rows // head_dim
 
 
 def _members(units_U: Tensor, size: int) -> Tensor:

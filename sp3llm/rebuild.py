@@ -32,6 +32,7 @@ from sp3llm.refit import (
     Fit,
     Gram,
     add_to_gram,
+    beside,
     choose_units,
     empty_gram,
     joined,
@@ -224,6 +225,12 @@ def _fit_layer(
     family, on = refitter.family, refitter.on
     source = refitter.dense.read(group.parameters)
     narrow = narrow_attention(family, group, source, refitter.projection)
+    if families.is_parallel(family, refitter.dense.config):
+        streams = (dense_stream, small_stream)
+        _fit_parallel(
+            refitter, index, group, (source, narrow, tensors), dense_model, shells, streams
+        )
+        return
     grams = _stream_grams(refitter, dense_stream.hidden, small_stream)
     targets, returns = _run_dense(refitter, index, source, dense_model, dense_stream)
     last = len(family.sites) - 1
@@ -244,6 +251,67 @@ def _fit_layer(
             )
     # The last writer's inputs are the widest of all: running its block again costs less memory.
     run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on, silent=silent)
+
+
+def _fit_parallel(
+    refitter: Refitter,
+    index: int,
+    group: Group,
+    layers: tuple[Mapping[str, Tensor], Mapping[str, Tensor], dict[str, Tensor]],
+    dense_model: nn.Module,
+    shells: list[nn.Module],
+    streams: tuple[Stream, Stream],
+) -> None:
+    """Fit a layer whose blocks read the same stream: all writers in one regression.
+
+    One after the other, the first would chase what the second is there for (DESIGN 3.7). `layers`
+    are the dense tensors, those with attention cut, and the small ones, in place.
+    """
+    family, on = refitter.family, refitter.on
+    (source, narrow, tensors), (dense_stream, small_stream) = layers, streams
+    grams = _stream_grams(refitter, dense_stream.hidden, small_stream)
+    for site in family.sites:
+        _fit_readers(refitter, group, site, grams, narrow, tensors)
+    run_layer(dense_model, family, index, source, [(dense_stream, {})], on)
+    names = [f"{group.prefix}{writer}" for writer in family.writers]
+    priors = [tensors[f"{name}.weight"].T.double() for name in names]
+    biases = [tensors[f"{name}.bias"].double() for name in names if f"{name}.bias" in tensors]
+    prior_PK = torch.cat(priors)
+    grams = tuple(empty_gram(*prior_PK.shape, on.device) for _ in range(2))
+    seen: list[Tensor] = []
+
+    def see(rows: slice, a: Tensor) -> None:
+        seen.append(widen(a))
+        if len(seen) == len(names):
+            missing, weight = _missing(refitter, dense_stream.hidden, small_stream, rows)
+            _add(refitter, grams, rows, torch.cat(seen, -1), missing, weight)
+            seen.clear()
+
+    probes = dict.fromkeys(family.writers, see)
+    until = family.writers[-1]
+    run_layer(shells[0], family, index, tensors, [(small_stream, probes)], on, until=until)
+    kept, start = [], 0
+    for writer, prior in zip(family.writers, priors, strict=True):
+        members_P = torch.arange(start, start + len(prior), device=prior.device)
+        both = joined(*grams)
+        inputs_PP = beside(both, members_P, _CHOICE_RIDGE)
+        part = replace(restricted(both, members_P), inputs_PP=inputs_PP)
+        kept_P = _survivors(refitter, group, writer, part, prior, tensors)
+        kept.append(members_P if kept_P is None else members_P[kept_P])
+        start += len(prior)
+    kept_P = torch.cat(kept)
+    grams = tuple(restricted(gram, kept_P) for gram in grams)
+    prior_bias_K = sum(biases[1:], biases[0]) if biases else None
+    fit = ridge_fit(*grams, prior_PK[kept_P], prior_bias_K)
+    _log(refitter, " + ".join(names), fit)
+    rows = fit.solution_PQ.split([len(members) for members in kept])
+    constant_K = fit.intercept_Q
+    for name, rows_PK in zip(names, rows, strict=True):
+        tensors[f"{name}.weight"] = rounded(f"{name}.weight", rows_PK.T, refitter.dtype)
+        if f"{name}.bias" in tensors:  # the first bias carries the constant of both
+            tensors[f"{name}.bias"] = rounded(f"{name}.bias", constant_K, refitter.dtype)
+            constant_K = torch.zeros_like(constant_K)
+    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on)
 
 
 def _run_dense(
@@ -405,21 +473,13 @@ def _fit_writer(
     prior_PK = tensors[f"{name}.weight"].T.double()
     bias = tensors.get(f"{name}.bias")
     prior_bias_K = None if bias is None else bias.double()
-    basis_DK = refitter.projection.basis_DK
-    scaled_DK = (stream_scale(basis_DK) * basis_DK).to(
-        torch.float64 if on.dtype == torch.float64 else torch.float32
-    )
     grams = tuple(empty_gram(*prior_PK.shape, on.device) for _ in range(2))
     inputs: Tensor | None = None
 
     def see(rows: slice, a: Tensor) -> None:
         nonlocal inputs
-        wanted = widen(target[rows].to(on.device))
-        if family.centred:
-            wanted = wanted - wanted.mean(-1, keepdim=True)
-        weight = 1 / wanted.square().mean(-1).clamp_min(1e-12)
-        missing = wanted @ scaled_DK - widen(small_stream.hidden[rows].to(on.device))
-        _add(refitter, grams, rows, widen(a), missing / refitter.multiplier, weight)
+        missing, weight = _missing(refitter, target, small_stream, rows)
+        _add(refitter, grams, rows, widen(a), missing, weight)
         if keep_inputs:
             if inputs is None:
                 inputs = a.new_empty((*target.shape[:2], a.shape[-1]), device="cpu")
@@ -437,6 +497,20 @@ def _fit_writer(
     if bias is not None:
         tensors[f"{name}.bias"] = rounded(f"{name}.bias", fit.intercept_Q, refitter.dtype)
     return inputs
+
+
+def _missing(
+    refitter: Refitter, target: Tensor, small_stream: Stream, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """What a writer has to add, `(c X_out T - X') / r`, and what each token weighs."""
+    family, on, basis_DK = refitter.family, refitter.on, refitter.projection.basis_DK
+    wanted = widen(target[rows].to(on.device))
+    scaled_DK = (stream_scale(basis_DK) * basis_DK).to(wanted)
+    missing = wanted @ scaled_DK - widen(small_stream.hidden[rows].to(on.device))
+    if family.centred:
+        wanted = wanted - wanted.mean(-1, keepdim=True)
+    weight = 1 / wanted.square().mean(-1).clamp_min(1e-12)
+    return missing / refitter.multiplier, weight
 
 
 def _survivors(

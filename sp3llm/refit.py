@@ -103,6 +103,19 @@ def joined(one: Gram, two: Gram) -> Gram:
     return Gram(*(getattr(one, n) + getattr(two, n) for n in Gram.__dataclass_fields__))
 
 
+def beside(gram: Gram, kept_P: Tensor, ridge: float) -> Tensor:
+    """Second moments of some inputs, those of the others regressed out: what a choice among the
+    first sees where the others stay and take over what they can. `kept_P` are indices, `ridge` as
+    for `ridged_factor`.
+    """
+    others_P = torch.ones(len(gram.inputs_PP), dtype=torch.bool, device=kept_P.device)
+    others_P[kept_P] = False
+    across_OP = gram.inputs_PP[others_P][:, kept_P]
+    factor_OO, _, _ = ridged_factor(gram.inputs_PP[others_P][:, others_P], ridge)
+    taken_PP = across_OP.T @ torch.cholesky_solve(across_OP, factor_OO)
+    return gram.inputs_PP[kept_P][:, kept_P] - taken_PP
+
+
 def squared_error(gram: Gram, solution_PQ: Tensor, intercept_Q: Tensor | None) -> float:
     """`sum w |y - a X - b|^2` over the Gram's tokens, divided by `sum w |y|^2`."""
     through_PQ = gram.inputs_PP @ solution_PQ

@@ -113,6 +113,24 @@ TINY: dict[str, dict[str, Any]] = {
             "partial_rotary_factor": 0.5,
         },
     },
+    "gpt-neox": {
+        "model_type": "gpt_neox",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "gpt-neox-sequential": {
+        "model_type": "gpt_neox",
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
     "opt": {"model_type": "opt", "ffn_dim": 40, "tie_word_embeddings": True},
     "opt-projected": {
         "model_type": "opt",

@@ -122,7 +122,7 @@ def confine_stream(model, kept: int) -> None:
     projector = frame @ frame.T
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("embed_tokens.weight", "embed_positions.weight")):
+            if name.endswith(("embed_tokens.weight", "embed_positions.weight", "embed_in.weight")):
                 if parameter.shape[1] == width:  # else the projection into the stream confines it
                     parameter.copy_(parameter @ projector)
             elif any(f".{writer}." in name for writer in WRITERS):
@@ -135,7 +135,7 @@ def square_heads_that_die(model) -> int:
     half = config.hidden_size // 2
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith((".o_proj.weight", ".out_proj.weight")):
+            if name.endswith((".o_proj.weight", ".out_proj.weight", ".attention.dense.weight")):
                 parameter[:, half:] = 0
     return half
 

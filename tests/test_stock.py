@@ -30,6 +30,7 @@ VARIANTS = [
     "smollm3",
     "phi3",
     "stablelm",
+    "gpt-neox",
     "opt",
     "opt-projected",
     "opt-untied",
