@@ -23,6 +23,13 @@ HEAD_DIM = "head_dim"
 VOCAB = "vocab_size"
 EMBEDDING = "word_embed_proj_dim"
 POSITIONS = "max_position_embeddings + offset"
+EXPERTS = "num_experts"
+EXPERT_FFN = "moe_intermediate_size"
+SHARED_FFN = "shared_expert_intermediate_size"
+ONE = "1"
+
+EACH = "{expert}"
+"""Stands in a name for the number of an expert."""
 
 Axis = str | tuple[str, ...]
 """One axis of a parameter; a tuple: several one after the other, as fused matrices have them."""
@@ -40,6 +47,29 @@ class Site:
     """Modules, relative to the layer, that read the normalised stream."""
     block: str
     """Module, relative to the layer, whose output is added to the stream."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The sparse layers of a family: experts, of which a router sends each token to a few.
+
+    `EACH` in a name stands for every expert.
+    """
+
+    number: tuple[str, ...]
+    """Config keys that may hold the number of experts, the first that is there counts."""
+    layer: Table
+    """Parameters of a sparse layer, in place of `Family.layer`."""
+    site: Site
+    """Where a sparse layer reads the stream last, in place of the last of `Family.sites`."""
+    writers: tuple[str, ...]
+    """Modules of that block that add to the stream, weighed by router and gate, in place of the
+    last of `Family.writers`. A single regression does not fit them: they stay projected."""
+    fused: Mapping[str, tuple[str, ...]]
+    """The class's name to those on disk, where they differ, relative to the layer: with `EACH` in
+    them, all experts' tensors on a first axis, several names one after the other on the next."""
+    active: str = "num_experts_per_tok"
+    """Config key of the number of experts that a token goes through."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +127,8 @@ class Family:
     """Rows of the table of learned positions before the first position's."""
     parallel: str | None = None
     """Config key that says whether a layer's blocks read the same stream and are added together."""
+    experts: Experts | None = None
+    """What sparse layers have instead; with it no FFN width is cut, nor the number of experts."""
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """Config key to the only value that is supported, and why no other is."""
 
@@ -123,6 +155,12 @@ class Group:
     """What a full name begins with."""
     layer: int = -1
     """Which layer it is, if it is one."""
+    sparse: bool = False
+    """Whether it is a layer whose last block is one of experts."""
+    sites: tuple[Site, ...] = ()
+    """Where the layer reads the stream, in order."""
+    writers: tuple[str, ...] = ()
+    """Modules of the layer that add to the stream, in order; one a site, but for experts."""
 
 
 _LLAMA_LAYER: dict[str, Axes] = {
@@ -443,6 +481,49 @@ GPT_NEOX = Family(
     parallel="use_parallel_residual",
 )
 
+_LLAMA_ATTENTION: dict[str, Axes] = {
+    name: axes for name, axes in _LLAMA_LAYER.items() if not name.startswith("mlp.")
+}
+MIXTRAL = replace(
+    MISTRAL,
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    defaults={
+        **MISTRAL.defaults,
+        "rms_norm_eps": 1e-5,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    experts=Experts(
+        number=("num_local_experts", "num_experts"),
+        layer={
+            **_LLAMA_ATTENTION,
+            "block_sparse_moe.gate.weight": (EXPERTS, RESIDUAL),
+            f"block_sparse_moe.experts.{EACH}.w1.weight": (FFN, RESIDUAL),
+            f"block_sparse_moe.experts.{EACH}.w3.weight": (FFN, RESIDUAL),
+            f"block_sparse_moe.experts.{EACH}.w2.weight": (RESIDUAL, FFN),
+        },
+        site=Site(
+            "post_attention_layernorm",
+            (
+                "block_sparse_moe.gate",
+                f"block_sparse_moe.experts.{EACH}.w1",
+                f"block_sparse_moe.experts.{EACH}.w3",
+            ),
+            "mlp",
+        ),
+        writers=(f"block_sparse_moe.experts.{EACH}.w2",),
+        fused={
+            "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
+            "mlp.experts.gate_up_proj": (
+                f"block_sparse_moe.experts.{EACH}.w1.weight",
+                f"block_sparse_moe.experts.{EACH}.w3.weight",
+            ),
+            "mlp.experts.down_proj": (f"block_sparse_moe.experts.{EACH}.w2.weight",),
+        },
+    ),
+)
+
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
@@ -457,6 +538,7 @@ FAMILIES: Mapping[str, Family] = {
         STABLELM,
         OPT,
         GPT_NEOX,
+        MIXTRAL,
     )
 }
 
@@ -560,6 +642,23 @@ def key_value_heads(family: Family, config: Mapping[str, Any]) -> int:
     return stated or setting(family, config, "num_attention_heads")
 
 
+def expert_counts(family: Family, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Number of experts of a sparse layer, and of those that a token goes through; or zeros."""
+    if family.experts is None:
+        return 0, 0
+    stated = [config[key] for key in family.experts.number if config.get(key) is not None]
+    defaults = [family.defaults[key] for key in family.experts.number if key in family.defaults]
+    return (stated or defaults)[0], setting(family, config, family.experts.active)
+
+
+def is_sparse(family: Family, config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer has experts: all have, but for those that Qwen's configs except."""
+    number, _ = expert_counts(family, config)
+    excepted = setting(family, config, "mlp_only_layers") or ()
+    step = setting(family, config, "decoder_sparse_step") or 1
+    return number > 0 and layer not in excepted and (layer + 1) % step == 0
+
+
 def axis_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     """Length of every axis."""
     heads = setting(family, config, "num_attention_heads")
@@ -575,6 +674,10 @@ def axis_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
         VOCAB: setting(family, config, "vocab_size"),
         EMBEDDING: setting(family, config, "word_embed_proj_dim") or hidden_size,
         POSITIONS: setting(family, config, "max_position_embeddings") + family.position_offset,
+        EXPERTS: expert_counts(family, config)[0],
+        EXPERT_FFN: setting(family, config, "moe_intermediate_size") or 0,
+        SHARED_FFN: setting(family, config, "shared_expert_intermediate_size") or 0,
+        ONE: 1,
     }
 
 
@@ -610,10 +713,6 @@ def has_projections(family: Family, config: Mapping[str, Any]) -> bool:
 
 def groups(family: Family, config: Mapping[str, Any]) -> list[Group]:
     """All parameters on disk in the order the stream meets them: embeddings, layers, head."""
-    layer = dict(family.layer)
-    for flag, table in family.optional.items():
-        if setting(family, config, flag):
-            layer.update(table)
     embeddings, head = dict(family.embeddings), {f"{family.final_norm}.weight": (RESIDUAL,)}
     if family.norm_bias:
         head[f"{family.final_norm}.bias"] = (RESIDUAL,)
@@ -624,11 +723,40 @@ def groups(family: Family, config: Mapping[str, Any]) -> list[Group]:
     if not is_tied(family, config):
         head[f"{family.head}.weight"] = (VOCAB, EMBEDDING if family.projections else RESIDUAL)
     found = [Group("embeddings", embeddings)]
+    number, _ = expert_counts(family, config)
+    tables = [_expanded(_layer_table(family, config, sparse), number) for sparse in (False, True)]
+    sites, writers = [family.sites] * 2, [family.writers] * 2
+    if family.experts is not None:
+        site = family.experts.site
+        site = replace(site, readers=tuple(_expanded(dict.fromkeys(site.readers, ()), number)))
+        sites[True] = (*family.sites[:-1], site)
+        last = _expanded(dict.fromkeys(family.experts.writers, ()), number)
+        writers[True] = (*family.writers[:-1], *last)
     for index in range(setting(family, config, "num_hidden_layers")):
-        prefix = family.layer_prefix.format(layer=index)
-        table = {prefix + name: axes for name, axes in layer.items()}
-        found.append(Group(f"layer {index}", table, prefix, index))
+        prefix, sparse = family.layer_prefix.format(layer=index), is_sparse(family, config, index)
+        table = {prefix + name: axes for name, axes in tables[sparse].items()}
+        found.append(
+            Group(f"layer {index}", table, prefix, index, sparse, sites[sparse], writers[sparse])
+        )
     found.append(Group("head", head))
+    return found
+
+
+def _layer_table(family: Family, config: Mapping[str, Any], sparse: bool) -> dict[str, Axes]:
+    """Parameters of one layer, an `EACH` in names for all experts."""
+    layer = dict(family.experts.layer if sparse and family.experts else family.layer)
+    for flag, table in family.optional.items():
+        if setting(family, config, flag):
+            layer.update(table)
+    return layer
+
+
+def _expanded(table: Table, experts: int) -> dict[str, Axes]:
+    """A table with the names of every expert."""
+    found: dict[str, Axes] = {}
+    for name, axes in table.items():
+        numbers = range(experts) if EACH in name else range(1)
+        found.update({name.replace(EACH, str(number)): axes for number in numbers})
     return found
 
 
@@ -644,23 +772,52 @@ def parameter_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, tup
 
 def count_parameters(family: Family, config: Mapping[str, Any]) -> int:
     """True number of parameters, tied weights once."""
-    return _count(family, config, matrices_only=False)
+    experts, _ = expert_counts(family, config)
+    return _count(family, config, experts, matrices_only=False)
 
 
 def count_matrix_parameters(family: Family, config: Mapping[str, Any]) -> int:
-    """Those in matrices, the embedding table included."""
-    return _count(family, config, matrices_only=True)
+    """Those in matrices that a token meets, the embedding table included.
+
+    Of a sparse layer these are the router's, the experts' that a token goes through, and a shared
+    expert's with its gate.
+    """
+    _, active = expert_counts(family, config)
+    return _count(family, config, active, matrices_only=True)
 
 
-def _count(family: Family, config: Mapping[str, Any], matrices_only: bool) -> int:
-    # Layers are alike: one is counted, so that a plan can count hundreds of shapes in a second.
-    layers = setting(family, config, "num_hidden_layers")
-    one_layer = {**config, "num_hidden_layers": 1}
+def count_largest_layer(family: Family, config: Mapping[str, Any]) -> int:
+    """True number of parameters of the layer that has most."""
+    experts, _ = expert_counts(family, config)
+    kinds = {is_sparse(family, config, n) for n in range(_layers(family, config))}
+    tables = [_layer_table(family, config, sparse) for sparse in kinds]
+    return max(_size(family, config, table, experts, matrices_only=False) for table in tables)
+
+
+def _layers(family: Family, config: Mapping[str, Any]) -> int:
+    return setting(family, config, "num_hidden_layers")
+
+
+def _count(family: Family, config: Mapping[str, Any], experts: int, matrices_only: bool) -> int:
+    # Layers are of two kinds at most: one of each is counted, and one expert of all, so that a
+    # plan can count hundreds of shapes in a second.
+    layers = _layers(family, config)
+    sparse = sum(is_sparse(family, config, index) for index in range(layers))
+    tables = [(group.parameters, 1) for group in groups(family, {**config, "num_hidden_layers": 0})]
+    tables += [(_layer_table(family, config, False), layers - sparse)]
+    tables += [(_layer_table(family, config, True), sparse)]
+    return sum(
+        repeats * _size(family, config, table, experts, matrices_only) for table, repeats in tables
+    )
+
+
+def _size(
+    family: Family, config: Mapping[str, Any], table: Table, experts: int, matrices_only: bool
+) -> int:
+    """Number of parameters of a table, those of `experts` experts among them."""
     sizes = axis_sizes(family, config)
-    total = 0
-    for group in groups(family, one_layer):
-        repeats = layers if group.prefix else 1
-        for axes in group.parameters.values():
-            if len(axes) == 2 or not matrices_only:
-                total += repeats * math.prod(axis_size(sizes, axis) for axis in axes)
-    return total
+    return sum(
+        (experts if EACH in name else 1) * math.prod(axis_size(sizes, axis) for axis in axes)
+        for name, axes in table.items()
+        if len(axes) == 2 or not matrices_only
+    )

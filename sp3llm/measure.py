@@ -169,7 +169,7 @@ def measure_dense(
         first = index * len(family.sites)
         if square:
             heads.append(_head_moments(family, group, tensors, at_sites[0], outputs))
-        for number, (site, total) in enumerate(zip(family.sites, at_sites, strict=True)):
+        for number, (site, total) in enumerate(zip(group.sites, at_sites, strict=True)):
             readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
             norm = f"{group.prefix}{site.norm}"
             close(first + number, total, tensors, norm, readers)

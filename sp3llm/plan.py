@@ -17,8 +17,10 @@ from sp3llm.families import (
     VOCAB,
     Family,
     axis_sizes,
+    count_largest_layer,
     count_matrix_parameters,
     count_parameters,
+    is_sparse,
     is_square,
     is_tied,
     key_value_heads,
@@ -132,7 +134,8 @@ class Cost:
     bytes: int
     """Of the weights."""
     flops: int
-    """A token: two a matrix parameter (the embedding lookup is free), and attention."""
+    """A token: two a matrix parameter (the embedding lookup is free), and attention. Of experts
+    those count that a token goes through, shared ones included."""
     kv_cache: int
     """Bytes of KV cache a token."""
 
@@ -269,6 +272,11 @@ def start_shape(family: Family, config: Mapping[str, Any], limits: Limits) -> Sh
                 f"Expected --{name.replace('_', '-')} between 1 and the model's {most}, found "
                 f"{asked}: give a smaller number."
             )
+    if limits.intermediate_size is not None and family.experts is not None:
+        raise UserError(
+            f"Expected no --intermediate-size for a {family.model_type} model, whose experts keep "
+            f"their widths, found {limits.intermediate_size}: leave it out."
+        )
     if limits.word_embed_proj_dim is not None:
         if family.projections is None or limits.tie == "untie" or not dense.tie_word_embeddings:
             raise UserError(
@@ -334,7 +342,7 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
 
     KV groups fall in steps of about an eighth; for each number of them hidden sizes rise from the
     widest that leaves the FFN whole, in steps of a sixteenth at least, and the FFN takes up the
-    remainder of the budget, down to three tenths. Sizes fixed by hand stay.
+    remainder of the budget, down to three tenths. Sizes fixed by hand stay, and so do experts.
 
     Raises UserError if none fits.
     """
@@ -501,6 +509,7 @@ def _with_groups(
     dense = Shape.of(family, config)
     first = widest(family, config, limits, start)
     ffn_stays = limits.only_width or limits.intermediate_size is not None
+    ffn_stays = ffn_stays or family.experts is not None
     if ffn_stays or (limits.hidden_size is not None and first is not None):
         return [] if first is None else [first]
     multiple = math.lcm(_multiple(limits, dense), start.num_attention_heads)
@@ -592,11 +601,12 @@ def needs_of(
     heads = dense.num_attention_heads * dense.head_dim
     first = (samples + eval_samples + traced) * wide
     second = samples * ((1 + len(family.sites[1:])) * wide + narrow + heads)
-    one, two = ({**resized_config(family, config, s), "num_hidden_layers": n}
-                for s, n in ((dense, 1), (dense, 2)))  # fmt: skip
-    layer = count_parameters(family, two) - count_parameters(family, one)
+    layer = count_largest_layer(family, config)
     table = axis_sizes(family, config)[VOCAB] * wide
-    widest_input = max(dense.intermediate_size, heads)
+    # The only writers that are not fitted are experts'.
+    layers = range(setting(family, config, "num_hidden_layers"))
+    is_fitted = not all(is_sparse(family, config, index) for index in layers)
+    widest_input = max(dense.intermediate_size if is_fitted else 0, heads)
     basis = 8 * 14 * wide**2
     grams = 8 * (7 * widest_input**2 + 4 * widest_input * narrow)
     return Needs(

@@ -257,7 +257,7 @@ def _project_layer(
     family: Family, group: Group, tensors: Mapping[str, Tensor], basis_DK: Tensor
 ) -> dict[str, Tensor]:
     projected = dict(tensors)
-    for site in family.sites:
+    for site in group.sites:
         norm = f"{group.prefix}{site.norm}"
         readers = [f"{group.prefix}{reader}" for reader in site.readers]
         weight_D, bias_D = norm_of(family, norm, tensors, basis_DK)
@@ -267,7 +267,7 @@ def _project_layer(
             reader_FK = (matrix_FD * weight_D) @ basis_DK / stream_scale(basis_DK)
             place_reader(projected, reader, reader_FK, constant_F)
         plain_norm(family, projected, norm, readers, basis_DK)
-    for writer in family.writers:
+    for writer in group.writers:
         for part in ("weight", "bias"):
             name = f"{group.prefix}{writer}.{part}"
             if name in tensors:

@@ -220,7 +220,8 @@ def _fit_layer(
     """Fit one layer, `tensors` in place, and send both streams through it.
 
     The small stream moves on by each fitted writer's own output; of the blocks behind it nothing
-    runs again, and what is before it is silent.
+    runs again, and what is before it is silent. Experts' writers, each of which sees some tokens
+    only, stay projected: of a block of experts the readers are fitted, the router among them.
     """
     family, on = refitter.family, refitter.on
     source = refitter.dense.read(group.parameters)
@@ -233,12 +234,14 @@ def _fit_layer(
         return
     grams = _stream_grams(refitter, dense_stream.hidden, small_stream)
     targets, returns = _run_dense(refitter, index, source, dense_model, dense_stream)
-    last = len(family.sites) - 1
-    for number, site in enumerate(family.sites):
+    last = len(group.sites) - 1
+    for number, site in enumerate(group.sites):
         if number:
             grams = _stream_grams(refitter, targets[number - 1], small_stream)
         _fit_readers(refitter, group, site, grams, narrow, tensors)
-        silent = {done.block: returns[done.block] for done in family.sites[:number]}
+        silent = {done.block: returns[done.block] for done in group.sites[:number]}
+        if group.sparse and number == last:
+            break
         inputs = _fit_writer(
             refitter, index, group, number, targets[number], tensors, shells[number], small_stream,
             silent, keep_inputs=number < last,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError, reason
-from sp3llm.families import Family
+from sp3llm.families import EACH, Family
 
 Probe = Callable[[slice, Tensor], None]
 """Called with the rows of a batch and what a module is called with there: for a norm the stream at
@@ -80,8 +80,10 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module:
     try:
         stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         stock.use_cache = False
+        stock.output_router_logits = False  # a loss for training, from layers that do not run here
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(stock)
+            # Experts by the class's own loop: the grouped kernel knows no float64.
+            model = AutoModelForCausalLM.from_config(stock, experts_implementation="eager")
     except Exception as error:  # each config class checks its values in its own way
         raise UserError(
             "Expected a config.json that transformers accepts, found one it rejects "
@@ -190,6 +192,26 @@ def open_stream(
     return Stream(hidden, calls)
 
 
+def by_parameter(family: Family, index: int, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A layer's tensors as the class has them, which keeps its experts as one: `(E, ..., ...)`."""
+    prefix = family.layer_prefix.format(layer=index)
+    found = dict(tensors)
+    for fused, stored in family.experts.fused.items() if family.experts else ():
+        parts = []
+        for name in stored:
+            first, each, last = f"{prefix}{name}".partition(EACH)
+            if not each:
+                parts += [found.pop(first)] if first in found else []
+                continue
+            experts = []
+            while (expert := f"{first}{len(experts)}{last}") in found:
+                experts.append(found.pop(expert))
+            parts += [torch.stack(experts)] if experts else []
+        if parts:  # a layer without experts has none
+            found[f"{prefix}{fused}"] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return found
+
+
 class _Reached(Exception):  # noqa: N818  (not an error: the way out of a forward)
     """The module that a layer was to be run up to has been reached."""
 
@@ -216,7 +238,8 @@ def run_layer(
     Raises UserError, naming the layer, if its output holds NaN or infinity.
     """
     layer = model.get_submodule(family.layers_module)[index]
-    with _placed(model, tensors, on), _noted(layer, note):
+    by_class = by_parameter(family, index, tensors)
+    with _placed(model, by_class, on), _noted(layer, note):
         for stream, probes in streams:
             hidden = stream.hidden
             for rows in _batches(len(hidden), _windows_a_batch(hidden.shape[1])):
@@ -434,7 +457,7 @@ def backward_layer(
     layer = model.get_submodule(family.layers_module)[index]
     below = torch.empty_like(stream.hidden)
     by_norm = [torch.empty_like(stream.hidden) for _ in norms]
-    with _placed(model, tensors, on):
+    with _placed(model, by_parameter(family, index, tensors), on):
         for row in range(len(stream.hidden)):
             rows = slice(row, row + 1)
             batch = stream.hidden[rows].to(on.device).requires_grad_()

@@ -21,6 +21,7 @@ from sp3llm.plan import Shape
 from sp3llm.project import Projection, norm_of, project_group
 from sp3llm.rebuild import head_tensors
 from sp3llm.source import bundled_model
+from sp3llm.stream import by_parameter
 
 _COMMON = {
     "hidden_size": 48,
@@ -35,6 +36,11 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
+}
+_EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
 }
 # Every family, with the variants that its config allows.
 TINY: dict[str, dict[str, Any]] = {
@@ -144,6 +150,14 @@ TINY: dict[str, dict[str, Any]] = {
         "enable_bias": False,
         "tie_word_embeddings": True,
     },
+    "mixtral": {"model_type": "mixtral", **_EXPERTS},
+    "mixtral-tied": {
+        "model_type": "mixtral",
+        **_EXPERTS,
+        "sliding_window": 7,
+        "output_router_logits": True,
+        "tie_word_embeddings": True,
+    },
     "opt-untied": {"model_type": "opt", "ffn_dim": 40, "tie_word_embeddings": False},
     "qwen3-biases-tied": {
         "model_type": "qwen3",
@@ -159,10 +173,11 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float64, **overrides: An
     settings = {**_COMMON, **TINY[variant], **overrides}
     config = CONFIG_MAPPING[settings["model_type"]](**settings)
     torch.manual_seed(sum(map(ord, variant)))
-    model = AutoModelForCausalLM.from_config(config).to(torch.float64).eval()
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    model = model.to(torch.float64).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(std=0.3)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.2)
@@ -242,8 +257,11 @@ def exact_norms(model: nn.Module) -> nn.Module:
 def stock_model(config: dict[str, Any], tensors: dict[str, Tensor], exact: bool) -> nn.Module:
     """A stock float64 model of these tensors; `exact` makes its norms float64 too."""
     stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    model = AutoModelForCausalLM.from_config(stock).double().eval()
+    # The default for experts is a kernel that knows no float64.
+    model = AutoModelForCausalLM.from_config(stock, experts_implementation="eager").double().eval()
     tensors = {name.replace("embed_out.", "lm_head."): tensor for name, tensor in tensors.items()}
+    for index in range(stock.num_hidden_layers):
+        tensors = by_parameter(FAMILIES[stock.model_type], index, tensors)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     tied = {"lm_head.weight"} if stock.tie_word_embeddings else set()
     assert set(missing) <= tied

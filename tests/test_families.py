@@ -17,6 +17,7 @@ from sp3llm.families import (
     parameter_shapes,
     setting,
 )
+from sp3llm.stream import by_parameter
 
 from .conftest import TINY, family_of_model, save_model, tiny_model
 
@@ -28,7 +29,10 @@ def test_table_predicts_every_parameter_and_shape_of_the_class(variant):
     config = model.config.to_dict()
     real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     stored, module = f"{family.head}.weight", f"{family.head_module}.weight"
-    found = parameter_shapes(family, config)
+    found = {n: torch.empty(s, device="meta") for n, s in parameter_shapes(family, config).items()}
+    for index in range(config["num_hidden_layers"]):
+        found = by_parameter(family, index, found)
+    found = {name: tuple(tensor.shape) for name, tensor in found.items()}
     assert {module if name == stored else name: found[name] for name in found} == real
     assert count_parameters(family, config) == sum(p.numel() for p in model.parameters())
 
@@ -67,14 +71,14 @@ def test_sites_and_writers_cover_every_matrix_on_the_stream(variant):
     """Each matrix that takes from the stream belongs to one site, each that adds is a writer."""
     model = tiny_model(variant)
     family = family_of_model(model)
-    readers = [reader for site in family.sites for reader in site.readers]
-    assert len(readers) == len(set(readers))
-    layer = groups(family, model.config.to_dict())[1]
-    for name, axes in layer.parameters.items():
-        module, _, kind = name.removeprefix(layer.prefix).rpartition(".")
-        if kind == "weight" and len(axes) == 2:
-            assert (axes[1] == "hidden_size") == (module in readers), name
-            assert (axes[0] == "hidden_size") == (module in family.writers), name
+    for layer in groups(family, model.config.to_dict())[1:-1]:
+        readers = [reader for site in layer.sites for reader in site.readers]
+        assert len(readers) == len(set(readers))
+        for name, axes in layer.parameters.items():
+            module, _, kind = name.removeprefix(layer.prefix).rpartition(".")
+            if kind == "weight" and len(axes) == 2:
+                assert (axes[1] == "hidden_size") == (module in readers), name
+                assert (axes[0] == "hidden_size") == (module in layer.writers), name
 
 
 def test_buffers_of_old_checkpoints_are_ignored(tmp_path):

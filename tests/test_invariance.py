@@ -34,7 +34,7 @@ from .conftest import (
 ON = Execution(torch.device("cpu"), torch.float64)
 TIED = [name for name in TINY if tiny_model(name).config.tie_word_embeddings]
 WRITERS = {writer for family in families.FAMILIES.values() for writer in family.writers}
-WRITERS.add("project_in")
+WRITERS |= {"project_in", "mlp.shared_expert.down_proj"}
 
 
 def tolerance(exact: bool) -> float:
@@ -125,7 +125,9 @@ def confine_stream(model, kept: int) -> None:
             if name.endswith(("embed_tokens.weight", "embed_positions.weight", "embed_in.weight")):
                 if parameter.shape[1] == width:  # else the projection into the stream confines it
                     parameter.copy_(parameter @ projector)
-            elif any(f".{writer}." in name for writer in WRITERS):
+            elif any(f".{writer}." in name for writer in WRITERS) or name.endswith(
+                "experts.down_proj"  # (E, D, F)
+            ):
                 parameter.copy_(projector @ parameter)
 
 

@@ -34,6 +34,7 @@ VARIANTS = [
     "opt",
     "opt-projected",
     "opt-untied",
+    "mixtral",
 ]
 # Small OPTs with a vocabulary like this keep little else: heads of 12 do not shrink by eights.
 SETTINGS = {
