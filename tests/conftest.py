@@ -41,6 +41,8 @@ _EXPERTS = {
     "num_local_experts": 4,
     "num_experts": 4,
     "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 32,
 }
 # Every family, with the variants that its config allows.
 TINY: dict[str, dict[str, Any]] = {
@@ -156,6 +158,32 @@ TINY: dict[str, dict[str, Any]] = {
         **_EXPERTS,
         "sliding_window": 7,
         "output_router_logits": True,
+        "tie_word_embeddings": True,
+    },
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        **_EXPERTS,
+        "mlp_only_layers": [1],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 2,
+    },
+    "qwen2-moe-tied": {
+        "model_type": "qwen2_moe",
+        **_EXPERTS,
+        "decoder_sparse_step": 2,
+        "qkv_bias": False,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-moe": {"model_type": "qwen3_moe", **_EXPERTS, "head_dim": 16, "norm_topk_prob": True},
+    "qwen3-moe-biases": {
+        "model_type": "qwen3_moe",
+        **_EXPERTS,
+        "head_dim": 16,
+        "attention_bias": True,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [0],
         "tie_word_embeddings": True,
     },
     "opt-untied": {"model_type": "opt", "ffn_dim": 40, "tie_word_embeddings": False},

@@ -35,6 +35,8 @@ VARIANTS = [
     "opt-projected",
     "opt-untied",
     "mixtral",
+    "qwen2-moe",
+    "qwen3-moe",
 ]
 # Small OPTs with a vocabulary like this keep little else: heads of 12 do not shrink by eights.
 SETTINGS = {
