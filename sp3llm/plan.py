@@ -1,6 +1,7 @@
 """From a budget to a shape, before any weight is touched."""
 
 import bisect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -371,6 +372,11 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
         for shape in _with_groups(family, config, limits, start.with_groups(groups))
         if shape != dense and shape.hidden_size % shape.num_attention_heads == 0
     ]
+    if family.experts is not None:
+        # Attention is little of such a model, and widths are coarse: fewer groups that buy no
+        # width can only lose more.
+        widest_yet = [0, *itertools.accumulate((shape.hidden_size for shape in found), max)]
+        found = [s for s, width in zip(found, widest_yet, strict=False) if s.hidden_size > width]
     if not found:
         smallest = start.with_groups(group_counts[-1])
         smallest = smallest.with_width(limits.hidden_size or _multiple(limits, dense))

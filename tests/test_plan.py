@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp3llm.errors import UserError
-from sp3llm.families import FAMILIES, count_parameters
+from sp3llm.families import FAMILIES, count_largest_layer, count_parameters
 from sp3llm.plan import (
     Limits,
     Plan,
@@ -238,7 +238,64 @@ def test_null_kv_heads_means_as_many_as_heads():
     assert Shape.of(FAMILIES["mistral"], {}).num_key_value_heads == 8
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral-12-heads", "qwen2-tied", "qwen3"])
+MIXTRAL_8X7B = {
+    "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+QWEN3_30B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+    "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128,
+    "num_experts_per_tok": 8,
+}  # fmt: skip
+
+
+def test_experts_count_all_as_parameters_and_the_active_ones_as_flops():
+    """46.7 billion parameters, of which a token meets 12.9; 30.5 and 3.3."""
+    mixtral, qwen = FAMILIES["mixtral"], FAMILIES["qwen3_moe"]
+    assert count_parameters(mixtral, MIXTRAL_8X7B) == 46_702_792_704
+    assert count_parameters(qwen, QWEN3_30B) == 30_532_122_624
+    for family, config, active in ((mixtral, MIXTRAL_8X7B, 12.9e9), (qwen, QWEN3_30B, 3.3e9)):
+        cost = cost_of(family, config, Shape.of(family, config), context=0)
+        met = cost.flops / 2 + config["vocab_size"] * config["hidden_size"]
+        assert met == pytest.approx(active, rel=0.02)
+
+
+@pytest.mark.parametrize("of", ["params", "flops"])
+@pytest.mark.parametrize("config", [MIXTRAL_8X7B, QWEN3_30B], ids=["mixtral", "qwen3_moe"])
+def test_of_experts_only_width_and_groups_are_cut(config, of):
+    family = FAMILIES[config["model_type"]]
+    dense = Shape.of(family, config)
+    found = candidates(family, config, Limits(0.7, of=of, multiple_of=32))
+    for shape in found:
+        same = shape.with_width(dense.hidden_size).with_groups(dense.num_key_value_heads)
+        assert same == dense
+        assert cost_of(family, config, shape).of(of) <= 0.7 * cost_of(family, config, dense).of(of)
+    assert len(found) > 1
+    widths = [shape.hidden_size for shape in found]
+    assert widths == sorted(set(widths))  # fewer groups buy width, or are not tried
+    with pytest.raises(UserError, match="no --intermediate-size"):
+        candidates(family, config, Limits(0.7, intermediate_size=1024))
+
+
+def test_memory_is_that_of_the_largest_layer():
+    """A dense layer among layers of experts is neither the largest nor left out of the count."""
+    family = FAMILIES["qwen3_moe"]
+    mixed = {**QWEN3_30B, "mlp_only_layers": [0], "decoder_sparse_step": 2}
+    assert count_largest_layer(family, mixed) == count_largest_layer(family, QWEN3_30B)
+    per_expert, dense_ffn = 3 * 2048 * 768, 3 * 2048 * 6144
+    difference = count_parameters(family, QWEN3_30B) - count_parameters(family, mixed)
+    assert difference == 24 * (128 * (per_expert + 2048) - dense_ffn)
+    only_dense = {**QWEN3_30B, "decoder_sparse_step": 100}
+    assert count_largest_layer(family, only_dense) < dense_ffn * 2
+
+
+COUNTED = ["llama", "mistral-12-heads", "qwen2-tied", "qwen3", "mixtral", "qwen2-moe-tied",
+           "qwen3-moe"]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", COUNTED)
 def test_counts_equal_those_of_the_real_model(variant):
     """Parameters, FLOPs as torch counts them, and bytes of the cache that a forward leaves."""
     import torch

@@ -201,6 +201,20 @@ def test_dropping_dead_neurons_and_groups_costs_nothing(tmp_path, tokens):
     assert families.RESIDUAL == "hidden_size"
 
 
+@pytest.mark.parametrize("variant", ["mixtral", "qwen2-moe"])
+def test_of_experts_the_readers_are_fitted_and_the_writers_stay(variant, tmp_path):
+    """Every site and attention's writers; an FFN's writer where the layer has no experts."""
+    from sp3llm.families import groups
+
+    result = compress_tiny(variant, tmp_path, allocate="width")
+    fitted = [fit["name"] for fit in result.fits]
+    model = tiny_model(variant, vocab_size=4096)
+    for group in groups(family_of_model(model), model.config.to_dict())[1:-1]:
+        names = ["input_layernorm", "self_attn.o_proj", "post_attention_layernorm"]
+        names += [] if group.sparse else ["mlp.down_proj"]
+        assert [n.removeprefix(group.prefix) for n in fitted if n.startswith(group.prefix)] == names
+
+
 def metric_cost(moments, metrics, basis):
     """`sum tr(A Q C Q)` for the subspace that a basis gives up."""
     away = torch.eye(len(basis), dtype=torch.float64) - basis @ basis.T
@@ -247,9 +261,10 @@ def test_symmetric_product_is_the_product():
         assert relative_error(product, product.T) < 1e-14
 
 
-def test_streamed_gradients_equal_those_of_a_whole_backward(tmp_path, tokens):
+@pytest.mark.parametrize("variant", ["qwen2", "mixtral", "qwen2-moe"])
+def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, tokens):
     """Layer by layer from the head down: the same gradients as autograd through all at once."""
-    model = tiny_model("qwen2")
+    model = tiny_model(variant)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
     shell = empty_model(checkpoint.config)
