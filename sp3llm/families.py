@@ -57,7 +57,7 @@ class Experts:
     """
 
     number: tuple[str, ...]
-    """Config keys that may hold the number of experts, the first that is there counts."""
+    """Config keys that may hold the number of experts; of two the class takes the first."""
     layer: Table
     """Parameters of a sparse layer, in place of `Family.layer`."""
     site: Site
@@ -85,7 +85,7 @@ class Family:
     embeddings: Table
     """Parameters before the layers."""
     layer: Table
-    """Parameters of one layer, relative to `layer_prefix`."""
+    """Parameters of one layer without experts, relative to `layer_prefix`."""
     optional: Mapping[str, Table]
     """Further parameters of a layer, present where the config's flag is true."""
     sites: tuple[Site, ...]
@@ -498,7 +498,7 @@ MIXTRAL = replace(
         "num_experts_per_tok": 2,
     },
     experts=Experts(
-        number=("num_local_experts", "num_experts"),
+        number=("num_experts", "num_local_experts"),
         layer={
             **_attention(_LLAMA_LAYER),
             "block_sparse_moe.gate.weight": (EXPERTS, RESIDUAL),
