@@ -106,7 +106,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     if note:
         console.print(note, markup=False)
     family = families.family_of(source.read_config(folder))
-    dense = disk.open_checkpoint(folder)
+    dense = disk.with_prefix(disk.open_checkpoint(folder), family)
     disk.check_tensors(dense, family)
     dense_dtype = dense.dtype()
     dtype = _dtype(settings.dtype, dense_dtype)

@@ -380,5 +380,6 @@ def _embedding_basis(
     pairs = [(taken_EE, looked_up_EE), (scored_EE, given_EE)]
     metrics_EE = tuple(a_EE / (a_EE * c_EE).sum() for a_EE, c_EE in pairs)
     moments_EE = tuple(c_EE for _, c_EE in pairs)
-    start_EE = eigenbasis(looked_up_EE / looked_up_EE.trace() + given_EE / given_EE.trace())[1]
+    # Both of these lie in what the table spans, where nothing needs to be given up.
+    start_EE = eigenbasis(looked_up_EE / looked_up_EE.trace() + scored_EE / scored_EE.trace())[1]
     return metric_basis(moments_EE, metrics_EE, start_EE, shape.word_embed_proj_dim)

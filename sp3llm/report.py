@@ -103,6 +103,7 @@ def rows(result: "Result") -> list[tuple[str, str, str]]:
         ("of the dense model", "100 %", f"{100 * plan.keep_params:.2f} %"),
         ("weights", human_bytes(result.dense_bytes), human_bytes(result.weight_bytes)),
         *[(key, str(before), str(after)) for key, before, after in _sizes(plan)],
+        *_tie(result),
         (
             f"perplexity ({', '.join(result.evaluation.sources)})",
             f"{result.dense_perplexity:.3f}",
@@ -112,12 +113,29 @@ def rows(result: "Result") -> list[tuple[str, str, str]]:
     ]
 
 
+def _tie(result: "Result") -> list[tuple[str, str, str]]:
+    """What became of tied embeddings, and what the other choice would have lost in the trials."""
+    if not result.plan.dense_shape.tie_word_embeddings:
+        return []
+    kept = result.plan.shape.tie_word_embeddings
+    losses = {
+        tied: [t["trial_loss"] for t in result.trials if t["tie_word_embeddings"] == tied]
+        for tied in (True, False)
+    }
+    chosen = "tied" if kept else "untied"
+    if losses[True] and losses[False]:
+        difference = abs(min(losses[True]) - min(losses[False]))
+        other = "untied" if kept else "tied"
+        chosen += f" ({other} would lose {difference:.4f} more in trials)"
+    return [("embeddings and head", "tied", chosen)]
+
+
 def _sizes(plan: "Plan") -> list[tuple[str, Any, Any]]:
     """Sizes before and after: the main ones, and any other that changes."""
     main = ("hidden_size", "intermediate_size", "num_key_value_heads")
     before, after = asdict(plan.dense_shape), asdict(plan.shape)
-    return [(key, before[key], after[key]) for key in after
-            if key in main or before[key] != after[key]]  # fmt: skip
+    changed = [key for key in after if before[key] != after[key] and key != "tie_word_embeddings"]
+    return [(key, before[key], after[key]) for key in after if key in (*main, *changed)]
 
 
 def plan_line(name: str, plan: "Plan") -> str:
