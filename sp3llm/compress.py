@@ -114,8 +114,8 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     shapes = candidates(family, dense.config, limits)
     if settings.moments == "raw" and families.is_square(family, dense.config):
         raise UserError(
-            f"Expected --moments normalised for a {family.model_type} model, whose heads are cut by "
-            "what they read, found raw: leave it out."
+            f"Expected --moments normalised for a {family.model_type} model, whose heads are cut "
+            "by what they read, found raw: leave it out."
         )
     if not settings.refit:
         shapes = shapes[:1]  # there are no trials to choose by
