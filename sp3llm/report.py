@@ -172,17 +172,23 @@ def plan_table(
     from sp3llm.plan import Shape, cost_of
 
     table = Table(title=Text(f"{name}: shapes that keep {limits.keep:g} of the {limits.of}"))
-    for column in ("width", "FFN", "heads/KV", "parameters", "kept", "weights", "FLOPs", "cache"):
+    dense = Shape.of(family, config)
+    columns = ["width", "FFN", "heads/KV", "parameters", "kept", "weights", "FLOPs", "cache"]
+    if dense.tie_word_embeddings:
+        columns.insert(3, "table")
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.caption = "FLOPs and KV cache are those of one token"
-    dense = Shape.of(family, config)
     whole = cost_of(family, config, dense, limits.context, limits.itemsize)
     for shape in [dense, *shapes]:
         cost = cost_of(family, config, shape, limits.context, limits.itemsize)
+        tie = "tied" if shape.tie_word_embeddings else "untied"
+        width = shape.word_embed_proj_dim if shape.tie_word_embeddings else None
         table.add_row(
             str(shape.hidden_size),
             str(shape.intermediate_size),
             f"{shape.num_attention_heads}/{shape.num_key_value_heads}",
+            *([f"{tie} {width or ''}".strip()] if dense.tie_word_embeddings else []),
             f"{cost.params / 1e6:,.1f} M",
             f"{100 * cost.of(limits.of) / whole.of(limits.of):.1f} %",
             human_bytes(cost.bytes),
