@@ -175,7 +175,8 @@ def plan_table(
     dense = Shape.of(family, config)
     columns = ["width", "FFN", "heads/KV", "parameters", "kept", "weights", "FLOPs", "cache"]
     if dense.tie_word_embeddings:
-        columns.insert(3, "table")
+        # In 80 columns there is room for one of the two.
+        columns[columns.index("weights")] = "table"
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.caption = "FLOPs and KV cache are those of one token"
@@ -188,10 +189,11 @@ def plan_table(
             str(shape.hidden_size),
             str(shape.intermediate_size),
             f"{shape.num_attention_heads}/{shape.num_key_value_heads}",
-            *([f"{tie} {width or ''}".strip()] if dense.tie_word_embeddings else []),
             f"{cost.params / 1e6:,.1f} M",
             f"{100 * cost.of(limits.of) / whole.of(limits.of):.1f} %",
-            human_bytes(cost.bytes),
+            f"{tie} {width or ''}".strip()
+            if dense.tie_word_embeddings
+            else human_bytes(cost.bytes),
             f"{cost.flops / 1e9:.2g}G" if cost.flops < 1e9 else f"{cost.flops / 1e9:.1f}G",
             human_bytes(cost.kv_cache),
             end_section=shape == dense,
