@@ -56,6 +56,16 @@ def run(settings: CompressConfig) -> dict:
     return record
 
 
+def sizes(shape: dict) -> str:
+    """Width, FFN and KV groups, and what else an OPT's shape has."""
+    text = ", ".join(str(shape[key]) for key in SHAPE)
+    width = shape["word_embed_proj_dim"]
+    if width is None:
+        return text
+    tied = "tied " if shape["tie_word_embeddings"] else ""
+    return f"{text}; heads of {shape['head_dim']}, {tied}table of {width}"
+
+
 def table(records: list[dict], varied: list[str]) -> str:
     head = ["kept", *varied, "width, FFN, KV", "perplexity", "excess log-perplexity", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -64,7 +74,7 @@ def table(records: list[dict], varied: list[str]) -> str:
         cells = [
             f"{100 * record['plan']['keep_params']:.2f} %",
             *(str(record["settings"][key]) for key in varied),
-            ", ".join(str(record["plan"]["shape"][key]) for key in SHAPE),
+            sizes(record["plan"]["shape"]),
             f"{record['perplexity']:.3f}",
             f"{excess['mean']:.4f} ± {excess['paired_standard_error']:.4f}",
             f"{record['seconds']:.0f}",

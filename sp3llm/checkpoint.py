@@ -16,7 +16,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,13 +61,17 @@ class Checkpoint:
     """`config.json` as it stands."""
     files: Mapping[str, Path]
     """Tensor name to the shard that holds it."""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """Tensor name to its name in the shard, where the two differ."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors, on the CPU and in their own dtype.
 
         Raises UserError if a shard is damaged or a tensor holds NaN or infinity.
         """
-        tensors = {name: _read_tensor(self.files[name], name) for name in names}
+        tensors = {
+            name: _read_tensor(self.files[name], self.stored.get(name, name)) for name in names
+        }
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise UserError(
@@ -79,7 +83,7 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The dtype of the checkpoint's weights: that of its first matrix."""
         for name, path in self.files.items():
-            tensor = _read_tensor(path, name)
+            tensor = _read_tensor(path, self.stored.get(name, name))
             if tensor.ndim == 2:
                 return tensor.dtype
         raise UserError(f"'{self.folder}' holds no matrix: expected a model's weights.")
@@ -188,6 +192,21 @@ def _read_tensor(shard: Path, name: str) -> Tensor:
         raise _damaged(shard, reason(error)) from error
 
 
+def with_prefix(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint under the causal model's names, where it was saved from the bare decoder.
+
+    Such files, OPT's among them, lack the names' first part; transformers loads them all the same.
+    """
+    prefix = family.embedding.partition(".")[0] + "."
+    bare = family.embedding.removeprefix(prefix)
+    if family.embedding in checkpoint.files or bare not in checkpoint.files:
+        return checkpoint
+    head = f"{family.head}."
+    named = {name if name.startswith(head) else prefix + name: name for name in checkpoint.files}
+    files = {name: checkpoint.files[stored] for name, stored in named.items()}
+    return replace(checkpoint, files=files, stored=named)
+
+
 def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
     """Compare the names, shapes and dtypes on disk with what the family's table predicts.
 
@@ -214,7 +233,8 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
                 f"Expected tensor '{name}', which config.json asks for, found none in "
                 f"'{checkpoint.folder}': get a complete copy of the checkpoint."
             )
-        found_shape, found_dtype = _shape_and_dtype(checkpoint.files[name], name)
+        stored = checkpoint.stored.get(name, name)
+        found_shape, found_dtype = _shape_and_dtype(checkpoint.files[name], stored)
         if found_dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(
                 f"Expected tensor '{name}' in float32, float16 or bfloat16, found {found_dtype}: "

@@ -106,12 +106,17 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     if note:
         console.print(note, markup=False)
     family = families.family_of(source.read_config(folder))
-    dense = disk.open_checkpoint(folder)
+    dense = disk.with_prefix(disk.open_checkpoint(folder), family)
     disk.check_tensors(dense, family)
     dense_dtype = dense.dtype()
     dtype = _dtype(settings.dtype, dense_dtype)
     limits = limits_of(settings, dtype.itemsize)
     shapes = candidates(family, dense.config, limits)
+    if settings.moments == "raw" and families.is_square(family, dense.config):
+        raise UserError(
+            f"Expected --moments normalised for a {family.model_type} model, whose heads are cut "
+            "by what they read, found raw: leave it out."
+        )
     if not settings.refit:
         shapes = shapes[:1]  # there are no trials to choose by
 

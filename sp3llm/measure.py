@@ -94,6 +94,44 @@ class _Sum:
         return self.sums_BW / self.count
 
 
+@dataclass(frozen=True)
+class _Slots:
+    """Moments and metrics of all read sites, neighbouring ones summed."""
+
+    sums: list[Tensor]
+    metrics: list[Tensor]
+    sites: int
+
+    @staticmethod
+    def of(sites: int, most: int, width: int, on: Execution) -> "_Slots":
+        """Nothing yet, in `most` slots or as many as there are sites."""
+
+        def zeros() -> list[Tensor]:
+            return [
+                torch.zeros(width, width, dtype=torch.float64, device=on.device)
+                for _ in range(min(most, sites))
+            ]
+
+        return _Slots(zeros(), zeros(), sites)
+
+    def of_site(self, site: int) -> int:
+        """The slot that a site is summed into."""
+        return site * len(self.sums) // self.sites
+
+    def check_finite(self) -> None:
+        """Raises UserError if anything overflowed."""
+        if not all(torch.isfinite(total_DD).all() for total_DD in self.sums):
+            raise UserError(
+                "The second moments of the stream do not fit float32: its activations are extreme; "
+                "use --moments normalised, or a checkpoint in float64."
+            )
+        if not all(torch.isfinite(metric_DD).all() for metric_DD in self.metrics):
+            raise UserError(
+                "The gradients of the loss hold NaN or infinity: use --basis readers, or --dtype "
+                "float32."
+            )
+
+
 def tracked(progress: Progress | None, description: str, items: list[Group]) -> Iterable[Group]:
     """The items, with a bar where there is one to show."""
     return items if progress is None else progress.track(items, description=description)
@@ -118,15 +156,10 @@ def measure_dense(
     Returns the moments and the token losses on the evaluation windows.
     """
     eps = families.norm_eps(family, dense.config)
-    width = families.axis_sizes(family, dense.config)[families.RESIDUAL]
+    shape = Shape.of(family, dense.config)
     embeddings, *layers, _ = families.groups(family, dense.config)
     count = len(family.sites) * len(layers) + 1
-    slots = 1 if basis == "pca" else min(_SITES, count)
-
-    def zeros() -> Tensor:
-        return torch.zeros(width, width, dtype=torch.float64, device=on.device)
-
-    sums, metrics = [zeros() for _ in range(slots)], [zeros() for _ in range(slots)]
+    slots = _Slots.of(count, 1 if basis == "pca" else _SITES, shape.hidden_size, on)
 
     def probe_into(total: _Sum) -> Probe:
         def probe(_: slice, x: Tensor) -> None:
@@ -137,13 +170,13 @@ def measure_dense(
     def close(site: int, total: _Sum, tensors: Mapping[str, Tensor], norm: str,
               readers: list[str]) -> None:  # fmt: skip
         moment_DD = total.moments()[0]
-        sums[site * slots // count] += moment_DD
+        slots.sums[slots.of_site(site)] += moment_DD
         if basis == "readers":
             metric_DD = _reader_metric(family, tensors, norm, readers, on)
             cost = (metric_DD * moment_DD).sum()
             # A site where no error costs anything (a block that does nothing yet) has no say.
             if cost > 0:
-                metrics[site * slots // count] += metric_DD / cost
+                slots.metrics[slots.of_site(site)] += metric_DD / cost
 
     model = empty_model(dense.config)
     table = dense.read(embeddings.parameters)
@@ -152,16 +185,16 @@ def measure_dense(
     windows = max(1, _GRADIENT_TOKENS // calibration.shape[1])
     inputs: list[Tensor] = []
     heads: list[HeadMoments] = []
-    square, dense_shape = families.is_square(family, dense.config), Shape.of(family, dense.config)
+    square = families.is_square(family, dense.config)
     for index, group in enumerate(tracked(progress, "dense model, second moments", layers)):
         if basis == "gradient":
             inputs.append(stream.hidden[:windows].clone())
-        at_sites = [_Sum.of(1, width, on) for _ in family.sites]
+        at_sites = [_Sum.of(1, shape.hidden_size, on) for _ in family.sites]
         probes = {
             site.norm: probe_into(total) for site, total in zip(family.sites, at_sites, strict=True)
         }
         if square:
-            outputs = _Sum.of(dense_shape.num_attention_heads, dense_shape.head_dim, on)
+            outputs = _Sum.of(shape.num_attention_heads, shape.head_dim, on)
             probes[family.writers[0]] = lambda _, a, outputs=outputs: outputs.add(widen(a))
         streams = [(stream, probes)] + ([(evaluated, {})] if evaluated else [])
         tensors = dense.read(group.parameters)
@@ -173,31 +206,22 @@ def measure_dense(
             readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
             norm = f"{group.prefix}{site.norm}"
             close(first + number, total, tensors, norm, readers)
-    at_head = _Sum.of(1, width, on)
+    at_head = _Sum.of(1, shape.hidden_size, on)
     probe_stream(stream, probe_into(at_head), on)
     head = head_tensors(dense, family)
     close(count - 1, at_head, head, family.final_norm, [f"{family.head}.weight"])
     losses = None
     if evaluated is not None:
         losses = token_losses(model, family, head, evaluated, evaluation, on)
-    if not all(torch.isfinite(total).all() for total in sums):
-        raise UserError(
-            "The second moments of the stream do not fit float32: its activations are extreme; "
-            "use --moments normalised, or a checkpoint in float64."
-        )
-    if basis == "pca":
-        return Moments(tuple(sums), (), at_head.moments()[0], tuple(heads)), losses
     if basis == "gradient":
         final = Stream(stream.hidden[:windows], stream.calls)
         costs = _gradient_metrics(dense, family, inputs, final, on, progress)
         for site, metric_DD in enumerate(costs):
-            metrics[(count - 1 - site) * slots // count] += metric_DD
-    if not all(torch.isfinite(metric_DD).all() for metric_DD in metrics):
-        raise UserError(
-            "The gradients of the loss hold NaN or infinity: use --basis readers, or --dtype "
-            "float32."
-        )
-    return Moments(tuple(sums), tuple(metrics), at_head.moments()[0], tuple(heads)), losses
+            slots.metrics[slots.of_site(count - 1 - site)] += metric_DD
+    slots.check_finite()
+    metrics_DD = () if basis == "pca" else tuple(slots.metrics)
+    found = Moments(tuple(slots.sums), metrics_DD, at_head.moments()[0], tuple(heads))
+    return found, losses
 
 
 def _head_moments(
@@ -380,5 +404,6 @@ def _embedding_basis(
     pairs = [(taken_EE, looked_up_EE), (scored_EE, given_EE)]
     metrics_EE = tuple(a_EE / (a_EE * c_EE).sum() for a_EE, c_EE in pairs)
     moments_EE = tuple(c_EE for _, c_EE in pairs)
-    start_EE = eigenbasis(looked_up_EE / looked_up_EE.trace() + given_EE / given_EE.trace())[1]
+    # Both of these lie in what the table spans, where nothing needs to be given up.
+    start_EE = eigenbasis(looked_up_EE / looked_up_EE.trace() + scored_EE / scored_EE.trace())[1]
     return metric_basis(moments_EE, metrics_EE, start_EE, shape.word_embed_proj_dim)

@@ -456,7 +456,7 @@ def _embedding_widths(
 ) -> list[int | None]:
     dense = Shape.of(family, config)
     if family.projections is None or limits.tie == "untie" or not dense.tie_word_embeddings:
-        return [None]
+        return [dense.word_embed_proj_dim]
     if limits.word_embed_proj_dim is not None:
         return [limits.word_embed_proj_dim]
     full = dense.word_embed_proj_dim

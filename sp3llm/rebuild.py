@@ -184,6 +184,8 @@ def _walk(
             source = refitter.dense.read(group.parameters)
             dense_stream = open_stream(dense_model, family, source, tokens, on)
             small_stream = open_stream(shells[0], family, tensors, tokens, on)
+            if _fit_embeddings(refitter, tensors, tokens, dense_stream, small_stream):
+                small_stream = open_stream(shells[0], family, tensors, tokens, on)
         elif group.name == "head":
             _fit_head(refitter, tensors, dense_stream, small_stream)
         else:
@@ -338,6 +340,41 @@ def _run_dense(
     streams = [(dense_stream, probes)]
     run_layer(dense_model, family, index, source, streams, refitter.on, note=returns)
     return [*between, dense_stream.hidden], returns
+
+
+def _fit_embeddings(
+    refitter: Refitter,
+    tensors: dict[str, Tensor],
+    tokens: Tensor,
+    dense_stream: Stream,
+    small_stream: Stream,
+) -> bool:
+    """Fit the projection into the stream to what a narrower embedding table has left; whether
+    there was anything to fit.
+
+    It is one more writer: `P' = argmin sum_t |c X T - L - e P'^T|^2 / mean(X^2) + lambda |P' - c
+    T^T P Z|^2` with `e` a token's embedding and `L` its learned position. The table itself, whose
+    other role is the head's, stays as the basis of both (`measure.choose_basis`) leaves it.
+    """
+    embedding_EJ = refitter.projection.embedding_EJ
+    if embedding_EJ is None or embedding_EJ.shape[0] == embedding_EJ.shape[1]:
+        return False
+    name = f"{refitter.family.projections[0]}.weight"
+    table_VJ = tensors[refitter.family.embedding].to(refitter.on.device)
+    prior_JK = tensors[name].T.double()
+    grams = tuple(empty_gram(*prior_JK.shape, refitter.on.device) for _ in range(2))
+
+    def see(rows: slice, x: Tensor) -> None:
+        embedded = widen(table_VJ[tokens[rows].to(table_VJ.device)])
+        missing, weight = _missing(refitter, dense_stream.hidden, small_stream, rows)
+        missing = missing * refitter.multiplier + embedded @ prior_JK.to(embedded)
+        _add(refitter, grams, rows, embedded, missing, weight)
+
+    probe_stream(small_stream, see, refitter.on)
+    fit = ridge_fit(*grams, prior_JK)
+    _log(refitter, name, fit)
+    tensors[name] = rounded(name, fit.solution_PQ.T, refitter.dtype)
+    return True
 
 
 # --------------------------------------------------------------------------- readers

@@ -103,6 +103,7 @@ def rows(result: "Result") -> list[tuple[str, str, str]]:
         ("of the dense model", "100 %", f"{100 * plan.keep_params:.2f} %"),
         ("weights", human_bytes(result.dense_bytes), human_bytes(result.weight_bytes)),
         *[(key, str(before), str(after)) for key, before, after in _sizes(plan)],
+        *_tie(result),
         (
             f"perplexity ({', '.join(result.evaluation.sources)})",
             f"{result.dense_perplexity:.3f}",
@@ -112,12 +113,29 @@ def rows(result: "Result") -> list[tuple[str, str, str]]:
     ]
 
 
+def _tie(result: "Result") -> list[tuple[str, str, str]]:
+    """What became of tied embeddings, and what the other choice would have lost in the trials."""
+    if not result.plan.dense_shape.tie_word_embeddings:
+        return []
+    kept = result.plan.shape.tie_word_embeddings
+    losses = {
+        tied: [t["trial_loss"] for t in result.trials if t["tie_word_embeddings"] == tied]
+        for tied in (True, False)
+    }
+    chosen = "tied" if kept else "untied"
+    if losses[True] and losses[False]:
+        difference = abs(min(losses[True]) - min(losses[False]))
+        other = "untied" if kept else "tied"
+        chosen += f" ({other} would lose {difference:.4f} more in trials)"
+    return [("embeddings and head", "tied", chosen)]
+
+
 def _sizes(plan: "Plan") -> list[tuple[str, Any, Any]]:
     """Sizes before and after: the main ones, and any other that changes."""
     main = ("hidden_size", "intermediate_size", "num_key_value_heads")
     before, after = asdict(plan.dense_shape), asdict(plan.shape)
-    return [(key, before[key], after[key]) for key in after
-            if key in main or before[key] != after[key]]  # fmt: skip
+    changed = [key for key in after if before[key] != after[key] and key != "tie_word_embeddings"]
+    return [(key, before[key], after[key]) for key in after if key in (*main, *changed)]
 
 
 def plan_line(name: str, plan: "Plan") -> str:
@@ -154,20 +172,28 @@ def plan_table(
     from sp3llm.plan import Shape, cost_of
 
     table = Table(title=Text(f"{name}: shapes that keep {limits.keep:g} of the {limits.of}"))
-    for column in ("width", "FFN", "heads/KV", "parameters", "kept", "weights", "FLOPs", "cache"):
+    dense = Shape.of(family, config)
+    columns = ["width", "FFN", "heads/KV", "parameters", "kept", "weights", "FLOPs", "cache"]
+    if dense.tie_word_embeddings:
+        # In 80 columns there is room for one of the two.
+        columns[columns.index("weights")] = "table"
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.caption = "FLOPs and KV cache are those of one token"
-    dense = Shape.of(family, config)
     whole = cost_of(family, config, dense, limits.context, limits.itemsize)
     for shape in [dense, *shapes]:
         cost = cost_of(family, config, shape, limits.context, limits.itemsize)
+        tie = "tied" if shape.tie_word_embeddings else "untied"
+        width = shape.word_embed_proj_dim if shape.tie_word_embeddings else None
         table.add_row(
             str(shape.hidden_size),
             str(shape.intermediate_size),
             f"{shape.num_attention_heads}/{shape.num_key_value_heads}",
             f"{cost.params / 1e6:,.1f} M",
             f"{100 * cost.of(limits.of) / whole.of(limits.of):.1f} %",
-            human_bytes(cost.bytes),
+            f"{tie} {width or ''}".strip()
+            if dense.tie_word_embeddings
+            else human_bytes(cost.bytes),
             f"{cost.flops / 1e9:.2g}G" if cost.flops < 1e9 else f"{cost.flops / 1e9:.1f}G",
             human_bytes(cost.kv_cache),
             end_section=shape == dense,

@@ -7,6 +7,7 @@ from sp3llm.measure import choose_basis, measure_dense
 from sp3llm.moments import metric_basis
 from sp3llm.refit import (
     add_to_gram,
+    beside,
     choose_units,
     empty_gram,
     joined,
@@ -380,7 +381,10 @@ def test_a_duplicated_neuron_goes_free_of_loss():
     assert refitted_loss(gram, kept) < 1e-12
 
 
-@pytest.mark.parametrize("variant", ["llama-biases", "mistral", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize(
+    "variant",
+    ["llama-biases", "mistral", "qwen2-tied", "qwen3", "gemma", "granite", "phi3", "stablelm"],
+)
 def test_refit_at_full_width_returns_the_dense_model(variant, tokens, tmp_path):
     """Nothing is lost, so nothing may be changed: logits of the refitted model are the dense's."""
     from sp3llm.families import groups
@@ -427,3 +431,12 @@ def test_the_small_stream_is_what_the_stock_model_computes(variant, tokens, tmp_
     small.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     logits_of(small, tokens)
     assert relative_error(streams[-1], seen[0]) < 1e-12
+
+
+def test_beside_leaves_what_the_other_inputs_do_not_explain():
+    a = normal(300, 7) @ normal(7, 7, seed=1)
+    gram, kept = gram_of(a, a[:, :1]), torch.tensor([1, 4, 5])
+    others = a[:, [0, 2, 3, 6]]
+    residual = a[:, kept] - others @ torch.linalg.lstsq(others, a[:, kept]).solution
+    found = beside(gram, kept, 0.0)
+    assert relative_error(found, residual.T @ residual) < 1e-10

@@ -1,0 +1,282 @@
+"""OPT as stock OPT: LayerNorm, learned positions, square attention, tables that stay tied."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sp3llm import families
+from sp3llm.checkpoint import check_tensors, open_checkpoint, with_prefix
+from sp3llm.compress import write_model
+from sp3llm.errors import UserError
+from sp3llm.families import count_parameters, family_of
+from sp3llm.measure import choose_basis, measure_dense
+from sp3llm.moments import mean_free_frame
+from sp3llm.plan import Limits, Shape, candidates, resized_config, row_of
+from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
+from sp3llm.stream import Execution
+
+from .conftest import (
+    disk_tensors,
+    family_of_model,
+    logits_of,
+    random_orthogonal,
+    relative_error,
+    save_model,
+    stock_model,
+    tiny_model,
+)
+from .test_invariance import confine_stream
+from .test_stock import compress_tiny
+
+ON = Execution(torch.device("cpu"), torch.float64)
+OPT_125M = {
+    "model_type": "opt",
+    "architectures": ["OPTForCausalLM"],
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "ffn_dim": 3072,
+    "vocab_size": 50272,
+    "max_position_embeddings": 2048,
+    "word_embed_proj_dim": 768,
+    "do_layer_norm_before": True,
+}
+
+
+@pytest.mark.parametrize("width", [2, 7, 48])
+def test_the_mean_free_frame_is_orthonormal_and_mean_free(width):
+    frame = mean_free_frame(width, torch.device("cpu"))
+    assert relative_error(frame.T @ frame, torch.eye(width - 1).double()) < 1e-14
+    assert frame.sum(0).abs().max() < 1e-13
+
+
+def compressed(checkpoint, family, shape, tokens, folder, refit):
+    """The small model's config and tensors, in float64, written and read back."""
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
+    _, projection = choose_basis(checkpoint, family, moments, shape, tokens)
+    groups = iter(families.groups(family, checkpoint.config))
+    if refit:
+        refitter = Refitter(
+            checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, []
+        )
+        made = refitted_groups(refitter, tokens, groups)
+    else:
+        made = plain_groups(checkpoint, family, projection, torch.float64, ON, groups)
+    config = resized_config(family, checkpoint.config, shape)
+    folder.mkdir()
+    small = write_model(family, config, made, torch.float64, folder)
+    return config, disk_tensors(small, family)
+
+
+def confine_heads(model, kept: int) -> None:
+    """Let every head's queries, keys and values live in `kept` dimensions, along no axis."""
+    heads, full = model.config.num_attention_heads, model.config.hidden_size // 4
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            for seed, reader in enumerate(("q_proj", "k_proj", "v_proj")):
+                frame = random_orthogonal(full, seed)[:, :kept]
+                projector = torch.block_diag(*[frame @ frame.T] * heads)
+                module = getattr(layer.self_attn, reader)
+                module.weight.copy_(projector @ module.weight)
+                module.bias.copy_(projector @ module.bias)
+
+
+@pytest.mark.parametrize("refit", [False, True], ids=["plain", "refit"])
+@pytest.mark.parametrize("variant", ["opt", "opt-projected", "opt-untied"])
+def test_heads_shrink_without_loss_where_they_hold_no_more(variant, refit, tokens, tmp_path):
+    """Stream in 31 dimensions and its mean, heads in 8: at 4 heads of 8 nothing is lost."""
+    model = tiny_model(variant)
+    confine_heads(model, 8)
+    confine_stream(model, 32)
+    checkpoint = save_model(model, tmp_path / "dense")
+    family = family_of_model(model)
+    dense = Shape.of(family, checkpoint.config)
+    options = {"num_key_value_heads": 4, "num_attention_heads": 4, "head_dim": 8}
+    shape = Shape(32, dense.intermediate_size, **options, word_embed_proj_dim=dense.
+                  word_embed_proj_dim, tie_word_embeddings=dense.tie_word_embeddings)  # fmt: skip
+    if variant == "opt-projected":  # as wide as the new stream, so the tie must go
+        shape = shape.untied()
+    shape = shape if shape.tie_word_embeddings else shape.untied()
+    config, tensors = compressed(checkpoint, family, shape, tokens, tmp_path / "small", refit)
+    small = stock_model(config, tensors, exact=True)
+    whole = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
+    unseen = (tokens + 31) % 96
+    assert relative_error(logits_of(small, unseen), logits_of(whole, unseen)) < 1e-9
+
+
+@pytest.mark.parametrize("refit", [False, True], ids=["plain", "refit"])
+def test_a_table_narrows_without_loss_where_it_holds_no_more(refit, tokens, tmp_path):
+    """Embeddings that lie in 20 dimensions of 32: a tied table of 20 does what it did."""
+    model = tiny_model("opt-projected")
+    frame = random_orthogonal(32, 3)[:, :20]
+    with torch.no_grad():
+        table = model.model.decoder.embed_tokens.weight
+        table.copy_(table @ frame @ frame.T)
+        for layer in model.model.decoder.layers:
+            layer.self_attn.out_proj.weight[:, 24:] = 0
+    confine_stream(model, 24)
+    checkpoint = save_model(model, tmp_path / "dense")
+    family = family_of_model(model)
+    shape = Shape(24, 40, 2, 2, 12, word_embed_proj_dim=20, tie_word_embeddings=True)
+    config, tensors = compressed(checkpoint, family, shape, tokens, tmp_path / "small", refit)
+    assert tensors["model.decoder.embed_tokens.weight"].shape == (96, 20)
+    small = stock_model(config, tensors, exact=True)
+    assert small.lm_head.weight is small.model.decoder.embed_tokens.weight
+    whole = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
+    unseen = (tokens + 31) % 96
+    assert relative_error(logits_of(small, unseen), logits_of(whole, unseen)) < 2e-6
+
+
+def test_what_is_written_to_the_stream_has_no_mean(tokens, tmp_path):
+    """Embeddings, positions, and writers with their biases: LayerNorm finds nothing to remove."""
+    model = tiny_model("opt")
+    checkpoint = save_model(model, tmp_path / "dense")
+    family = family_of_model(model)
+    shape = Shape(24, 40, 2, 2, 12, word_embed_proj_dim=48, tie_word_embeddings=True)
+    _, tensors = compressed(checkpoint, family, shape, tokens, tmp_path / "small", True)
+    for name, tensor in tensors.items():
+        if name.endswith("embed_positions.weight"):
+            assert tensor.sum(1).abs().max() < 1e-10
+        elif any(part in name for part in ("out_proj", "fc2", "project_in")):
+            assert tensor.sum(0).abs().max() < 1e-7, name
+
+
+def test_the_output_stays_tied_and_counts_the_table_once(tmp_path):
+    result = compress_tiny("opt", tmp_path, keep=0.8, tie="keep", word_embed_proj_dim=40)
+    names = load_file(result.out / "model.safetensors").keys()
+    assert "lm_head.weight" not in names
+    model = AutoModelForCausalLM.from_pretrained(result.out)
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    assert sum(p.numel() for p in model.parameters()) == result.plan.parameters
+    positions = model.model.decoder.embed_positions.weight
+    assert positions.shape == (64 + 2, result.plan.shape.hidden_size)
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "opt"])
+def test_auto_tries_both_ties_and_says_what_the_other_costs(variant, tmp_path):
+    from sp3llm.report import rows
+
+    result = compress_tiny(variant, tmp_path, keep=0.8)
+    assert {trial["tie_word_embeddings"] for trial in result.trials} == {True, False}
+    shape = result.plan.shape
+    best = min(result.trials, key=lambda trial: trial["trial_loss"])
+    assert best["tie_word_embeddings"] == shape.tie_word_embeddings
+    said = {name: after for name, _, after in rows(result)}["embeddings and head"]
+    assert said.startswith("tied" if shape.tie_word_embeddings else "untied")
+    assert "would lose" in said
+    assert result.plan.keep_params <= 0.8
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.625, 0.75, 0.9])
+def test_every_candidate_is_a_stock_opt_within_the_budget(keep):
+    family = family_of(OPT_125M)
+    dense = count_parameters(family, OPT_125M)
+    for tie in ("keep", "untie", "auto"):
+        for shape in candidates(family, OPT_125M, Limits(keep, tie=tie)):
+            assert shape.hidden_size == shape.num_attention_heads * shape.head_dim
+            assert count_parameters(family, resized_config(family, OPT_125M, shape)) <= keep * dense
+            if shape.tie_word_embeddings:
+                assert shape.word_embed_proj_dim != shape.hidden_size
+            else:
+                assert shape.word_embed_proj_dim == shape.hidden_size
+
+
+def test_counts_equal_the_real_model():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    family = family_of(OPT_125M)
+    shapes = candidates(family, OPT_125M, Limits(0.6, tie="auto"))
+    picked = {row_of(family, OPT_125M, shape): shape for shape in shapes}
+    for shape in picked.values():
+        config = resized_config(family, OPT_125M, shape)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["opt"].from_dict(config))
+        model.tie_weights()
+        assert count_parameters(family, config) == sum(p.numel() for p in model.parameters())
+
+
+def test_heads_and_widths_fixed_by_hand():
+    family = family_of(OPT_125M)
+    (shape,) = candidates(family, OPT_125M, Limits(0.8, head_dim=48, only_width=True))
+    assert (shape.hidden_size, shape.num_attention_heads) == (576, 12)
+    (shape,) = candidates(family, OPT_125M, Limits(0.8, num_key_value_heads=9, only_width=True))
+    assert (shape.hidden_size, shape.head_dim) == (576, 64)
+    for wrong in ({"head_dim": 64}, {"head_dim": 0}, {"word_embed_proj_dim": 769},
+                  {"hidden_size": 500}):  # fmt: skip
+        with pytest.raises(UserError, match="Expected --"):
+            candidates(family, OPT_125M, Limits(0.8, **wrong))
+
+
+def test_opt_350m_is_refused_by_name_with_the_reason():
+    with pytest.raises(UserError, match="opt-350m"):
+        family_of({**OPT_125M, "do_layer_norm_before": False})
+
+
+def test_a_file_of_the_bare_decoder_is_read_under_the_full_names(tmp_path):
+    """Some of OPT's files leave out the first part of every name."""
+    model = tiny_model("opt")
+    save_model(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    family = family_of_model(model)
+    checkpoint = with_prefix(open_checkpoint(tmp_path), family)
+    check_tensors(checkpoint, family)
+    assert checkpoint.dtype() == torch.float64
+    for name, tensor in disk_tensors(checkpoint, family).items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_a_tied_layer_norm_model_without_projections_says_how_to_go_on(tmp_path):
+    config = {"model_type": "stablelm", "tie_word_embeddings": True, "hidden_size": 48,
+              "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    family = family_of(config)
+    with pytest.raises(UserError, match="--tie untie"):
+        candidates(family, config, Limits(0.7))
+    found = candidates(family, config, Limits(0.7, tie="untie"))
+    assert not any(shape.tie_word_embeddings for shape in found)
+
+
+def test_phi3_is_projected_as_the_llama_of_its_parts():
+    """Fused matrices are the parts' matrices, one below the other."""
+    from sp3llm.project import Projection, project_group
+
+    fused, parts = families.FAMILIES["phi3"], families.FAMILIES["llama"]
+    config = {"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1,
+              "intermediate_size": 10, "num_hidden_layers": 1, "vocab_size": 5}  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    group = families.groups(parts, config)[1]
+    shapes = families.parameter_shapes(parts, config)
+    tensors = {
+        name: torch.randn(shapes[name], generator=generator, dtype=torch.float64)
+        for name in group.parameters
+    }
+
+    def join(source):
+        layer = dict(source)
+        for whole, names in (("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+                             ("mlp.gate_up_proj", ("gate_proj", "up_proj"))):  # fmt: skip
+            block = whole.partition(".")[0]
+            keys = [f"model.layers.0.{block}.{name}.weight" for name in names]
+            layer[f"model.layers.0.{whole}.weight"] = torch.cat([layer.pop(key) for key in keys])
+        return layer
+
+    projection = Projection(random_orthogonal(12)[:, :8])
+    expected = join(project_group(parts, group, tensors, projection))
+    found = project_group(fused, families.groups(fused, config)[1], join(tensors), projection)
+    assert found.keys() == expected.keys()
+    assert all(relative_error(found[name], expected[name]) < 1e-14 for name in found)
+
+
+def test_plan_of_opt_prints_json(capsys):
+    from sp3llm.plan import plan_of
+
+    family = family_of(OPT_125M)
+    limits = Limits(0.7)
+    plan = plan_of(family, OPT_125M, limits, candidates(family, OPT_125M, limits)[0])
+    described = json.loads(json.dumps(plan.describe()))
+    assert described["shape"]["word_embed_proj_dim"] == 768
+    assert described["keep_params"] <= 0.7
