@@ -127,7 +127,8 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     if len(shapes) > 1 and settings.samples < _FEWEST_TRIAL_WINDOWS:
         raise UserError(
             f"The search for a shape needs at least {_FEWEST_TRIAL_WINDOWS} calibration windows, "
-            f"found {settings.samples}: raise --samples, or use --allocate width."
+            f"found {settings.samples}: raise --samples, or leave nothing to search for with "
+            "--allocate width, --tie keep and, for OPT, --head-dim."
         )
     largest = max(plan_of(family, dense.config, limits, shape).parameters for shape in shapes)
     disk.check_disk(out, largest * dtype.itemsize)
@@ -205,10 +206,12 @@ def choose_shape(
     held_from = unseen_from - max(1, unseen_from // 6)
     bar = progress.add_task("search for the shape", total=None)
 
-    projections: dict[tuple[int, int | None, bool], Projection] = {}
+    projections: dict[tuple, Projection] = {}
 
     def loss_of(shape: "Shape") -> float:
         widths = (shape.hidden_size, shape.word_embed_proj_dim, shape.tie_word_embeddings)
+        if moments.heads:  # the projection cuts heads too
+            widths += (shape.num_key_value_heads, shape.head_dim)
         if widths not in projections:
             _, projections[widths] = choose_basis(
                 job.dense, job.family, moments, shape, job.calibration

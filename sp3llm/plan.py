@@ -21,6 +21,7 @@ from sp3llm.families import (
     count_largest_layer,
     count_matrix_parameters,
     count_parameters,
+    is_parallel,
     is_sparse,
     is_square,
     is_tied,
@@ -203,7 +204,10 @@ def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> d
     written out, as it is no longer the quotient of width and heads.
     """
     dense = asdict(Shape.of(family, config))
-    changed = {k: v for k, v in asdict(shape).items() if v != dense[k] or k == "head_dim"}
+    written = ("head_dim", "word_embed_proj_dim")  # the classes would derive them from the width
+    changed = {
+        k: v for k, v in asdict(shape).items() if v != dense[k] or (k in written and v is not None)
+    }
     named = {family.keys.get(k, k): v for k, v in changed.items()}
     return {**config, **{k: v for k, v in named.items() if k is not None}}
 
@@ -301,7 +305,17 @@ def start_shape(family: Family, config: Mapping[str, Any], limits: Limits) -> Sh
             "diagonal to tie through: use --tie untie."
         )
     square = is_square(family, config)
+    if limits.tie == "untie" and not dense.tie_word_embeddings:
+        raise UserError(
+            "Expected a model with tied embeddings for --tie untie, found one whose head has a "
+            "table of its own: leave it out."
+        )
     if limits.head_dim is not None:
+        if limits.num_key_value_heads is not None:
+            raise UserError(
+                "Expected one of --head-dim, which keeps every head, and --num-key-value-heads, "
+                "which keeps heads whole, found both: leave one out."
+            )
         if not square or family.rotary:
             raise UserError(
                 "Expected a model whose heads can shrink for --head-dim (opt), found rotary "
@@ -349,13 +363,17 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
     """
     dense = Shape.of(family, config)
     if limits.tie == "auto":
-        kept = candidates(family, config, replace(limits, tie="keep"))
         if not dense.tie_word_embeddings:
-            return kept
-        try:
-            return kept + candidates(family, config, replace(limits, tie="untie"))
-        except UserError:  # a table more does not fit the budget
-            return kept
+            return candidates(family, config, replace(limits, tie="keep"))
+        found, refusals = [], []
+        for tie in ("keep", "untie"):
+            try:
+                found += candidates(family, config, replace(limits, tie=tie))
+            except UserError as refusal:  # one of the two may be impossible, or over the budget
+                refusals.append(refusal)
+        if not found:
+            raise refusals[0]
+        return found
     start = start_shape(family, config, limits)
     if is_square(family, config):
         return _square_candidates(family, config, limits)
@@ -438,17 +456,31 @@ def _square_candidates(family: Family, config: Mapping[str, Any], limits: Limits
     if not found:
         legal = [shape for shape in shapes if shape is not None]
         if not legal:
-            wholes = dense.head_dim * dense.num_attention_heads // dense.num_key_value_heads
-            shrunk = "" if family.rotary else f"of {8 * dense.num_attention_heads} (heads of " \
-                "8, 16, ... dimensions) or "  # fmt: skip
-            raise UserError(
-                f"Expected --hidden-size and --multiple-of to allow a multiple {shrunk}of {wholes} "
-                f"(whole heads), since this model's width is heads times head size, found "
-                f"{limits.hidden_size or limits.multiple_of}: choose another."
-            )
+            raise _nothing_square(family, dense, limits)
         raise _nothing_fits(family, config, limits, min(
             legal, key=lambda shape: _cost(family, config, limits, shape)))  # fmt: skip
     return found
+
+
+def _nothing_square(family: Family, dense: Shape, limits: Limits) -> UserError:
+    names = ("hidden_size", "head_dim", "num_key_value_heads", "word_embed_proj_dim", "multiple_of")
+    given = [
+        f"--{name.replace('_', '-')} {getattr(limits, name)}"
+        for name in names
+        if getattr(limits, name) is not None
+    ]
+    whole = dense.head_dim * dense.num_attention_heads // dense.num_key_value_heads
+    shrunk = f"{8 * dense.num_attention_heads} (heads of 8, 16, ... dimensions) or of "
+    tied = (
+        ", and a table that stays tied cannot be as wide as the stream"
+        if family.projections and limits.tie != "untie" and dense.tie_word_embeddings
+        else ""
+    )
+    return UserError(
+        f"No shape is allowed by {', '.join(given)}: this model's width is heads times head size, "
+        f"so a multiple of {'' if family.rotary else shrunk}{whole} (whole heads){tied}; change or "
+        "leave out one of them."
+    )
 
 
 def _embedding_widths(
@@ -463,7 +495,8 @@ def _embedding_widths(
     if limits.only_width:
         return [full]
     multiple = 64 if full >= 1024 else 8
-    return [full, *(full * quarters // 4 // multiple * multiple for quarters in (3, 2))]
+    narrower = (full * quarters // 4 // multiple * multiple for quarters in (3, 2))
+    return [full, *(width for width in dict.fromkeys(narrower) if 0 < width < full)]
 
 
 def _squared(limits: Limits, shape: Shape) -> Shape | None:
@@ -613,6 +646,8 @@ def needs_of(
     layers = range(setting(family, config, "num_hidden_layers"))
     is_fitted = not all(is_sparse(family, config, index) for index in layers)
     widest_input = max(dense.intermediate_size if is_fitted else 0, heads)
+    if is_parallel(family, config):  # all writers in one regression
+        widest_input = dense.intermediate_size + heads
     basis = 8 * 14 * wide**2
     grams = 8 * (7 * widest_input**2 + 4 * widest_input * narrow)
     return Needs(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sp3llm.families import INTERLEAVED, KEY_VALUE, QUERY, Family, Group, embedding_scale
+from sp3llm.families import INTERLEAVED, KEY_VALUE, QUERY, Axis, Family, Group, embedding_scale
 from sp3llm.heads import (
     join_writer,
     project_heads,
@@ -164,7 +164,8 @@ def narrow_attention(
     """The layer with fewer heads, or with heads of fewer dimensions, still in old coordinates.
 
     Heads shrink by SP3's projections (`heads`), or KV groups go whole, those first whose outputs
-    write least into the kept stream. What is lost of an output's mean goes to the writer's bias.
+    write least into the kept stream. What is lost of an output's mean goes to the writer's bias,
+    if it has one.
     """
     narrowing, basis_DK = projection.narrowing, projection.basis_DK
     if narrowing is None:
@@ -174,10 +175,15 @@ def narrow_attention(
     writer = f"{group.prefix}{family.writers[0]}"
     kept_writer_DQ = basis_DK @ (basis_DK.T @ tensors[f"{writer}.weight"].to(basis_DK))
     writer_HDE = split_writer(kept_writer_DQ, full, heads)
+    # Where no bias can take an output's mean, the mean counts with the rest.
+    has_bias, mean_HE = f"{writer}.bias" in tensors, moments.mean_HE
+    output_HEE = moments.output_HEE
+    if not has_bias:
+        output_HEE = output_HEE + mean_HE[..., :, None] * mean_HE[..., None, :]
     if narrowing.head_dim < full:
         maps = query_key_projection(moments.query_HEE, moments.key_HEE, narrowing.head_dim)
         value_HEP, writer_HDP, constant_HD = value_output_projection(
-            moments.output_HEE, writer_HDE, narrowing.head_dim, moments.mean_HE
+            output_HEE, writer_HDE, narrowing.head_dim, mean_HE if has_bias else None
         )
         for reader, map_HEP in zip(family.sites[0].readers, (*maps, value_HEP), strict=True):
             for name in (f"{group.prefix}{reader}.weight", f"{group.prefix}{reader}.bias"):
@@ -187,18 +193,39 @@ def narrow_attention(
         found[f"{writer}.weight"], constant_D = join_writer(writer_HDP, constant_HD, width)
     else:
         groups = narrowing.groups
-        kept_G, gone_G = _strongest(moments, writer_HDE, groups, narrowing.num_key_value_heads)
+        kept_G, gone_G = _strongest(output_HEE, writer_HDE, groups, narrowing.num_key_value_heads)
+        unit = heads // groups * full
+        units = {QUERY: unit, KEY_VALUE: full, INTERLEAVED: 3 * unit}
+        sizes = {QUERY: heads * full, KEY_VALUE: groups * full, INTERLEAVED: 3 * heads * full}
         for name, axes in group.parameters.items():
             for dim, axis in enumerate(axes):
-                if axis in (QUERY, KEY_VALUE, INTERLEAVED):
-                    unit = tensors[name].shape[dim] // groups
-                    index = _members(kept_G, unit).to(tensors[name].device)
-                    found[name] = found[name].index_select(dim, index)
+                index = kept_rows(axis, kept_G, units, sizes)
+                if index is not None:
+                    found[name] = found[name].index_select(dim, index.to(tensors[name].device))
         gone_H = _members(gone_G, heads // groups)
-        constant_D = (writer_HDE[gone_H] @ moments.mean_HE[gone_H][..., None]).sum((0, 2))
-    if f"{writer}.bias" in tensors:
+        constant_D = (writer_HDE[gone_H] @ mean_HE[gone_H][..., None]).sum((0, 2))
+    if has_bias:
         found[f"{writer}.bias"] = tensors[f"{writer}.bias"].to(constant_D) + constant_D
     return found
+
+
+def kept_rows(
+    axis: Axis, kept_U: Tensor, cut_axes: Mapping[str, int], sizes: Mapping[str, int]
+) -> Tensor | None:
+    """Indices along an axis that belong to kept units, `cut_axes` of them an axis; None: all."""
+    parts = (axis,) if isinstance(axis, str) else axis
+    if not any(part in cut_axes for part in parts):
+        return None
+    rows, start = [], 0
+    for part in parts:
+        size = cut_axes.get(part)
+        if size is None:
+            rows.append(start + torch.arange(sizes[part], device=kept_U.device))
+        else:
+            offsets = torch.arange(size, device=kept_U.device)
+            rows.append(start + (kept_U[:, None] * size + offsets).reshape(-1))
+        start += sizes[part]
+    return torch.cat(rows)
 
 
 def _members(units_U: Tensor, size: int) -> Tensor:
@@ -207,10 +234,10 @@ def _members(units_U: Tensor, size: int) -> Tensor:
 
 
 def _strongest(
-    moments: HeadMoments, writer_HDE: Tensor, groups: int, keep: int
+    output_HEE: Tensor, writer_HDE: Tensor, groups: int, keep: int
 ) -> tuple[Tensor, Tensor]:
     """KV groups that write most, `tr(W C W^T)`, and the others; both rising."""
-    energy_H = ((writer_HDE @ moments.output_HEE) * writer_HDE).sum((1, 2))
+    energy_H = ((writer_HDE @ output_HEE) * writer_HDE).sum((1, 2))
     order_G = energy_H.reshape(groups, -1).sum(1).argsort(descending=True, stable=True)
     return order_G[:keep].sort().values, order_G[keep:].sort().values
 

@@ -22,6 +22,7 @@ from sp3llm.plan import Shape, resized_config
 from sp3llm.project import (
     Projection,
     head_reader,
+    kept_rows,
     narrow_attention,
     norm_of,
     place_reader,
@@ -295,15 +296,15 @@ def _fit_parallel(
     probes = dict.fromkeys(family.writers, see)
     until = family.writers[-1]
     run_layer(shells[0], family, index, tensors, [(small_stream, probes)], on, until=until)
-    kept, start = [], 0
+    both, kept, start = joined(*grams), [], 0
     for writer, prior in zip(family.writers, priors, strict=True):
         members_P = torch.arange(start, start + len(prior), device=prior.device)
-        both = joined(*grams)
-        inputs_PP = beside(both, members_P, _CHOICE_RIDGE)
-        part = replace(restricted(both, members_P), inputs_PP=inputs_PP)
-        kept_P = _survivors(refitter, group, writer, part, prior, tensors)
-        kept.append(members_P if kept_P is None else members_P[kept_P])
         start += len(prior)
+        if _units_of(refitter, writer) is None:
+            kept.append(members_P)
+            continue
+        part = beside(both, members_P, _CHOICE_RIDGE)
+        kept.append(members_P[_survivors(refitter, group, writer, part, prior, tensors)])
     kept_P = torch.cat(kept)
     grams = tuple(restricted(gram, kept_P) for gram in grams)
     prior_bias_K = sum(biases[1:], biases[0]) if biases else None
@@ -553,6 +554,23 @@ def _missing(
     return missing / refitter.multiplier, weight
 
 
+def _units_of(refitter: Refitter, writer: str) -> tuple[int, int, dict[str, int]] | None:
+    """Units of a writer's inputs to keep, the size of one, and of one along every axis that goes
+    with it; None: all are kept.
+    """
+    family, shape = refitter.family, refitter.shape
+    dense = Shape.of(family, refitter.dense.config)
+    if family.layer[f"{writer}.weight"][1] == families.FFN:
+        if shape.intermediate_size == dense.intermediate_size:
+            return None
+        return shape.intermediate_size, 1, {families.FFN: 1}
+    keep, total = shape.num_key_value_heads, dense.num_key_value_heads
+    if keep == total or refitter.projection.narrowing is not None:
+        return None
+    unit = dense.num_attention_heads // total * dense.head_dim
+    return keep, unit, {families.QUERY: unit, families.KEY_VALUE: dense.head_dim}
+
+
 def _survivors(
     refitter: Refitter,
     group: Group,
@@ -562,49 +580,21 @@ def _survivors(
     tensors: dict[str, Tensor],
 ) -> Tensor | None:
     """Kept inputs of a writer, and everything that feeds the others cut away; None: keep all."""
-    family, shape = refitter.family, refitter.shape
-    dense = Shape.of(family, refitter.dense.config)
-    axis = family.layer[f"{writer}.weight"][1]
-    if axis == families.FFN:
-        keep, total, unit = shape.intermediate_size, dense.intermediate_size, 1
-        cut_axes = {families.FFN: 1}
-    else:
-        keep, total = shape.num_key_value_heads, dense.num_key_value_heads
-        if refitter.projection.narrowing is not None:
-            keep = total
-        unit = dense.num_attention_heads // total * dense.head_dim
-        cut_axes = {families.QUERY: unit, families.KEY_VALUE: dense.head_dim}
-    if keep == total:
+    family = refitter.family
+    units = _units_of(refitter, writer)
+    if units is None:
         return None
+    keep, unit, cut_axes = units
     weight_PK, _, used = ridge_solution(gram, prior_PK, _CHOICE_RIDGE, intercept=False)
     kept_P = choose_units(gram.inputs_PP, weight_PK, keep, unit, refitter.choose, used)
     kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
     sizes = families.axis_sizes(family, refitter.dense.config)
     for name, axes in group.parameters.items():
         for dim, axis in enumerate(axes):
-            rows = _kept_rows(axis, kept_U, cut_axes, sizes)
+            rows = kept_rows(axis, kept_U, cut_axes, sizes)
             if rows is not None and name != f"{group.prefix}{writer}.weight":
                 tensors[name] = tensors[name].index_select(dim, rows.to(tensors[name].device))
     return kept_P
-
-
-def _kept_rows(
-    axis: families.Axis, kept_U: Tensor, cut_axes: Mapping[str, int], sizes: Mapping[str, int]
-) -> Tensor | None:
-    """Indices along an axis that belong to kept units, `cut_axes` of them an axis; None: all."""
-    parts = (axis,) if isinstance(axis, str) else axis
-    if not any(part in cut_axes for part in parts):
-        return None
-    rows, start = [], 0
-    for part in parts:
-        size = cut_axes.get(part)
-        if size is None:
-            rows.append(start + torch.arange(sizes[part], device=kept_U.device))
-        else:
-            offsets = torch.arange(size, device=kept_U.device)
-            rows.append(start + (kept_U[:, None] * size + offsets).reshape(-1))
-        start += sizes[part]
-    return torch.cat(rows)
 
 
 def _log(refitter: Refitter, name: str, fit: Fit) -> None:

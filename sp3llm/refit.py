@@ -8,7 +8,7 @@ Shape suffixes: N tokens, P inputs, Q outputs, D and K residual width before and
 width that a writer reads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -103,17 +103,22 @@ def joined(one: Gram, two: Gram) -> Gram:
     return Gram(*(getattr(one, n) + getattr(two, n) for n in Gram.__dataclass_fields__))
 
 
-def beside(gram: Gram, kept_P: Tensor, ridge: float) -> Tensor:
-    """Second moments of some inputs, those of the others regressed out: what a choice among the
-    first sees where the others stay and take over what they can. `kept_P` are indices, `ridge` as
-    for `ridged_factor`.
+def beside(gram: Gram, kept_P: Tensor, ridge: float) -> Gram:
+    """The Gram of some inputs, the others regressed out of inputs and targets: what a choice among
+    the first sees where the others stay and take over what they can. Its least-squares solution is
+    their part of the joint one. `kept_P` are indices, `ridge` as for `ridged_factor`.
     """
     others_P = torch.ones(len(gram.inputs_PP), dtype=torch.bool, device=kept_P.device)
     others_P[kept_P] = False
     across_OP = gram.inputs_PP[others_P][:, kept_P]
     factor_OO, _, _ = ridged_factor(gram.inputs_PP[others_P][:, others_P], ridge)
-    taken_PP = across_OP.T @ torch.cholesky_solve(across_OP, factor_OO)
-    return gram.inputs_PP[kept_P][:, kept_P] - taken_PP
+    shares_OP = torch.cholesky_solve(across_OP, factor_OO)
+    part = restricted(gram, kept_P)
+    return replace(
+        part,
+        inputs_PP=part.inputs_PP - across_OP.T @ shares_OP,
+        cross_PQ=part.cross_PQ - shares_OP.T @ gram.cross_PQ[others_P],
+    )
 
 
 def squared_error(gram: Gram, solution_PQ: Tensor, intercept_Q: Tensor | None) -> float:

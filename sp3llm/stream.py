@@ -436,7 +436,7 @@ def backward_head(
                 labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                 gradients = torch.autograd.grad(loss, [piece, seen[0]])
-                by_stream[part], by_norm[part] = (g.view_as(piece).cpu() for g in gradients)
+                by_stream[part], by_norm[part] = (g.reshape(piece.shape).cpu() for g in gradients)
     return by_stream, by_norm
 
 
@@ -468,7 +468,7 @@ def backward_layer(
             gradients = torch.autograd.grad(output, [batch, *seen], upper)
             below[rows] = gradients[0].cpu()
             for store, gradient in zip(by_norm, gradients[1:], strict=True):
-                store[rows] = gradient.view_as(batch).cpu()
+                store[rows] = gradient.reshape(batch.shape).cpu()
     return below, by_norm
 
 

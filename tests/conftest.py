@@ -104,6 +104,16 @@ TINY: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "phi3": {"model_type": "phi3"},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 5000.0,
+            "short_factor": [1.0] * 6,
+            "long_factor": [2.0] * 6,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "stablelm": {
         "model_type": "stablelm",
         "use_qkv_bias": True,

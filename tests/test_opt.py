@@ -204,10 +204,43 @@ def test_heads_and_widths_fixed_by_hand():
     assert (shape.hidden_size, shape.num_attention_heads) == (576, 12)
     (shape,) = candidates(family, OPT_125M, Limits(0.8, num_key_value_heads=9, only_width=True))
     assert (shape.hidden_size, shape.head_dim) == (576, 64)
-    for wrong in ({"head_dim": 64}, {"head_dim": 0}, {"word_embed_proj_dim": 769},
-                  {"hidden_size": 500}):  # fmt: skip
-        with pytest.raises(UserError, match="Expected --"):
-            candidates(family, OPT_125M, Limits(0.8, **wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"head_dim": 64}, "--head-dim"),
+        ({"word_embed_proj_dim": 769}, "--word-embed-proj-dim"),
+        ({"hidden_size": 500}, "--hidden-size 500"),
+        ({"head_dim": 48, "num_key_value_heads": 9}, "found both"),
+        ({"head_dim": 48, "hidden_size": 384}, "--hidden-size 384, --head-dim 48"),
+        ({"head_dim": 48, "word_embed_proj_dim": 576}, "as wide as the stream"),
+        ({"multiple_of": 100}, "--multiple-of 100"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_refused(wrong, said):
+    with pytest.raises(UserError, match=said):
+        candidates(family_of(OPT_125M), OPT_125M, Limits(0.8, **wrong))
+
+
+def test_a_config_that_leaves_the_table_width_out_gets_it_written():
+    silent = {key: value for key, value in OPT_125M.items() if key != "word_embed_proj_dim"}
+    family = family_of(silent)
+    for shape in candidates(family, silent, Limits(0.7, tie="auto")):
+        assert Shape.of(family, resized_config(family, silent, shape)) == shape
+
+
+def test_auto_takes_the_only_tie_there_is():
+    """LayerNorm without projections cannot keep a tie; tiny budgets cannot keep OPT's wide one."""
+    stablelm = {"model_type": "stablelm", "tie_word_embeddings": True, "hidden_size": 48,
+                "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    for config, keep in ((stablelm, 0.7), (OPT_125M, 0.1)):
+        found = candidates(family_of(config), config, Limits(keep, tie="auto"))
+        assert found
+        assert not any(shape.tie_word_embeddings for shape in found)
+    untied = {**OPT_125M, "tie_word_embeddings": False}
+    with pytest.raises(UserError, match="--tie untie"):
+        candidates(family_of(untied), untied, Limits(0.7, tie="untie"))
 
 
 def test_opt_350m_is_refused_by_name_with_the_reason():

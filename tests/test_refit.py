@@ -434,9 +434,13 @@ def test_the_small_stream_is_what_the_stock_model_computes(variant, tokens, tmp_
 
 
 def test_beside_leaves_what_the_other_inputs_do_not_explain():
-    a = normal(300, 7) @ normal(7, 7, seed=1)
-    gram, kept = gram_of(a, a[:, :1]), torch.tensor([1, 4, 5])
+    """Residual moments, and a solution that is the members' part of the joint one."""
+    a, y = normal(300, 7) @ normal(7, 7, seed=1), normal(300, 3, seed=2)
+    gram, kept = gram_of(a, y), torch.tensor([1, 4, 5])
     others = a[:, [0, 2, 3, 6]]
     residual = a[:, kept] - others @ torch.linalg.lstsq(others, a[:, kept]).solution
     found = beside(gram, kept, 0.0)
-    assert relative_error(found, residual.T @ residual) < 1e-10
+    assert relative_error(found.inputs_PP, residual.T @ residual) < 1e-10
+    joint = torch.linalg.lstsq(a, y).solution[kept]
+    alone, _, _ = ridge_solution(found, torch.zeros_like(joint), 0.0, False)
+    assert relative_error(alone, joint) < 1e-9

@@ -29,6 +29,7 @@ VARIANTS = [
     "granite",
     "smollm3",
     "phi3",
+    "phi3-longrope",
     "stablelm",
     "gpt-neox",
     "opt",
