@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--only", nargs="*", help="names of variants, as in the table")
     options = parser.parse_args()
 
     from sp3llm.source import resolve_model
@@ -121,12 +122,13 @@ def main() -> None:
     install_clocks(clock)
     base = CompressConfig(model=options.model, keep=options.keep, samples=options.samples)
     variants = {
-        "pca, width": replace(base, allocate="width"),
-        "pca, search": replace(base, allocate="search"),
+        "pca, width": replace(base, allocate="width", basis="pca"),
+        "pca, search": replace(base, allocate="search", basis="pca"),
         "readers, width": replace(base, allocate="width", basis="readers"),
         "gradient, width": replace(base, allocate="width", basis="gradient"),
         "gradient, search (the default)": replace(base, allocate="search", basis="gradient"),
     }
+    chosen = options.only or list(variants)
     # Caches, thread pools and the clock rate settle before anything counts; then every
     # compression stands between two plain forwards and is compared with their mean, since the
     # speed of a shared machine drifts.
@@ -134,7 +136,7 @@ def main() -> None:
     forward_seconds(folder, windows.tokens, on)
     rows = {}
     after = forward_seconds(folder, windows.tokens, on)
-    for variant, settings in variants.items():
+    for variant, settings in ((name, variants[name]) for name in chosen):
         before = after
         seconds = compress_seconds(settings, folder, windows.tokens, on, clock)
         after = forward_seconds(folder, windows.tokens, on)
@@ -157,7 +159,7 @@ def main() -> None:
         "machine": {**report.machine(str(on.device)), "dtype": str(on.dtype)},
     }
     (RESULTS / "cost.json").write_text(json.dumps(run, indent=1) + "\n")
-    heads = list(next(iter(rows.values())))
+    heads = list(rows[chosen[0]])
     lines = ["| seconds | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for variant, row in rows.items():
         lines.append(f"| {variant} | " + " | ".join(f"{v:.2f}" for v in row.values()) + " |")

@@ -10,8 +10,8 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 LABELS = {
     "depth": "drop whole blocks",
-    "curve-plain": "one basis, cut",
-    "curve-refit": "one basis, cut, refit",
+    "curve-plain": "principal components, cut",
+    "curve-refit": "default basis, cut, refit",
     "curve-search": "refit, shape searched (default)",
 }
 

@@ -13,6 +13,7 @@ from sp3llm.errors import UserError
 from sp3llm.families import Family, Group
 from sp3llm.moments import (
     add_second_moment,
+    column_sums,
     eigenbasis,
     mean_free_frame,
     metric_basis,
@@ -82,7 +83,7 @@ class _Sum:
         x_NBW = x.reshape(-1, blocks, width)
         for block, squares_WW in enumerate(self.squares_BWW):
             add_second_moment(squares_WW, x_NBW[:, block])
-        self.sums_BW += x_NBW.sum(0, dtype=torch.float64)
+        self.sums_BW += column_sums(x_NBW.flatten(1)).view(blocks, width)
         self.count += len(x_NBW)
 
     def moments(self) -> Tensor:

@@ -49,6 +49,14 @@ def add_second_moment(total_DD: Tensor, x_ND: Tensor) -> None:
         total_DD += symmetric_product(block_ND, block_ND).to(total_DD)
 
 
+def column_sums(x_NP: Tensor) -> Tensor:
+    """`sum_n x_n`, `(P,)`, float64. By products with ones: reductions that widen are far slower."""
+    total_P = torch.zeros(x_NP.shape[1], dtype=torch.float64, device=x_NP.device)
+    for block_NP in x_NP.split(_BLOCK):
+        total_P += block_NP.new_ones(len(block_NP)) @ block_NP
+    return total_P
+
+
 def symmetric_product(left_NP: Tensor, right_NP: Tensor) -> Tensor:
     """`left^T right`, `(P, P)`, where that is symmetric: only the blocks on and above the diagonal
     are computed.

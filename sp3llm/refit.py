@@ -92,7 +92,7 @@ def add_to_gram(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None 
             weighted_NP = block_NP * weight_N[:, None]
         gram.inputs_PP.add_(symmetric_product(weighted_NP, block_NP))
         gram.cross_PQ.add_(weighted_NP.T @ block_NQ)
-        gram.input_sum_P.add_(weighted_NP.sum(0, dtype=torch.float64))
+        gram.input_sum_P.add_(weight_N @ block_NP)
         gram.target_sum_Q.add_(weight_N @ block_NQ)
         gram.energy.add_((weight_N * squares_N).sum(dtype=torch.float64))
         gram.weight.add_(weight_N.sum(dtype=torch.float64))
