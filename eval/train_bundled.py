@@ -2,11 +2,15 @@
 
     python eval/train_bundled.py --corpus books.jsonl.gz peps.jsonl.gz --work /tmp/llama \
         --out sp3llm/bundled/llama-8m
+    python eval/train_bundled.py --family opt --corpus books.jsonl.gz peps.jsonl.gz \
+        --work /tmp/opt --out eval/models/opt-4m
 
-The text is the running Python's own documentation and the documents of `--corpus` (jsonl rows
-with a `text`), each divided by `sp3llm.data.part_of`: only the `train` part is learned from, only
-the `evaluation` part is scored. The run continues from the last checkpoint in `--work`; the order
-of windows depends on the seed and the step alone, so a resumed run sees the same batches.
+The Llama goes into the package; the OPT, whose embeddings are tied, is for tests and benchmarks
+only and takes the Llama's tokenizer as it is. The text is the running Python's own documentation
+and the documents of `--corpus` (jsonl rows with a `text`), each divided by `sp3llm.data.part_of`:
+only the `train` part is learned from, only the `evaluation` part is scored. The run continues from
+the last checkpoint in `--work`; the order of windows depends on the seed and the step alone, so a
+resumed run sees the same batches.
 """
 
 import argparse
@@ -22,14 +26,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sp3llm.data import cut_windows, pack, part_of, stdlib_documents
 
 VOCAB_SIZE = 4096
-POSITIONS = 1024
-# Held-out windows of each text that the card reports on.
-SCORED_WINDOWS = 96
+# Held-out tokens of each text that the card reports on.
+SCORED_TOKENS = 96 * 1024
 LLAMA = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 256,
@@ -38,12 +41,51 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
-    "max_position_embeddings": POSITIONS,
+    "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
+}
+OPT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "word_embed_proj_dim": 256,
+    "ffn_dim": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "dropout": 0.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # OPT's own default, 1, is BOS here, and the padding row of an embedding is never trained.
+    "pad_token_id": None,
+}
+FAMILIES = {"llama": LLAMA, "opt": OPT}
+# What adds to the residual stream starts small, by the depth of the model.
+WRITERS = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")
+# The families that take a tokenizer trained before; the others train their own.
+TOKENIZERS = {"opt": Path(__file__).parent.parent / "sp3llm" / "bundled" / "llama-8m"}
+ABOUT = {
+    "llama": """# sp3llm bundled Llama
+
+A grouped-query `LlamaForCausalLM` with {parameters:,} parameters that sp3llm
+compresses when no model is named, and that its tests and benchmarks use: hidden size
+{c.hidden_size}, {c.num_hidden_layers} layers, {c.num_attention_heads} heads of {c.head_dim} on
+{c.num_key_value_heads} key/value heads, FFN {c.intermediate_size}, {c.max_position_embeddings}
+positions, a byte-fallback SentencePiece vocabulary of {c.vocab_size}, untied embeddings, bf16.
+""",
+    "opt": """# sp3llm OPT for tests and benchmarks
+
+An `OPTForCausalLM` with {parameters:,} parameters, its tied embeddings counted once. It is not
+part of the installed package. Hidden size {c.hidden_size}, {c.num_hidden_layers} layers,
+{c.num_attention_heads} heads, FFN {c.ffn_dim} with {c.activation_function}, biases everywhere,
+LayerNorm before each block, {c.max_position_embeddings} learned positions, bf16, the vocabulary of
+{c.vocab_size} and the tokenizer of the bundled Llama. There is no padding token: the padding row
+of an embedding is never trained.
+""",
 }
 TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
@@ -54,7 +96,7 @@ TOKENIZER_CONFIG = {
     "unk_token": "<unk>",
     "legacy": False,
     "clean_up_tokenization_spaces": False,
-    "model_max_length": POSITIONS,
+    "model_max_length": 1024,
 }
 
 
@@ -108,6 +150,16 @@ def train_tokenizer(corpora: dict[str, list[str]], folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def copy_tokenizer(source: Path, folder: Path, positions: int) -> None:
+    """The tokenizer of another model, with this one's number of positions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config["model_max_length"] = positions
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        shutil.copyfile(source / name, folder / name)
+
+
 def packed_windows(documents: list[str], tokenizer, seq_len: int, order_seed: int) -> np.ndarray:
     """Windows `(n, seq_len)`, uint16, BOS first, documents in a seeded order."""
     order = np.random.default_rng(order_seed).permutation(len(documents))
@@ -147,8 +199,11 @@ def train(args: argparse.Namespace) -> None:
     work = args.work
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
+    positions = FAMILIES[args.family]["max_position_embeddings"]
     tokenizer_folder = work / "tokenizer"
-    if not (tokenizer_folder / "tokenizer.json").exists():
+    if args.family in TOKENIZERS:
+        copy_tokenizer(TOKENIZERS[args.family], tokenizer_folder, positions)
+    elif not (tokenizer_folder / "tokenizer.json").exists():
         train_tokenizer(read_corpus(args.corpus, "train"), tokenizer_folder)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
 
@@ -157,20 +212,21 @@ def train(args: argparse.Namespace) -> None:
         train_documents = [d for ds in read_corpus(args.corpus, "train").values() for d in ds]
         arrays = {
             "short": packed_windows(train_documents, tokenizer, args.seq_len, args.seed),
-            "long": packed_windows(train_documents, tokenizer, POSITIONS, args.seed + 1),
+            "long": packed_windows(train_documents, tokenizer, positions, args.seed + 1),
         }
         for name, documents in read_corpus(args.corpus, "evaluation").items():
-            arrays[f"heldout {name}"] = packed_windows(documents, tokenizer, POSITIONS, 0)
+            arrays[f"heldout {name}"] = packed_windows(documents, tokenizer, positions, 0)
         np.savez(cache, **arrays)
     arrays = dict(np.load(cache))
     heldout = {k: v for k, v in arrays.items() if k.startswith("heldout")}
     print({k: v.size for k, v in arrays.items()}, "tokens")
 
     # Eager attention: compiled, it is a third faster than the CPU's fused kernel at these shapes.
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA, attn_implementation="eager"))
+    config = AutoConfig.for_model(args.family, **FAMILIES[args.family], attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config)
     residual_std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(WRITERS):
             torch.nn.init.normal_(parameter, std=residual_std)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
@@ -190,7 +246,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"continuing at step {step}")
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.autocast):
             logits = model(input_ids=ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(
             logits[:, :-1].reshape(-1, VOCAB_SIZE).float(), ids[:, 1:].reshape(-1)
@@ -199,7 +255,7 @@ def train(args: argparse.Namespace) -> None:
     forward = torch.compile(loss_of, dynamic=False) if args.compile else loss_of
     few = {name: w[:32] for name, w in heldout.items()}
     long_from = round(args.steps * (1 - args.long_share))
-    long_batch = args.batch * args.seq_len // POSITIONS
+    long_batch = args.batch * args.seq_len // positions
     clock = time.time()
     running: list[float] = []
     while step < args.steps:
@@ -259,7 +315,8 @@ def export(args, model, tokenizer_folder: Path, curve: list[dict], heldout, seco
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, labels=ids).loss
 
-    few = {name: w[:SCORED_WINDOWS] for name, w in heldout.items()}
+    windows = SCORED_TOKENS // model.config.max_position_embeddings
+    few = {name: w[:windows] for name, w in heldout.items()}
     scores = {name: (heldout_loss(loss_of, w, 4), w.size) for name, w in few.items()}
     print(json.dumps({name: loss for name, (loss, _) in scores.items()}))
     tokenizer = AutoTokenizer.from_pretrained(args.out)
@@ -295,13 +352,20 @@ def card(args, model, curve, scores, samples, seconds) -> str:
         f"| {name} | {size:,} | {loss:.4f} | {math.exp(loss):.2f} |"
         for name, (loss, size) in scores.items()
     )
+    quarter = max(1, len(curve) // 4)
     points = "\n".join(
         "| " + " | ".join([f"{r['tokens']:,}"] + [f"{r[k]:.3f}" for k in list(r)[2:]]) + " |"
-        for r in curve[4::5]
+        for r in curve[quarter - 1 :: quarter]
     )
     names = list(curve[0])[2:]
     quoted = "\n\n".join("> " + s.replace("\n", "\n> ") for s in samples)
-    c = model.config
+    about = ABOUT[args.family].format(parameters=model.num_parameters(), c=model.config)
+    positions = model.config.max_position_embeddings
+    family = "" if args.family == "llama" else f"--family {args.family} "
+    autocast = "" if args.autocast else " --no-autocast"
+    arithmetic = "bf16 autocast" if args.autocast else "float32"
+    threads = torch.get_num_threads()
+    machine = f"{platform.machine()}, torch {torch.__version__}"
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -309,24 +373,17 @@ pipeline_tag: text-generation
 language: en
 ---
 
-# sp3llm bundled Llama
-
-A grouped-query `LlamaForCausalLM` with {model.num_parameters():,} parameters that sp3llm
-compresses when no model is named, and that its tests and benchmarks use: hidden size
-{c.hidden_size}, {c.num_hidden_layers} layers, {c.num_attention_heads} heads of {c.head_dim} on
-{c.num_key_value_heads} key/value heads, FFN {c.intermediate_size}, {c.max_position_embeddings}
-positions, a byte-fallback SentencePiece vocabulary of {c.vocab_size}, untied embeddings, bf16.
-
+{about}
 ## Training
 
-`python eval/train_bundled.py --corpus books.jsonl.gz peps.jsonl.gz --steps {args.steps}
+`python eval/train_bundled.py {family}--corpus books.jsonl.gz peps.jsonl.gz --steps {args.steps}
 --batch {args.batch} --seq-len {args.seq_len} --long-share {args.long_share} --lr {args.lr}
---seed {args.seed}`
+--seed {args.seed}{autocast}`
 
-{tokens:,} tokens seen, the last {args.long_share:.0%} of them in windows of {POSITIONS} (linear
+{tokens:,} tokens seen, the last {args.long_share:.0%} of them in windows of {positions} (linear
 warm-up over {args.warmup} steps, then cosine to zero; AdamW, betas 0.9 and 0.95, weight decay
-0.1, clipping at 1.0, bf16 autocast) in {seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores
-({platform.machine()}, torch {torch.__version__}). Text: Python {platform.python_version()}'s own
+0.1, clipping at 1.0, {arithmetic}) in {seconds / 60:.0f} minutes on {threads} CPU thread(s)
+({machine}). Text: Python {platform.python_version()}'s own
 documentation (pydoc topics and docstrings, PSF-2.0), fourteen public-domain English books, and
 the Python Enhancement Proposals (public domain / CC0); only the `train` part of each, as
 `sp3llm.data.part_of` divides them.
@@ -339,9 +396,9 @@ the Python Enhancement Proposals (public domain / CC0); only the `train` part of
 
 ## Held-out text
 
-The `evaluation` part of the same sources (its first windows), {POSITIONS} tokens a window, float32
+The `evaluation` part of the same sources (its first windows), {positions} tokens a window, float32
 arithmetic on the shipped bf16 weights. The curve scores the same long windows from the start, so
-it stays high until the last quarter of the training, which is on long windows too.
+it stays high until the last {args.long_share:.0%} of the training, which is on long windows too.
 
 | text | tokens | loss | perplexity |
 |---|---|---|---|
@@ -359,6 +416,7 @@ It knows nothing and is for testing compression only.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="llama")
     parser.add_argument("--corpus", type=Path, nargs="*", default=[], help="jsonl.gz files")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and caches")
     parser.add_argument("--out", type=Path, required=True, help="where the model goes")
@@ -372,6 +430,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    # Only a CPU with bf16 arithmetic gains by it.
+    parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=True)
     train(parser.parse_args())
 
 
