@@ -10,7 +10,8 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 5. choose the shape that loses least, by trial refits on a little of the text;
 6. layer by layer beside the dense model: fold the norms, rotate, cut, refit what is left in closed
    form, write it;
-7. stream the result over the held-out text for the perplexity after.
+7. stream the result over the held-out text for the perplexity after; with `--score`, score it and
+   the dense model on tasks of lm-eval.
 
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
 """
@@ -95,7 +96,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     import torch
 
     from sp3llm import checkpoint as disk
-    from sp3llm import families, report, score, source
+    from sp3llm import families, harness, report, score, source
     from sp3llm.measure import measure_dense, measure_losses
     from sp3llm.plan import candidates, limits_of, plan_of, resized_config
     from sp3llm.rebuild import held_back_from
@@ -134,6 +135,8 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     disk.check_disk(out, largest * dtype.itemsize)
     on = execution(settings.device, torch.promote_types(dense_dtype, dtype))
     empty_model(dense.config)  # refuses a config that transformers rejects, before any work
+    if settings.score:
+        harness.check_scoring(settings)
     calibration, evaluation = _windows(settings, dense, family)
     job = Job(settings, dense, family, dtype, on, calibration.tokens)
 
@@ -184,6 +187,8 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
 
     console.print(report.closing_table(result))
     console.print(report.next_steps(result), highlight=False, markup=False)
+    if settings.score:
+        harness.score_compressed(settings, out, console)
     return result
 
 
