@@ -15,7 +15,9 @@ from sp3llm.config import (
     DTYPES,
     MOMENTS,
     TIES,
+    BenchConfig,
     CompressConfig,
+    ScoreConfig,
 )
 from sp3llm.errors import UserError
 
@@ -23,6 +25,14 @@ _EPILOG = """examples:
   sp3llm compress                                    the bundled model, at 75 % of its parameters
   sp3llm compress meta-llama/Llama-2-7b --keep 0.8   a hub model, calibrated on WikiText-2
   sp3llm compress ./my-llama --calib my.jsonl --eval-text held-out.jsonl --out ./my-llama-small
+"""
+
+
+_SCORE_EPILOG = """examples:
+  sp3llm score ./small --against ./dense --tasks zero-shot
+  sp3llm score ./small --against ./dense --tasks papers,wikitext-token,gsm8k --batch-size 16
+  sp3llm score ./small --against ./dense --tasks stdlib    needs no network
+  accelerate launch -m sp3llm score ./small --tasks mmlu --num-fewshot 5
 """
 
 
@@ -54,6 +64,25 @@ def parser(prog: str = "sp3llm") -> argparse.ArgumentParser:
             help="show the shapes within a budget, from config.json alone",
             description="Show the shapes within a budget, what they cost, and what a run will "
             "need, from config.json alone: no weights are read.",
+        )
+    )
+    add_score(
+        commands.add_parser(
+            "score",
+            help="score a model on lm-eval's tasks, and against the dense one",
+            description="Score a model on tasks of lm-eval, and against the dense model with the "
+            "standard error of the paired difference.",
+            epilog=_SCORE_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    add_bench(
+        commands.add_parser(
+            "bench",
+            help="measure speed and memory against the dense model",
+            description="Measure prefill and decode speed, time to first token and memory of a "
+            "compressed model and its dense one in turns, beside what their FLOPs and bytes "
+            "promise.",
         )
     )
     return top
@@ -110,6 +139,112 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         default=default.seed,
         metavar="N",
         help=f"chooses the calibration windows (default: {default.seed})",
+    )
+    add.add_argument(
+        "--score",
+        metavar="TASKS",
+        help="at the end, score result and dense model on these tasks or presets, as sp3llm score "
+        "does",
+    )
+
+
+def add_score(add: argparse.ArgumentParser) -> None:
+    """The options of `sp3llm score`."""
+    add.add_argument("model", help="hub id or folder")
+    add.add_argument("--against", metavar="DENSE", help="hub id or folder of the dense model")
+    add.add_argument(
+        "--tasks",
+        required=True,
+        help="comma-separated: the presets zero-shot, papers, wikitext-token and stdlib, tasks, "
+        "groups and patterns of lm-eval, or YAML files of a preset or a task",
+    )
+    add.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="folder with further lm-eval task files"
+    )
+    add.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before each question (default: "
+        "the task's own)",
+    )  # fmt: skip
+    add.add_argument(
+        "--limit",
+        type=_number,
+        metavar="N",
+        help="only the first N questions of each task, or that fraction of them if below 1; for "
+        "trying out",
+    )
+    add.add_argument(
+        "--batch-size",
+        default="auto",
+        metavar="N",
+        help="sequences at once, or auto: as many as fit on a GPU, 8 on a CPU (default: auto)",
+    )
+    add.add_argument(
+        "--apply-chat-template",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAME",
+        help="ask in the tokenizer's chat template, or in the one of that name",
+    )
+    _add_where(add)
+    add.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for results and samples (default: "
+        "./<model>-score)",
+    )  # fmt: skip
+    add.add_argument(
+        "--seed", type=int, metavar="N", help="seeds all that lm-eval draws (default: its own)"
+    )
+    add.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="run tasks that execute code which the model writes",
+    )
+
+
+def add_bench(add: argparse.ArgumentParser) -> None:
+    """The options of `sp3llm bench`."""
+    add.add_argument("model", help="hub id or folder of the compressed model")
+    add.add_argument(
+        "--against", required=True, metavar="DENSE", help="hub id or folder of the dense model"
+    )
+    for option, default, what in (
+        ("batch-sizes", BenchConfig.batch_sizes, "sequences at once"),
+        ("prompt-lengths", BenchConfig.prompt_lengths, "tokens of each prompt"),
+    ):
+        add.add_argument(
+            f"--{option}",
+            type=int,
+            nargs="+",
+            default=list(default),
+            metavar="N",
+            help=f"{what} (default: {' '.join(map(str, default))})",
+        )
+    for option, default, what in (
+        ("new-tokens", BenchConfig.new_tokens, "tokens generated after each prompt"),
+        ("repeats", BenchConfig.repeats, "measurements of each figure, after a warm-up"),
+        ("seed", BenchConfig.seed, "chooses the prompts' tokens"),
+    ):
+        add.add_argument(
+            f"--{option}", type=int, default=default, metavar="N", help=f"{what} (default: "
+            f"{default})",
+        )  # fmt: skip
+    add.add_argument(
+        "--compile", action="store_true", help="run both through torch.compile, with a static cache"
+    )
+    _add_where(add)
+    add.add_argument(
+        "--output", type=Path, metavar="FILE", help=".json file for the figures; the table goes "
+        "beside it as .md",
+    )  # fmt: skip
+
+
+def _add_where(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    add.add_argument(
+        "--dtype",
+        default="auto",
+        help=f"dtype of weights and arithmetic: {', '.join(DTYPES)} (default: as in the "
+        "checkpoint)",
     )
 
 
@@ -200,8 +335,14 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     arguments = [*(prefix or []), *(sys.argv[1:] if argv is None else argv)]
     options = vars(parser().parse_args(arguments))
     try:
-        if options.pop("command") == "plan":
+        command = options.pop("command")
+        if command == "plan":
             _run_plan(options.pop("json"), CompressConfig(**options))
+        elif command == "score":
+            _run_score(ScoreConfig(**options))
+        elif command == "bench":
+            lists = {key: tuple(options[key]) for key in ("batch_sizes", "prompt_lengths")}
+            _run_bench(BenchConfig(**{**options, **lists}))
         else:
             _run_compress(CompressConfig(**options))
     except UserError as error:
@@ -231,6 +372,29 @@ def _run_compress(settings: CompressConfig) -> None:
             "The GPU ran out of memory: close what else uses it, or use a smaller --seq-len, "
             "--basis pca, or --device cpu."
         ) from error
+
+
+def _run_score(settings: ScoreConfig) -> None:
+    from rich.console import Console
+
+    from sp3llm.harness import is_first_process, score
+
+    score(settings, Console(quiet=not is_first_process()))
+
+
+def _run_bench(settings: BenchConfig) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells when it starts
+    from rich.console import Console
+
+    console = Console()
+    with console.status("importing torch and transformers"):
+        import transformers
+
+        from sp3llm.speed import bench
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    bench(settings, console)
 
 
 def _run_plan(as_json: bool, settings: CompressConfig) -> None:
