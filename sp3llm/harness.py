@@ -202,6 +202,7 @@ def _run(
     console: "Console",
 ) -> Scored | None:
     """Score one model and write lm-eval's files; None on every process but the first."""
+    import torch
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
@@ -211,6 +212,8 @@ def _run(
     batch_size = _CPU_BATCH if on_cpu_auto else settings.batch_size
     try:
         lm = HFLM(**arguments, device=str(device), batch_size=batch_size)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # transformers raises many kinds
         raise model.unloadable(error) from error
     if settings.apply_chat_template and getattr(lm.tokenizer, "chat_template", None) is None:
@@ -513,10 +516,21 @@ def versions() -> dict[str, str]:
 
 def check_scoring(settings: CompressConfig) -> None:
     """Everything about `--score` that can be refused before a compression begins: lm-eval itself,
-    the names, the tasks' data.
+    the names, windows too long for the model, data that cannot be had.
     """
+    from sp3llm.data import read_documents, resolve_source
+
     selection = select(settings.score or "")
+    selection, _ = _within_positions(selection, [_Model.of(_dense(settings))])
     load_tasks(selection, None)
+    for text in {asked.text for asked in selection.perplexities}:
+        next(read_documents(resolve_source(text), "evaluation"), None)
+
+
+def _dense(settings: CompressConfig) -> str:
+    from sp3llm.source import bundled_model
+
+    return settings.model or str(bundled_model())
 
 
 def score_compressed(settings: CompressConfig, out: Path, console: "Console") -> None:
@@ -529,11 +543,10 @@ def score_compressed(settings: CompressConfig, out: Path, console: "Console") ->
     import json
 
     from sp3llm.checkpoint import RECORD, write_json
-    from sp3llm.source import bundled_model
 
     scoring = ScoreConfig(
         model=str(out),
-        against=settings.model or str(bundled_model()),
+        against=_dense(settings),
         tasks=settings.score or "",
         device=settings.device,
         output=out.with_name(f"{out.name}-score"),

@@ -174,6 +174,15 @@ def test_windows_are_too_long_for_the_model(tmp_path):
 # --------------------------------------------------------------------------- names
 
 
+def test_compress_refuses_what_cannot_be_scored_before_it_begins(tmp_path):
+    preset = tmp_path / "long.yaml"
+    preset.write_text("token_perplexity: {text: stdlib, seq_lens: [2048]}\n")
+    settings = CompressConfig(out=tmp_path / "small", score=str(preset))
+    with pytest.raises(UserError, match="2048 positions"):
+        compress(settings, QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["long.yaml"]
+
+
 def test_presets_name_tasks_of_lm_eval_and_unknown_ones_get_near_matches():
     assert {"zero-shot", "papers", "wikitext-token", "stdlib"} <= set(selection.presets())
     with pytest.raises(UserError, match=r"'arc_eazy': did you mean .*arc_easy") as end:
