@@ -226,8 +226,9 @@ def _take_back(journal: "Journal", out: Path, model: Path) -> None:
     """
     from sp3llm import checkpoint as disk
 
+    finished = journal.latest(_FINISHED) is not None  # all processes ask together
     moved = not any(model.iterdir()) and (out / disk.RECORD).is_file()
-    if journal.ranks.is_first and journal.latest(_FINISHED) and moved:
+    if journal.ranks.is_first and finished and moved:
         model.rmdir()
         out.rename(model)
 

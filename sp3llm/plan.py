@@ -614,7 +614,9 @@ class Needs:
     working: int
     """Largest layer in both sizes with its Gram matrices, on the device that computes."""
     disk: int
-    """Of the compressed weights, and of what the run keeps to be continued after a kill."""
+    """Of the compressed weights."""
+    kept: int
+    """On disk while it runs, for the run to be continued after a kill."""
     token: int
     """What the activations of one token take in a layer."""
 
@@ -636,8 +638,8 @@ def needs_of(
     there are the dense weights, the next layer's, those placed to run and the small ones, made in
     float64. Gram matrices are float64: one to fit and one held back, their sum where something is
     chosen, and a factor or an inverse, made in place; at the end of a layer products of them. The
-    basis takes second moments and metrics of four groups of sites. On disk lie the weights, a
-    shard of them twice, every layer's input for the 8192 tokens (one window at least) whose
+    basis takes second moments and metrics of four groups of sites. On disk lie a shard of weights
+    twice, every layer's input for the 8192 tokens (one window at least) whose
     gradients the basis is made from, and the streams as they were after the last two layers saved.
     """
     dense = Shape.of(family, config)
@@ -665,10 +667,10 @@ def needs_of(
         working=max(
             layers + max(grams, basis, 8 * layer), table * (2 * itemsize + compute_itemsize)
         ),
-        disk=weights
-        + min(weights, 2 * 10**9)
+        disk=weights,
+        kept=min(weights, 2 * 10**9)
         + (traced * wide * seq_len + kept) * compute_itemsize
-        + 2 * basis // 14 * 9,
+        + 2 * 8 * 9 * wide**2,
         token=4 * (8 * wide + 4 * dense.intermediate_size + 4 * heads),
     )
 

@@ -106,7 +106,8 @@ class Journal:
         if self.folder is None:
             return
         started = time.monotonic()
-        entry: dict[str, Any] = {"facts": dict(facts or {})}
+        # As they are now: the caller's lists may grow before the manifest is written again.
+        entry: dict[str, Any] = {"facts": json.loads(json.dumps(dict(facts or {})))}
         if tensors is not None:
             path = path or self.folder / f"{stage}-{step:05d}.safetensors"
             entry |= {

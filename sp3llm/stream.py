@@ -44,13 +44,14 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module:
     """The stock model of a config, with weights on the meta device and real buffers."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         stock.use_cache = False
         stock.output_router_logits = False  # a loss for training, from layers that do not run here
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             # Experts by the class's own loop: the grouped kernel knows no float64.
             model = AutoModelForCausalLM.from_config(stock, experts_implementation="eager")
     except Exception as error:  # each config class checks its values in its own way
