@@ -7,7 +7,7 @@ is summed over all processes here.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ _MARGIN = 0.85
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share a run; each has every `count`-th window."""
+    """The processes that share a run."""
 
     index: int = 0
     count: int = 1
@@ -44,17 +44,9 @@ class Ranks:
         """Whether this process speaks and writes for all."""
         return self.index == 0
 
-    def share(self, items: Any) -> Any:
-        """The part of this process, of a sequence, or of a tensor's first axis."""
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The part of this process: every `count`-th item."""
         return items[self.index :: self.count]
-
-    def bound(self, bound: int) -> int:
-        """How many of the first `bound` items are this process's."""
-        return len(range(self.index, bound, self.count))
-
-    def position(self, own: int) -> int:
-        """Where this process's item `own` stands among all."""
-        return self.index + own * self.count
 
     def add_(self, *tensors: Tensor) -> None:
         """Sum tensors over all processes, in place; every process gets the same bits."""
@@ -103,12 +95,10 @@ class Ranks:
             raise made[1]
         return made[0]
 
-    def assembled(self, own: Tensor, count: int) -> Tensor:
-        """Every process's rows, `(count, ...)`, from this one's share of them."""
-        if self.count == 1:
-            return own
+    def assembled(self, own: Tensor, mine: Tensor, count: int) -> Tensor:
+        """Every process's rows, `(count, ...)`, from `own`, whose places are `mine`."""
         whole = own.new_zeros((count, *own.shape[1:]))
-        whole[self.index :: self.count] = own
+        whole[mine] = own
         self.add_(whole)
         return whole
 
@@ -139,6 +129,16 @@ class Execution:
         """Windows that go through a layer at once."""
         return max(1, self.batch_tokens // seq_len)
 
+    def mine(self, windows: int, seq_len: int) -> Tensor:
+        """Which windows are this process's, rising.
+
+        Whole batches are dealt out: what is computed in one does not depend, to the last bit, on
+        how many processes there are, only the order does in which batches are summed.
+        """
+        size = min(self.windows_a_batch(seq_len), -(-windows // self.ranks.count))
+        batch = torch.arange(windows) // size
+        return (batch % self.ranks.count == self.ranks.index).nonzero()[:, 0]
+
     def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor where streams lie.
 
@@ -165,8 +165,10 @@ def joined(device: str) -> tuple[Ranks, str]:
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
-    sent = state.device if state.device.type != "cpu" else None
-    return Ranks(state.process_index, state.num_processes, sent), str(state.device)
+    ranks = Ranks(state.process_index, state.num_processes)
+    if state.device.type == "cpu":  # it has an index, which no tensor's device has
+        return ranks, "cpu"
+    return replace(ranks, device=state.device), str(state.device)
 
 
 def execution(

@@ -251,13 +251,14 @@ def _forward(
     before = journal.latest("dense", journal.leading("input") if basis == "gradient" else None)
     start, saved = (0, {}) if before is None else (before.step, before.tensors)
     inputs = [journal.kept("input", index) for index in range(start if basis == "gradient" else 0)]
-    own = on.ranks.share(calibration)
-    stream = open_stream(model, family, table, own, on, saved.get("stream"))
+    mine = on.mine(*calibration.shape)
+    stream = open_stream(model, family, table, calibration[mine], on, saved.get("stream"))
     evaluated = None
     if evaluation is not None:
-        own_evaluation = on.ranks.share(evaluation)
-        evaluated = open_stream(model, family, table, own_evaluation, on, saved.get("evaluated"))
-    traced = _traced_windows(calibration, on)
+        mine_evaluated = on.mine(*evaluation.shape)
+        own = evaluation[mine_evaluated]
+        evaluated = open_stream(model, family, table, own, on, saved.get("evaluated"))
+    traced = len(_traced_windows(calibration, on))
     heads = list(_unpacked(saved, on).heads) if saved else []
     if saved:
         slots.restore(saved)
@@ -301,8 +302,8 @@ def _forward(
     close(last, at_head, head, family.final_norm, [f"{family.head}.weight"])
     losses = None
     if evaluated is not None:
-        own_losses = token_losses(model, family, head, evaluated, own_evaluation, on)
-        losses = on.ranks.assembled(own_losses, len(evaluation))
+        own_losses = token_losses(model, family, head, evaluated, own, on)
+        losses = on.ranks.assembled(own_losses, mine_evaluated, len(evaluation))
     found = Moments(tuple(slots.sums), tuple(slots.metrics), at_head.moments()[0], tuple(heads))
     if basis == "gradient":
         inputs.append(journal.keep("input", len(layers), stream.hidden[:traced]))
@@ -311,9 +312,10 @@ def _forward(
     return found, losses, inputs
 
 
-def _traced_windows(calibration: Tensor, on: Execution) -> int:
-    """How many of this process's windows, the first ones, loss gradients are taken on."""
-    return on.ranks.bound(max(1, _GRADIENT_TOKENS // calibration.shape[1]))
+def _traced_windows(calibration: Tensor, on: Execution) -> list[int]:
+    """Which windows of this process, its first ones, loss gradients are taken on."""
+    mine = on.mine(*calibration.shape)
+    return mine[mine < max(1, _GRADIENT_TOKENS // calibration.shape[1])].tolist()
 
 
 def _packed(moments: Moments) -> dict[str, Tensor]:
@@ -408,9 +410,9 @@ def _add_gradient_metrics(
     """
     embeddings, *layers, _ = families.groups(family, dense.config)
     model = empty_model(dense.config)
-    own = on.ranks.share(calibration)[: _traced_windows(calibration, on)]
+    windows = _traced_windows(calibration, on)
     table = dense.read(embeddings.parameters)
-    calls = open_stream(model, family, table, own, on, inputs[-1]).calls
+    calls = open_stream(model, family, table, calibration[windows], on, inputs[-1]).calls
     traced = max(1, _GRADIENT_TOKENS // calibration.shape[1])
     tokens = min(traced, len(calibration)) * calibration.shape[1]
 
@@ -428,7 +430,8 @@ def _add_gradient_metrics(
     sites = len(family.sites)
     if before is None:
         head = head_tensors(dense, family)
-        upstream, at_norm = backward_head(model, family, head, Stream(inputs[-1], calls), on)
+        final = Stream(inputs[-1], calls)
+        upstream, at_norm = backward_head(model, family, head, final, windows, on)
         add(sites * len(layers), at_norm, family.final_norm, head, on)
         start = 0
     else:
@@ -459,7 +462,8 @@ def measure_losses(
     """Token losses of a checkpoint, streamed: `(windows, tokens - 1)`, float64, nats."""
     model = empty_model(checkpoint.config)
     embeddings, *layers, _ = families.groups(family, checkpoint.config)
-    own = on.ranks.share(tokens)
+    mine = on.mine(*tokens.shape)
+    own = tokens[mine]
     before = journal.latest("losses")
     start, saved = (0, None) if before is None else (before.step, before.tensors["stream"])
     stream = open_stream(model, family, checkpoint.read(embeddings.parameters), own, on, saved)
@@ -470,7 +474,7 @@ def measure_losses(
         if journal.due():
             journal.save("losses", index + 1, {"stream": stream.hidden})
     losses = token_losses(model, family, head_tensors(checkpoint, family), stream, own, on)
-    return on.ranks.assembled(losses, len(tokens))
+    return on.ranks.assembled(losses, mine, len(tokens))
 
 
 def choose_basis(

@@ -215,7 +215,10 @@ def refitted_groups(
     From group `start` on, with the dense and small streams as they were `saved` before it.
     """
     family, on = refitter.family, refitter.on
-    tokens = on.ranks.share(tokens)
+    mine = on.mine(*tokens.shape)
+    tokens = tokens[mine]
+    bounds = (int((mine < b).sum()) for b in (refitter.held_from, refitter.unseen_from))
+    refitter = replace(refitter, **dict(zip(("held_from", "unseen_from"), bounds, strict=True)))
     groups = families.groups(family, refitter.dense.config)
     shells = _shells(refitter)
     dense_model = empty_model(refitter.dense.config)
@@ -251,7 +254,7 @@ def trial_loss(refitter: Refitter, tokens: Tensor) -> float:
 
     Nothing is written: the small stream goes through each layer as it is fitted.
     """
-    family, config, ranks = refitter.family, refitter.dense.config, refitter.on.ranks
+    family, config, on = refitter.family, refitter.dense.config, refitter.on
     small_config = resized_config(family, config, refitter.shape)
     for built in refitted_groups(refitter, tokens):
         if built.group.name == "embeddings":
@@ -259,12 +262,13 @@ def trial_loss(refitter: Refitter, tokens: Tensor) -> float:
     head, stream = built.tensors, built.small
     if refitter.shape.tie_word_embeddings:
         head = {**head, f"{family.head}.weight": table}
-    unseen = slice(ranks.bound(refitter.unseen_from), None)
+    mine = on.mine(*tokens.shape)
+    unseen = mine >= refitter.unseen_from
     ends = Stream(stream.hidden[unseen], stream.calls)
     model = empty_model(small_config)
-    losses = token_losses(model, family, head, ends, ranks.share(tokens)[unseen], refitter.on)
+    losses = token_losses(model, family, head, ends, tokens[mine[unseen]], on)
     total = torch.tensor([losses.sum(), losses.numel()], dtype=torch.float64)
-    ranks.add_(total)
+    on.ranks.add_(total)
     return (total[0] / total[1]).item()
 
 
@@ -463,8 +467,7 @@ def _add(
     weight: Tensor | None = None,
 ) -> None:
     """Add a batch of windows to the fitting Gram and to the one held back."""
-    ranks = refitter.on.ranks
-    bounds = (0, ranks.bound(refitter.held_from), ranks.bound(refitter.unseen_from))
+    bounds = (0, refitter.held_from, refitter.unseen_from)
     first, second, third = (min(max(bound - rows.start, 0), len(a)) for bound in bounds)
     for gram, part in zip(grams, (slice(first, second), slice(second, third)), strict=True):
         if len(a[part]):

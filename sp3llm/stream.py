@@ -6,7 +6,7 @@ embeddings) without a line of it being copied; then the weights of one layer at 
 all windows go through it, and the weights go again.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -410,20 +410,25 @@ def token_losses(
 
 
 def backward_head(
-    model: nn.Module, family: Family, head: Mapping[str, Tensor], stream: Stream, on: Execution
+    model: nn.Module,
+    family: Family,
+    head: Mapping[str, Tensor],
+    stream: Stream,
+    windows: Sequence[int],
+    on: Execution,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the summed loss by the stream after the last layer and by the norm's output.
 
-    Labels are drawn from the model's own distribution, with a fixed seed for every window among
-    all processes' windows. Both are `(windows, tokens, D)`, where `stream` is.
+    Labels are drawn from the model's own distribution, each window's with its number, of those in
+    `windows`, as the seed. Both are `(windows, tokens, D)`, where `stream` is.
     """
     generator = torch.Generator(on.device)
     by_stream, by_norm = torch.empty_like(stream.hidden), torch.empty_like(stream.hidden)
     step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
     with _placed(model, _by_module(family, head), on):
         norm = model.get_submodule(family.final_norm)
-        for row in range(len(stream.hidden)):
-            generator.manual_seed(on.ranks.position(row))
+        for row, number in enumerate(windows):
+            generator.manual_seed(number)
             for start in range(0, stream.hidden.shape[1], step):
                 part = (slice(row, row + 1), slice(start, start + step))
                 piece = stream.hidden[part].to(on.device).requires_grad_()

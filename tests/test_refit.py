@@ -277,7 +277,7 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
         inputs.append(stream.hidden.clone())
         run_layer(shell, family, index, checkpoint.read(names), [(stream, {})], ON)
     head = checkpoint.read(["model.norm.weight", "lm_head.weight"])
-    upstream, at_final = backward_head(shell, family, head, stream, ON)
+    upstream, at_final = backward_head(shell, family, head, stream, range(len(tokens)), ON)
     streamed = {"model.norm": at_final}
     for index in (2, 1, 0):
         names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
