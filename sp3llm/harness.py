@@ -386,7 +386,7 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
 
     import torch
 
-    from sp3llm.stream import execution
+    from sp3llm.execution import execution
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("reading lm-eval's tasks"):

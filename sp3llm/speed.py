@@ -422,7 +422,7 @@ def bench(settings: BenchConfig, console: "Console") -> dict[str, Any]:
     Raises UserError for anything the user can mend.
     """
     from sp3llm import report
-    from sp3llm.stream import execution
+    from sp3llm.execution import execution
 
     device = execution(settings.device, torch.float32).device
     _check_output(settings.output)
