@@ -300,7 +300,7 @@ def _halved(job: Job, journal: "Journal", error: Exception) -> "Execution":
 def _run(job: Job, journal: "Journal", model: Path, started: float, progress: "Progress") -> Result:
     """All stages; what `journal` has of one is not done again. `model` holds everything then."""
     from sp3llm import checkpoint as disk
-    from sp3llm import report, score
+    from sp3llm import execution, report, score
     from sp3llm.measure import measure_dense, measure_losses
     from sp3llm.plan import plan_of, resized_config
 
@@ -323,6 +323,8 @@ def _run(job: Job, journal: "Journal", model: Path, started: float, progress: "P
     small_config = resized_config(family, dense.config, shape)
     small_config = _with_dtype(small_config, job.dtype, job.dense_dtype)
     eigenvalues, projection = final_basis(job, shape, moments, calibration.tokens, journal)
+    del moments  # at large widths several matrices that nothing needs any more
+    execution.give_back()
     fits = build(job, shape, projection, calibration.tokens, small_config, model, journal, progress)
     small = on.ranks.from_first(lambda: disk.written(family, small_config, job.dtype, model))
     losses = measure_losses(small, family, evaluation.tokens, on, progress, journal)
