@@ -92,7 +92,7 @@ def compress_seconds(settings: CompressConfig, folder: Path, tokens, on, clock) 
         seconds["moments"] = time.perf_counter() - started
         shape, _ = compress.choose_shape(job, shapes, moments, progress)
         seconds["search"] = time.perf_counter() - started - sum(seconds.values())
-        _, _, groups = compress.compressed_groups(job, shape, moments, progress)
+        _, _, _, groups = compress.compressed_groups(job, shape, moments, progress)
         config = resized_config(family, dense.config, shape)
         compress.write_model(family, config, groups, dtype, Path(target))
         seconds["basis, refit, write"] = time.perf_counter() - started - sum(seconds.values())

@@ -401,11 +401,15 @@ def write_shard(folder: Path, number: int, count: int, tensors: Mapping[str, Ten
             f"Cannot write '{path.name}' ({str(error)[:160]}): free some disk space, or choose "
             "another --out."
         ) from error
-    # safetensors writes for the owner alone; a model folder is shared like any other file.
+    share_file(path)
+    return path
+
+
+def share_file(path: Path) -> None:
+    """Give a file of weights the mode of any other: safetensors writes for the owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
-    return path
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sp3llm import __version__
 from sp3llm.config import (
@@ -14,8 +15,12 @@ from sp3llm.config import (
     COUNTS,
     DTYPES,
     MOMENTS,
+    PRECISIONS,
+    TEACHER_DTYPES,
     TIES,
+    TRACKERS,
     CompressConfig,
+    RecoverConfig,
 )
 from sp3llm.errors import UserError
 
@@ -23,6 +28,15 @@ _EPILOG = """examples:
   sp3llm compress                                    the bundled model, at 75 % of its parameters
   sp3llm compress meta-llama/Llama-2-7b --keep 0.8   a hub model, calibrated on WikiText-2
   sp3llm compress ./my-llama --calib my.jsonl --eval-text held-out.jsonl --out ./my-llama-small
+"""
+
+
+_RECOVER_EPILOG = """examples:
+  sp3llm recover small --teacher dense --steps 300           all weights
+  sp3llm recover small --teacher dense --lora 16 --teacher-dtype nf4 --gradient-checkpointing
+  accelerate launch -m sp3llm.recover small --teacher dense  several GPUs, or FSDP
+
+A killed run continues from its last checkpoint when the same command is given again.
 """
 
 
@@ -54,6 +68,16 @@ def parser(prog: str = "sp3llm") -> argparse.ArgumentParser:
             help="show the shapes within a budget, from config.json alone",
             description="Show the shapes within a budget, what they cost, and what a run will "
             "need, from config.json alone: no weights are read.",
+        )
+    )
+    add_recover(
+        commands.add_parser(
+            "recover",
+            help="tune a compressed model against the dense one",
+            description="Tune a compressed model by distillation from the dense one it came from; "
+            "the result is a stock model again.",
+            epilog=_RECOVER_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
     return top
@@ -111,6 +135,73 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"chooses the calibration windows (default: {default.seed})",
     )
+    add.add_argument(
+        "--recover-steps",
+        type=int,
+        default=default.recover_steps,
+        metavar="N",
+        help="tune the result for N steps against the dense model, on the calibration sets' "
+        "training text, as `sp3llm recover` does (default: 0)",
+    )
+
+
+def add_recover(add: argparse.ArgumentParser) -> None:
+    """The options of `sp3llm recover`."""
+    default = RecoverConfig(model="")
+
+    def option(name: str, what: str, **kwargs: Any) -> None:
+        value = getattr(default, name.replace("-", "_"))
+        stated = "" if value is None or value is False else f" (default: {value})"
+        add.add_argument(f"--{name}", default=value, help=what + stated, **kwargs)
+
+    whole = {"type": int, "metavar": "N"}
+    number = {"type": _number, "metavar": "X"}
+    sets = {"metavar": "SETS"}
+    add.add_argument("model", help="the compressed model: a folder or a hub id")
+    option("teacher", "the dense model (default: the one that the record of MODEL names)",
+           metavar="MODEL")  # fmt: skip
+    option("out", "output folder (default: ./<model>-recovered)", type=Path, metavar="DIR")
+    option("train", "text to train on, named like compress's --calib (default: the sets that MODEL "
+           "was calibrated on)", **sets)  # fmt: skip
+    option("stop-text", "text to decide on when to stop (default: a sixteenth of the training "
+           "text, kept apart)", **sets)  # fmt: skip
+    option("eval-text", "held-out text for the perplexity (default: as for the compression)",
+           **sets)  # fmt: skip
+    option("eval-samples", "evaluation windows at most", **whole)
+    option("steps", "optimizer steps", **whole)
+    option("batch", "windows a step, over all processes", **whole)
+    option("micro-batch", "windows that a process runs at once (default: 2048 tokens' worth)",
+           **whole)  # fmt: skip
+    option("seq-len", "tokens a window (default: 2048, or the model's positions if fewer)", **whole)
+    option("lr", "peak learning rate (default: by the hidden size)", **number)
+    option("warmup", "fraction of the steps over which it rises", **number)
+    option("weight-decay", "AdamW's, on matrices", **number)
+    option("clip", "largest norm of the gradient", **number)
+    option("temperature", "temperature at which model and teacher are compared", **number)
+    option("kl-weight", "weight of the divergence from the teacher", **number)
+    option("lm-weight", "weight of the language-model loss", **number)
+    option("hidden-weight", "weight of the error of the residual stream, seen through the basis "
+           "that compress stores", **number)  # fmt: skip
+    option("lora", "train adapters of this rank, merged in the end (default: all weights)",
+           type=int, metavar="RANK")  # fmt: skip
+    option("lora-alpha", "scale of the adapters (default: twice the rank)", **number)
+    option("teacher-dtype", f"the teacher's weights: {', '.join(TEACHER_DTYPES)}; auto is as in "
+           "its checkpoint, float32 on a CPU")  # fmt: skip
+    option("teacher-memory", "GB of the device that the teacher may take; the rest is offloaded "
+           "(default: no limit)", **number)  # fmt: skip
+    option("teacher-logits", "compute the teacher's largest logits once into this folder, or use "
+           "those in it", type=Path, metavar="DIR")  # fmt: skip
+    option("top-k", "how many logits a token it holds", **whole)
+    option("precision", f"arithmetic: {', '.join(PRECISIONS)}; auto is bfloat16 on a GPU")
+    option("gradient-checkpointing", "compute activations again instead of keeping them",
+           action="store_true")  # fmt: skip
+    option("stop-windows", "windows that the held-out loss is taken on", **whole)
+    option("check-every", "steps between held-out losses (default: a tenth of all)", **whole)
+    option("patience", "checks without a better loss before training stops", **whole)
+    option("checkpoint-every", "steps between checkpoints (default: a tenth of all)", **whole)
+    option("track", f"follow the run in {' or '.join(TRACKERS)}")
+    option("device", "auto, cuda or cpu")
+    option("seed", "orders the training windows and starts the adapters", **whole)
 
 
 def add_plan(add: argparse.ArgumentParser) -> None:
@@ -199,16 +290,20 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     """Run the command line; exits with 2 and one sentence where the input is wrong."""
     arguments = [*(prefix or []), *(sys.argv[1:] if argv is None else argv)]
     options = vars(parser().parse_args(arguments))
+    command = options.pop("command")
     try:
-        if options.pop("command") == "plan":
+        if command == "plan":
             _run_plan(options.pop("json"), CompressConfig(**options))
+        elif command == "recover":
+            _run_recover(RecoverConfig(**options))
         else:
             _run_compress(CompressConfig(**options))
     except UserError as error:
         print(f"sp3llm: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("sp3llm: interrupted; nothing was written.", file=sys.stderr)
+        what = "the same command continues" if command == "recover" else "nothing was written"
+        print(f"sp3llm: interrupted; {what}.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -225,11 +320,51 @@ def _run_compress(settings: CompressConfig) -> None:
 
     transformers.utils.logging.set_verbosity_error()
     try:
-        compress(settings, console)
+        result = compress(settings, console)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The GPU ran out of memory: close what else uses it, or use a smaller --seq-len, "
             "--basis pca, or --device cpu."
+        ) from error
+    if settings.recover_steps:
+        from sp3llm.source import bundled_model
+
+        # The compressed model stands by now; the recovered one takes its place when it is whole.
+        _run_recover(
+            RecoverConfig(
+                model=str(result.out),
+                teacher=settings.model or str(bundled_model()),
+                out=result.out,
+                train=",".join(result.calibration.sources),
+                eval_text=",".join(result.evaluation.sources),
+                eval_samples=settings.eval_samples,
+                steps=settings.recover_steps,
+                seq_len=settings.seq_len,
+                device=settings.device,
+                seed=settings.seed,
+            )
+        )
+
+
+def _run_recover(settings: RecoverConfig) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rich.console import Console
+
+    # Of several processes one speaks.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    with console.status("importing torch and transformers"):
+        import torch
+        import transformers
+
+        from sp3llm.recover import recover
+
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        recover(settings, console)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The GPU ran out of memory: use --gradient-checkpointing, a smaller --micro-batch or "
+            "--seq-len, --lora, or --teacher-dtype nf4; the same command then begins anew."
         ) from error
 
 

@@ -96,6 +96,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
 
     from sp3llm import checkpoint as disk
     from sp3llm import families, report, score, source
+    from sp3llm.basis import write_basis
     from sp3llm.measure import measure_dense, measure_losses
     from sp3llm.plan import candidates, limits_of, plan_of, resized_config
     from sp3llm.rebuild import held_back_from
@@ -153,10 +154,11 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
         progress.console.print(report.plan_line(name, plan), highlight=False, markup=False)
         small_config = resized_config(family, dense.config, shape)
         small_config = _with_dtype(small_config, dtype, dense_dtype)
-        eigenvalues, fits, compressed = compressed_groups(job, shape, moments, progress)
+        eigenvalues, basis_DK, fits, compressed = compressed_groups(job, shape, moments, progress)
         small = write_model(family, small_config, compressed, dtype, partial)
         losses = measure_losses(small, family, evaluation.tokens, on, progress)
         companions = disk.copy_companions(folder, partial)
+        write_basis(partial, basis_DK)
         result = Result(
             name=name,
             out=out,
@@ -234,8 +236,10 @@ def choose_shape(
 
 def compressed_groups(
     job: Job, shape: "Shape", moments: "Moments", progress: "Progress"
-) -> "tuple[Tensor, list[dict[str, Any]], Iterator[tuple[Group, dict[str, Tensor]]]]":
-    """All eigenvalues, a log that fills as fits are made, and the compressed groups in order."""
+) -> "tuple[Tensor, Tensor, list[dict[str, Any]], Iterator[tuple[Group, dict[str, Tensor]]]]":
+    """All eigenvalues, the basis, a log that fills as fits are made, and the compressed groups in
+    order.
+    """
     from sp3llm import families
     from sp3llm.measure import choose_basis, tracked
     from sp3llm.rebuild import held_back_from, plain_groups, refitted_groups
@@ -245,11 +249,12 @@ def compressed_groups(
     if not job.settings.refit:
         bar = tracked(progress, "fold, rotate, cut", groups)
         plain = plain_groups(job.dense, job.family, projection, job.dtype, job.on, bar)
-        return eigenvalues, [], plain
+        return eigenvalues, projection.basis_DK, [], plain
     windows = len(job.calibration)
     refitter = _refitter(job, shape, projection, held_back_from(windows), windows)
     bar = tracked(progress, "fold, rotate, cut, refit", groups)
-    return eigenvalues, refitter.log, refitted_groups(refitter, job.calibration, bar)
+    compressed = refitted_groups(refitter, job.calibration, bar)
+    return eigenvalues, projection.basis_DK, refitter.log, compressed
 
 
 def _refitter(
