@@ -208,6 +208,20 @@ def add_plan(add: argparse.ArgumentParser) -> None:
     """The options of `sp3llm plan`."""
     add_budget(add)
     add.add_argument("--json", action="store_true", help="print JSON for machines")
+    add.add_argument(
+        "--recover",
+        action="store_true",
+        help="estimate the device memory of `sp3llm recover` too; what follows is as there",
+    )
+    default = RecoverConfig(model="")
+    add.add_argument("--lora", type=int, metavar="RANK", help="adapters (default: all weights)")
+    add.add_argument(
+        "--teacher-dtype", default=default.teacher_dtype, help=f"{', '.join(TEACHER_DTYPES)}"
+    )
+    add.add_argument("--teacher-memory", type=_number, metavar="GB", help="the rest is offloaded")
+    for name, value in (("batch", default.batch), ("micro-batch", default.micro_batch)):
+        add.add_argument(f"--{name}", type=int, default=value, metavar="N", help="windows")
+    add.add_argument("--gradient-checkpointing", action="store_true", help="keep less")
 
 
 def add_budget(add: argparse.ArgumentParser) -> None:
@@ -293,7 +307,8 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     command = options.pop("command")
     try:
         if command == "plan":
-            _run_plan(options.pop("json"), CompressConfig(**options))
+            as_json, recovery = options.pop("json"), _planned_recovery(options)
+            _run_plan(as_json, CompressConfig(**options), recovery)
         elif command == "recover":
             _run_recover(RecoverConfig(**options))
         else:
@@ -368,11 +383,29 @@ def _run_recover(settings: RecoverConfig) -> None:
         ) from error
 
 
-def _run_plan(as_json: bool, settings: CompressConfig) -> None:
+def _planned_recovery(options: dict[str, Any]) -> RecoverConfig | None:
+    """Takes the settings of a recovery out of the options of `plan`; None where none is asked
+    for.
+    """
+    asked = options.pop("recover")
+    names = ("lora", "teacher_dtype", "teacher_memory", "batch", "micro_batch")
+    found = {name: options.pop(name) for name in (*names, "gradient_checkpointing")}
+    settings = RecoverConfig(model="", **found)
+    if not asked and settings != RecoverConfig(model=""):
+        raise UserError(
+            "Expected --recover with the options of a recovery, found them alone: add it, or leave "
+            "them out."
+        )
+    return settings if asked else None
+
+
+def _run_plan(as_json: bool, settings: CompressConfig, recovery: RecoverConfig | None) -> None:
     import json
 
     from sp3llm import families, report
     from sp3llm.plan import candidates, cost_of, limits_of, needs_of
+    from sp3llm.recover_needs import recovery_needs_of
+    from sp3llm.recover_report import recovery_line
     from sp3llm.source import resolve_config
 
     config, name, note = resolve_config(settings.model)
@@ -385,12 +418,17 @@ def _run_plan(as_json: bool, settings: CompressConfig) -> None:
     needs = needs_of(
         family, config, shapes[0], settings.samples, settings.eval_samples, seq_len, itemsize, 4
     )
+    recovery_needs = None
+    if recovery is not None:
+        recovery_needs = recovery_needs_of(family, config, shapes[0], recovery, seq_len, itemsize)
     if as_json:
         rows = [
             {**asdict(shape), **asdict(cost_of(family, config, shape, limits.context, itemsize))}
             for shape in shapes
         ]
         plan = {"model": name, "limits": asdict(limits), "shapes": rows, "needs": asdict(needs)}
+        if recovery_needs is not None:
+            plan["recovery_needs"] = asdict(recovery_needs)
         print(json.dumps(plan, indent=2))
         return
     from rich.console import Console
@@ -400,3 +438,6 @@ def _run_plan(as_json: bool, settings: CompressConfig) -> None:
         console.print(note, markup=False)
     console.print(report.plan_table(name, family, config, limits, shapes))
     console.print(report.needs_line(settings, seq_len, needs), highlight=False, markup=False)
+    if recovery_needs is not None:
+        line = recovery_line(recovery, seq_len, recovery_needs)
+        console.print(line, highlight=False, markup=False)

@@ -201,7 +201,7 @@ class RecoverConfig:
     """Windows that the held-out loss is taken on."""
     check_every: int | None = None
     """Steps between held-out losses; None: a tenth of the steps."""
-    patience: int = 3
+    patience: int = 5
     """Checks without a better loss after which training stops; the best weights are kept."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; None: a tenth of the steps."""

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from sp3llm.teacher import StreamTap, Teacher
     from sp3llm.training import State
 
-# Tokens that a process runs at once where nothing else is said.
-_TOKENS_A_MICRO_BATCH = 2048
 # Settings that change neither the course of training nor what its checkpoints hold.
 _FREE = (
     *("model", "teacher", "out", "train", "stop_text", "eval_text", "eval_samples", "track"),
@@ -142,6 +140,7 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
 
     from sp3llm import checkpoint as disk
     from sp3llm import recover_report, report, score, training
+    from sp3llm.recover_needs import micro_batch_of
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says how it casts at every call
     started = time.monotonic()
@@ -153,7 +152,7 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
     accelerator = training.engine(settings, out.with_name(out.name + ".logs"))
     if not accelerator.is_main_process:
         console = Console(quiet=True)
-    micro_batch = _micro_batch(settings, accelerator.num_processes, pair)
+    micro_batch = micro_batch_of(settings, _seq_len(settings, pair), accelerator.num_processes)
     texts = _texts(settings, pair)
     _say_epochs(settings, texts, console)
     work = training.work_folder(out)
@@ -268,33 +267,13 @@ def _record_of(folder: Path) -> dict[str, Any]:
 def _disk_bytes(settings: RecoverConfig, pair: Pair) -> int:
     """Of the output, two checkpoints with moments, and the best weights."""
     from sp3llm import families
+    from sp3llm.recover_needs import adapter_parameters
 
-    parameters = families.count_parameters(pair.family, pair.small.config)
-    trained = parameters
+    config = pair.small.config
+    parameters = trained = families.count_parameters(pair.family, config)
     if settings.lora is not None:
-        shapes = families.parameter_shapes(pair.family, pair.small.config)
-        layers = [shape for name, shape in shapes.items() if "layers." in name and len(shape) == 2]
-        trained = settings.lora * sum(map(sum, layers))
+        trained = adapter_parameters(pair.family, config, settings.lora)
     return parameters * pair.small.dtype().itemsize + (2 * 3 + 1) * 4 * trained
-
-
-def _micro_batch(settings: RecoverConfig, processes: int, pair: Pair) -> int:
-    """Windows that a process runs at once: they divide its share of a step."""
-    if settings.batch % processes:
-        raise UserError(
-            f"Expected --batch to divide among {processes} processes, found {settings.batch}: use "
-            "a multiple."
-        )
-    share = settings.batch // processes
-    if settings.micro_batch is not None:
-        if share % settings.micro_batch:
-            raise UserError(
-                f"Expected --micro-batch to divide a process's {share} windows a step, found "
-                f"{settings.micro_batch}: use a divisor."
-            )
-        return settings.micro_batch
-    most = max(1, _TOKENS_A_MICRO_BATCH // _seq_len(settings, pair))
-    return max(count for count in range(1, min(share, most) + 1) if share % count == 0)
 
 
 def _seq_len(settings: RecoverConfig, pair: Pair) -> int:

@@ -8,7 +8,22 @@ from rich.text import Text
 from sp3llm.report import human_bytes, human_time
 
 if TYPE_CHECKING:
+    from sp3llm.config import RecoverConfig
     from sp3llm.recover import Recovery
+    from sp3llm.recover_needs import RecoveryNeeds
+
+
+def recovery_line(settings: "RecoverConfig", seq_len: int, needs: "RecoveryNeeds") -> str:
+    """What a recovery will need of the device that trains."""
+    from sp3llm.recover_needs import micro_batch_of
+
+    what = "all weights" if settings.lora is None else f"adapters of rank {settings.lora}"
+    return (
+        f"Recovery of {what}, {micro_batch_of(settings, seq_len)} windows at once, needs about "
+        f"{human_bytes(needs.total)} of device memory: teacher {human_bytes(needs.teacher)}, model "
+        f"{human_bytes(needs.weights)}, gradients and moments {human_bytes(needs.optimizer)}, "
+        f"activations {human_bytes(needs.activations)}, logits {human_bytes(needs.logits)}."
+    )
 
 
 def rows(result: "Recovery") -> list[tuple[str, str, str, str]]:
