@@ -21,6 +21,7 @@ import math
 import shlex
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -168,7 +169,9 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
         if not accelerator.is_main_process:
             return None
         trained = sum(math.prod(tensor.shape) for tensor in training.load_best(work).values())
-        device, command = str(accelerator.device), _command(settings)
+        # Processes on a CPU call it cpu:0, which tensors there do not.
+        on_cpu, command = accelerator.device.type == "cpu", _command(settings)
+        device = "cpu" if on_cpu else str(accelerator.device)
         processes = accelerator.num_processes
         del lesson  # its memory, before the models are streamed
         accelerator.free_memory()
@@ -413,6 +416,8 @@ def load_student(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from sp3llm.recover_needs import linear_modules
+
     config = AutoConfig.from_pretrained(pair.small.folder)
     config.use_cache = False
     for key in _DROPOUT:
@@ -420,12 +425,13 @@ def load_student(
             setattr(config, key, 0.0)
     model = AutoModelForCausalLM.from_pretrained(pair.small.folder, config=config, dtype=dtype)
     if settings.lora is not None:
-        model = _with_adapters(settings, model)
+        modules = list(linear_modules(pair.family, pair.small.config))
+        model = _with_adapters(settings, model, modules)
     names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     return model, frozenset(names)
 
 
-def _with_adapters(settings: RecoverConfig, model: "nn.Module") -> "nn.Module":
+def _with_adapters(settings: RecoverConfig, model: "nn.Module", modules: list[str]) -> "nn.Module":
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -436,11 +442,13 @@ def _with_adapters(settings: RecoverConfig, model: "nn.Module") -> "nn.Module":
     adapters = LoraConfig(
         r=settings.lora,
         lora_alpha=settings.lora_alpha or 2 * settings.lora,
-        target_modules="all-linear",  # of the layers; a head tied to the embeddings stays tied
+        target_modules=modules,  # without the head: where it is tied it stays tied
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, adapters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what peft asks transformers for
+        return get_peft_model(model, adapters)
 
 
 def prepare(
@@ -478,7 +486,9 @@ def prepare(
     model, names = load_student(settings, pair, dtype)
     if settings.gradient_checkpointing:
         # Adapters are trained under frozen embeddings: only this kind passes gradients to them.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 5 renamed it midway
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     tap = None
     if settings.hidden_weight:
         stock = model.get_base_model() if settings.lora is not None else model
@@ -496,7 +506,13 @@ def prepare(
         betas=(0.9, 0.95),
     )
     warmup = math.ceil(settings.warmup * settings.steps)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, settings.steps)
+    # One further along than transformers has it, whose first step has a rate of 0.
+    schedule = transformers.get_cosine_schedule_with_warmup(
+        optimizer, warmup + 1, settings.steps + 1
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that no step was taken yet
+        schedule.step()
     model, optimizer = accelerator.prepare(model, optimizer)
     # Not prepared: accelerate would move it once for every process.
     accelerator.register_for_checkpointing(schedule)

@@ -1,7 +1,7 @@
 """What a recovery will need of a device's memory, from `config.json` alone. Imports no torch."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +121,8 @@ def recovery_needs_of(
 
 
 def adapter_parameters(family: Family, config: Mapping[str, Any], rank: int) -> int:
-    """Parameters of adapters on every linear module but the head: `rank (in + out)` each."""
-    return rank * sum(map(sum, _linear_shapes(family, config)))
+    """Parameters of adapters on `linear_modules`: `rank (in + out)` each."""
+    return rank * sum(map(sum, linear_modules(family, config).values()))
 
 
 def teacher_bytes(
@@ -132,24 +132,25 @@ def teacher_bytes(
     parameters = count_parameters(family, config)
     if teacher_dtype in ("auto", "float32", "bfloat16"):
         return parameters * {"auto": itemsize, "float32": 4, "bfloat16": 2}[teacher_dtype]
-    low = sum(map(math.prod, _linear_shapes(family, config)))
+    low = sum(map(math.prod, linear_modules(family, config).values()))
     size = {"int8": _INT8, "nf4": _NF4}[teacher_dtype]
     return int(low * size) + (parameters - low) * itemsize
 
 
-def _linear_shapes(family: Family, config: Mapping[str, Any]) -> Iterable[tuple[int, ...]]:
-    """Shapes of linear modules outside the head. Experts are no such modules in transformers."""
-    tables = {*family.embeddings, f"{family.head}.weight"}
-    of_experts = {
-        name
-        for group in groups(family, config)
-        if group.sparse
-        for name in group.parameters
-        if ".experts." in name or name.endswith(".gate.weight")
-    }
-    for name, shape in parameter_shapes(family, config).items():
-        if len(shape) == 2 and name not in tables and name not in of_experts:
-            yield shape
+def linear_modules(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Linear modules outside the head, with the shapes of their weights.
+
+    Experts and their routers are no such modules in transformers.
+    """
+    tables = (*family.embeddings, f"{family.head}.weight")
+    found = {}
+    for group in groups(family, config):
+        for name, axes in group.parameters.items():
+            of_experts = group.sparse and (".experts." in name or name.endswith(".gate.weight"))
+            if len(axes) == 2 and name not in tables and not of_experts:
+                found[name.removesuffix(".weight")] = name
+    shapes = parameter_shapes(family, config)
+    return {module: shapes[name] for module, name in found.items()}
 
 
 def _layer_activations(family: Family, config: Mapping[str, Any]) -> int:
