@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sp3llm import __version__
 from sp3llm.config import (
@@ -23,6 +23,9 @@ from sp3llm.config import (
     RecoverConfig,
 )
 from sp3llm.errors import UserError
+
+if TYPE_CHECKING:
+    from sp3llm.compress import Result
 
 _EPILOG = """examples:
   sp3llm compress                                    the bundled model, at 75 % of its parameters
@@ -317,7 +320,11 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
         print(f"sp3llm: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        what = "the same command continues" if command == "recover" else "nothing was written"
+        what = (
+            "the same command continues from its last checkpoint"
+            if command == "recover"
+            else "nothing was written"
+        )
         print(f"sp3llm: interrupted; {what}.", file=sys.stderr)
         sys.exit(130)
 
@@ -342,23 +349,35 @@ def _run_compress(settings: CompressConfig) -> None:
             "--basis pca, or --device cpu."
         ) from error
     if settings.recover_steps:
-        from sp3llm.source import bundled_model
-
-        # The compressed model stands by now; the recovered one takes its place when it is whole.
-        _run_recover(
-            RecoverConfig(
-                model=str(result.out),
-                teacher=settings.model or str(bundled_model()),
-                out=result.out,
-                train=",".join(result.calibration.sources),
-                eval_text=",".join(result.evaluation.sources),
-                eval_samples=settings.eval_samples,
-                steps=settings.recover_steps,
-                seq_len=settings.seq_len,
-                device=settings.device,
-                seed=settings.seed,
+        try:
+            _run_recover(_recovery_of(settings, result))
+        except KeyboardInterrupt:
+            print(
+                f"sp3llm: interrupted; the compressed model in {result.out} stands as it was "
+                "before the recovery.",
+                file=sys.stderr,
             )
-        )
+            sys.exit(130)
+
+
+def _recovery_of(settings: CompressConfig, result: "Result") -> RecoverConfig:
+    """The recovery that `compress --recover-steps` ends with: it takes the place of the compressed
+    model when it is whole.
+    """
+    from sp3llm.source import bundled_model
+
+    return RecoverConfig(
+        model=str(result.out),
+        teacher=settings.model or str(bundled_model()),
+        out=result.out,
+        train=",".join(result.calibration.sources),
+        eval_text=",".join(result.evaluation.sources),
+        eval_samples=settings.eval_samples,
+        steps=settings.recover_steps,
+        seq_len=settings.seq_len,
+        device=settings.device,
+        seed=settings.seed,
+    )
 
 
 def _run_recover(settings: RecoverConfig) -> None:

@@ -497,14 +497,13 @@ def prepare(
     sizes = families.axis_sizes(pair.family, pair.small.config)
     lr = settings.lr or default_lr(sizes[families.RESIDUAL], settings.lora is not None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=lr,
-        betas=(0.9, 0.95),
-    )
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    # Adapters are matrices only, and not every engine takes a group of nothing.
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
     warmup = math.ceil(settings.warmup * settings.steps)
     # One further along than transformers has it, whose first step has a rate of 0.
     schedule = transformers.get_cosine_schedule_with_warmup(

@@ -98,5 +98,5 @@ paired over {len(result.evaluation.tokens)} windows.
 def _what_was_done(result: "Recovery") -> str:
     state = result.state
     stopped = ", stopped early" if state.stopped else ""
-    best = "" if state.best_step == state.step else f", the best of them the {state.best_step}th"
+    best = "" if state.best_step == state.step else f", best after {state.best_step}"
     return f"{state.step} steps{stopped}{best}, {result.trained_parameters:,} parameters trained"

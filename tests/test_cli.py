@@ -20,7 +20,16 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("words", [["compress", "--help"], ["plan", "--keep", "0.5"], ["--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compress", "--help"],
+        ["recover", "--help"],
+        ["plan", "--keep", "0.5"],
+        ["plan", "--recover", "--lora", "8"],
+        ["--help"],
+    ],
+)
 def test_help_and_plan_answer_without_importing_torch(words):
     run = subprocess.run([sys.executable, "-c", HEAVY, *words], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

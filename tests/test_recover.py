@@ -405,6 +405,12 @@ def test_the_three_texts_share_no_document(run, texts):
     assert training_set.dropped_documents == len(evaluation.documents)
 
 
+def test_what_was_calibrated_on_is_not_reported_on(run, texts):
+    result = run(eval_text=texts["train"], steps=1, eval_samples=50)
+    assert result.evaluation.dropped_documents > 0
+    assert not result.training.documents & result.evaluation.documents
+
+
 def test_stdlib_is_trained_on_its_training_part_only():
     documents = data.stdlib_documents()
     source = data.resolve_source("stdlib")
