@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import LoggerType, is_tensorboard_available, is_wandb_available
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -122,7 +123,8 @@ def work_folder(out: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(work: Path) -> Iterator[None]:
-    """Hold the folder of checkpoints, which is made where there is none.
+    """Hold the folder of checkpoints, which is made where there is none, and goes where no
+    checkpoint came to be.
 
     Raises UserError if another run holds it or it cannot be written.
     """
@@ -140,7 +142,16 @@ def locked(work: Path) -> Iterator[None]:
             raise UserError(
                 f"Another sp3llm run holds '{work}': wait for it, or choose another --out."
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            if not _whole(work):
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def _whole(work: Path) -> list[Path]:
+    """Checkpoints that were written to their end, the newest last."""
+    return sorted(path for path in work.glob("step-*") if path.suffix != ".partial")
 
 
 def claim(work: Path, identity: Mapping[str, Any]) -> None:
@@ -149,7 +160,7 @@ def claim(work: Path, identity: Mapping[str, Any]) -> None:
     Raises UserError if they are those of a run that would do something else.
     """
     path = work / _IDENTITY
-    if path.is_file():
+    if path.is_file() and _whole(work):
         found = json.loads(path.read_text(encoding="utf-8"))
         wanted = json.loads(json.dumps(identity))
         different = [key for key in wanted if found.get(key) != wanted[key]]
@@ -161,7 +172,8 @@ def claim(work: Path, identity: Mapping[str, Any]) -> None:
                 "choose another --out."
             )
         return
-    _write_durably(path, json.dumps(identity, indent=2) + "\n")
+    with _room_in(work):
+        _write_durably(path, json.dumps(identity, indent=2) + "\n")
 
 
 def carry_only_trained(accelerator: Accelerator, names: frozenset[str]) -> None:
@@ -187,10 +199,13 @@ def carry_only_trained(accelerator: Accelerator, names: frozenset[str]) -> None:
 
 
 def save_checkpoint(accelerator: Accelerator, work: Path, state: State) -> None:
-    """Write a checkpoint aside, make it durable, give it its name; earlier ones go."""
+    """Write a checkpoint aside, make it durable, give it its name; earlier ones go.
+
+    Raises UserError if there is no room for it.
+    """
     final = work / f"step-{state.step:06d}"
     partial = final.with_suffix(".partial")
-    try:
+    with _room_in(work):
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -205,19 +220,25 @@ def save_checkpoint(accelerator: Accelerator, work: Path, state: State) -> None:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         _flush(work)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise UserError(
-            f"Cannot write a checkpoint to '{partial}' ({reason(error)}): free some disk space; "
-            "the same command continues from the checkpoint before."
-        ) from error
     for earlier in work.glob("step-*"):
         if earlier != final:
             shutil.rmtree(earlier, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _room_in(work: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own is a RuntimeError
+        raise UserError(
+            f"Cannot write a checkpoint to '{work}' ({reason(error)}): free some disk space; the "
+            "same command continues from the checkpoint before."
+        ) from error
+
+
 def load_checkpoint(accelerator: Accelerator, work: Path) -> State:
     """Continue from the newest whole checkpoint, or from the beginning."""
-    whole = sorted(path for path in work.glob("step-*") if path.suffix != ".partial")
+    whole = _whole(work)
     if not whole:
         return State()
     accelerator.load_state(str(whole[-1]))
@@ -227,9 +248,14 @@ def load_checkpoint(accelerator: Accelerator, work: Path) -> State:
 def save_best(
     accelerator: Accelerator, model: nn.Module, names: frozenset[str], work: Path
 ) -> None:
-    """Keep the trained weights as they are now, whole, in float32."""
+    """Keep the trained weights as they are now, whole.
+
+    Raises UserError if there is no room for them.
+    """
     tensors = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        return
+    with _room_in(work):
         partial = work / f"{_BEST}.partial"
         save_file(_trained(tensors, names), partial)
         _flush(partial)

@@ -1,5 +1,6 @@
 """Recovery: exact when resumed, the same on two processes, stock in the end, honest about text."""
 
+import errno
 import json
 import math
 import os
@@ -188,11 +189,42 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(lora, run, tmp_path, mo
 
 
 def test_checkpoints_of_another_run_are_not_continued(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(recover, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    step = recover._step
+
+    def killed(lesson, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(lesson, number)
+
+    monkeypatch.setattr(recover, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
         run()
     with pytest.raises(UserError, match=r"of another run \(lr 0.01 there, 0.02 here\)"):
         run(lr=2e-2)
+
+
+def test_two_runs_do_not_share_checkpoints(run, tmp_path):
+    with (
+        training.locked(training.work_folder(tmp_path / "out")),
+        pytest.raises(UserError, match="Another sp3llm run holds"),
+    ):
+        run()
+
+
+def test_a_full_disk_is_said_in_one_sentence(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training, "_flush", full)
+    with pytest.raises(UserError, match="free some disk space"):
+        run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_can_be_followed(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    run(track="tensorboard", steps=2)
+    assert list((tmp_path / "out.logs").rglob("events.*"))
 
 
 def test_two_processes_train_what_one_does_with_twice_as_many_windows(run, pairs, texts, tmp_path):
@@ -406,7 +438,7 @@ def test_the_three_texts_share_no_document(run, texts):
 
 
 def test_what_was_calibrated_on_is_not_reported_on(run, texts):
-    result = run(eval_text=texts["train"], steps=1, eval_samples=50)
+    result = run(eval_text=texts["train"], steps=1, eval_samples=90)
     assert result.evaluation.dropped_documents > 0
     assert not result.training.documents & result.evaluation.documents
 
@@ -492,6 +524,7 @@ def refused(pairs, texts, tmp_path, capsys):
             main([*words, *map(str, options)])
         assert end.value.code == 2
         assert not (tmp_path / "out").exists()
+        assert not training.work_folder(tmp_path / "out").exists()
         error = capsys.readouterr().err
         assert error.startswith("sp3llm: ")
         assert error.count("\n") == 1
