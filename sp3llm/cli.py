@@ -351,6 +351,11 @@ def _run_compress(settings: CompressConfig) -> None:
     if settings.recover_steps:
         try:
             _run_recover(_recovery_of(settings, result))
+        except UserError as error:
+            raise UserError(
+                f"The compressed model in '{result.out}' stands, but its recovery did not begin or "
+                f"end (mend it and use `sp3llm recover`): {error}"
+            ) from error
         except KeyboardInterrupt:
             print(
                 f"sp3llm: interrupted; the compressed model in {result.out} stands as it was "

@@ -345,6 +345,19 @@ def test_compress_can_recover_right_away(pairs, texts, tmp_path, capsys):
     assert not training.work_folder(out).exists()
 
 
+def test_a_recovery_that_fails_leaves_what_was_compressed(pairs, tmp_path, capsys):
+    dense, _ = pairs("llama")
+    text = write_texts(tmp_path / "short.jsonl", 4, 5)  # none of it is kept for stopping
+    words = [str(dense), "--keep", "0.85", "--out", str(tmp_path / "small"), "--calib", text]
+    words += ["--eval-text", write_texts(tmp_path / "eval.jsonl", 4, 6), "--samples", "2"]
+    words += ["--seq-len", "32", "--allocate", "width", "--recover-steps", "1"]
+    with pytest.raises(SystemExit) as end:
+        main(["compress", *words])
+    assert end.value.code == 2
+    assert "stands, but its recovery" in capsys.readouterr().err
+    AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
 # --------------------------------------------------------------------------- teachers
 
 
