@@ -10,19 +10,26 @@ again. `eval/results/recover.json`, `.md` and `.png` are written anew from all t
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
-from sp3llm import report
-from sp3llm.checkpoint import RECORD
+from sp3llm import data, report
+from sp3llm.checkpoint import RECORD, open_checkpoint
 from sp3llm.compress import compress
 from sp3llm.config import CompressConfig, RecoverConfig
+from sp3llm.families import family_of
+from sp3llm.measure import measure_losses
 from sp3llm.recover import recover
+from sp3llm.score import excess_log_perplexity
 from sp3llm.source import bundled_model
+from sp3llm.stream import execution
 
 RESULTS = Path(__file__).parent / "results"
 STARTS = {
@@ -35,10 +42,15 @@ ABOUT = {
     "width": "hidden size alone, refitted",
     "plain": "hidden size alone, principal components, cut and not refitted",
 }
+OTHER_WINDOWS = 48
 STEPS = (25, 75, 150, 600)
 # Name: start and settings that differ from the default.
 CONTESTANTS = {
     **{f"{start}-{steps}": (start, {"steps": steps}) for start in STARTS for steps in STEPS},
+    # What the steps themselves do on this text: without the language-model loss, which also learns
+    # the text's own manner, and to the dense model, which has nothing to recover.
+    "kl-150": ("refit", {"steps": 150, "lm_weight": 0.0}),
+    "dense-150": ("dense", {"steps": 150}),
     "lora-150": ("refit", {"steps": 150, "lora": 16}),
     "bf16-teacher-150": ("refit", {"steps": 150, "teacher_dtype": "bfloat16"}),
     "nf4-teacher-150": ("refit", {"steps": 150, "teacher_dtype": "nf4"}),
@@ -49,6 +61,8 @@ CONTESTANTS = {
 
 def start_of(name: str, work: Path, seed: int) -> Path:
     """The compressed model that a contestant begins with, made once."""
+    if name == "dense":
+        return bundled_model()
     out = work / f"start-{name}"
     if not (out / RECORD).is_file():
         config = CompressConfig(
@@ -78,6 +92,35 @@ def run(name: str, work: Path, train: str, seed: int) -> None:
     recover(settings, Console())
 
 
+def other_text(path: Path) -> Tensor:
+    """Windows of the evaluation part of a corpus that no contestant is trained on."""
+    tokenizer = data.load_tokenizer(bundled_model())
+    source = data.resolve_source(str(path))
+    documents = (d for d in data.read_documents(source, "train") if data.part_of(d) == "evaluation")
+    runs = data.pack(documents, tokenizer, source.join)
+    windows = data.cut_windows(runs, 512, tokenizer.bos_token_id)
+    return torch.tensor(list(itertools.islice(windows, OTHER_WINDOWS)))
+
+
+def score_elsewhere(name: str, work: Path, paths: list[Path], seed: int) -> None:
+    """Excess on other held-out text, before and after, kept beside the finished contestant."""
+    start = start_of(CONTESTANTS[name][0], work, seed)
+    found = {}
+    for path in paths:
+        tokens = other_text(path)
+        losses = {}
+        for key, folder in (("dense", bundled_model()), ("before", start), ("after", work / name)):
+            checkpoint = open_checkpoint(folder)
+            family = family_of(checkpoint.config)
+            on = execution("cpu", torch.float32)
+            losses[key] = measure_losses(checkpoint, family, tokens, on)
+        found[path.name] = {
+            key: excess_log_perplexity(losses[key], losses["dense"]).describe()
+            for key in ("before", "after")
+        }
+    (work / f"{name}.elsewhere.json").write_text(json.dumps(found))
+
+
 def record_of(name: str, work: Path) -> dict | None:
     """What is kept of a finished contestant: no paths of this machine."""
     path = work / name / RECORD
@@ -91,18 +134,38 @@ def record_of(name: str, work: Path) -> dict | None:
         entry["settings"][key] = ",".join(Path(word).name for word in words)
     for text in ("training", "stopping", "evaluation"):
         entry[text]["sources"] = [Path(word).name for word in entry[text]["sources"]]
-    return {"name": name, "start": CONTESTANTS[name][0], "plan": record["plan"], **entry}
+    elsewhere = work / f"{name}.elsewhere.json"
+    return {
+        "name": name,
+        "start": CONTESTANTS[name][0],
+        "plan": record.get("plan"),
+        "elsewhere": json.loads(elsewhere.read_text()) if elsewhere.is_file() else {},
+        **entry,
+    }
 
 
 def excess(found: dict) -> str:
     return f"{found['mean']:.4f} ± {found['paired_standard_error']:.4f}"
 
 
+def moved(found: dict | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['before']['mean']:.4f} to {excess(found['after'])}"
+
+
 def table(records: list[dict]) -> str:
-    lines = [
-        "| contestant | steps (best) | parameters trained | before | after | of it | seconds |",
-        "|---" * 7 + "|",
+    others = sorted({text for record in records for text in record["elsewhere"]})
+    head = [
+        "contestant",
+        "steps (best)",
+        "parameters trained",
+        "before",
+        "after",
+        *others,
+        "seconds",
     ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for record in records:
         before, after = (record[f"excess_log_perplexity{which}"] for which in ("_before", ""))
         cells = [
@@ -111,7 +174,7 @@ def table(records: list[dict]) -> str:
             f"{record['trained_parameters']:,}",
             excess(before),
             excess(after),
-            f"{after['mean'] / before['mean']:.2f}",
+            *(moved(record["elsewhere"].get(text)) for text in others),
             f"{record['training_seconds']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -136,7 +199,7 @@ def draw(records: list[dict], path: Path) -> None:
         means = [value["mean"] for value in y]
         axes.errorbar(x, means, errors, marker=marker, markersize=4, label=ABOUT[start])
     for record in records:
-        if record["name"].split("-")[0] not in STARTS:
+        if record["start"] == "refit" and not record["name"].startswith("refit-"):
             found = record["excess_log_perplexity"]["mean"]
             axes.plot(record["settings"]["steps"], found, "x")
             axes.annotate(record["name"], (record["settings"]["steps"], found), fontsize=6)
@@ -182,6 +245,12 @@ Machine: {hardware}; torch {first["versions"]["torch"]}, transformers
 {first["versions"]["transformers"]}. Seconds were taken while other work ran beside, on
 {os.environ.get("OMP_NUM_THREADS", "all")} thread(s) here.
 
+**Read this with it.** The teacher was trained on a mixture, the contestants on
+{", ".join(trained["sources"])} alone, and excess is counted over the teacher as it is: on text like
+the training text a contestant can fall below it by learning that text's manner, which is no
+recovery. `kl-150` learns from the teacher alone, `dense-150` is the teacher itself after the same
+steps, and the columns of other text, which nobody was tuned on, show what carries over.
+
 {table(records)}
 """
     )
@@ -193,6 +262,10 @@ def main() -> None:
     parser.add_argument("--train", default="stdlib", help="as for sp3llm recover")
     parser.add_argument("--run", nargs="*", default=[], metavar="NAME", help="contestants")
     parser.add_argument("--list", action="store_true", help="name them and what is finished")
+    parser.add_argument(
+        "--also", nargs="*", type=Path, default=[], metavar="FILE",
+        help="corpora whose evaluation part is scored too; not to be trained on",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for name in options.run:
@@ -204,6 +277,7 @@ def main() -> None:
         return
     for name in options.run:
         run(name, options.work, options.train, options.seed)
+        score_elsewhere(name, options.work, options.also, options.seed)
         found = (record_of(name, options.work) for name in CONTESTANTS)
         records = [record for record in found if record is not None]
         write(records, options.seed)
