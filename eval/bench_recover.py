@@ -251,7 +251,8 @@ Machine: {hardware}; torch {first["versions"]["torch"]}, transformers
 {", ".join(trained["sources"])} alone, and excess is counted over the teacher as it is: on text like
 the training text a contestant can fall below it by learning that text's manner, which is no
 recovery. `kl-150` learns from the teacher alone, `dense-150` is the teacher itself after the same
-steps, `dense-lm-150` after as many of the language-model loss alone, and the columns of other text, which nobody was tuned on, show what carries over.
+steps, `dense-lm-150` after as many of the language-model loss alone, and the columns of other
+text, which nobody was tuned on, show what carries over.
 
 {table(records)}
 """
