@@ -52,7 +52,13 @@ CONTESTANTS = {
     # to recover; and to the dense model by that loss alone, which shows what there is to learn.
     "kl-150": ("refit", {"steps": 150, "lm_weight": 0.0}),
     "dense-150": ("dense", {"steps": 150}),
-    "dense-lm-150": ("dense", {"steps": 150, "kl_weight": 0.0, "lm_weight": 1.0, "lr": 3e-4}),
+    **{
+        f"dense-lm-{steps}": (
+            "dense",
+            {"steps": steps, "kl_weight": 0.0, "lm_weight": 1.0, "lr": 3e-4},
+        )
+        for steps in (50, 150)
+    },
     "lora-150": ("refit", {"steps": 150, "lora": 16}),
     "bf16-teacher-150": ("refit", {"steps": 150, "teacher_dtype": "bfloat16"}),
     "nf4-teacher-150": ("refit", {"steps": 150, "teacher_dtype": "nf4"}),
@@ -251,7 +257,7 @@ Machine: {hardware}; torch {first["versions"]["torch"]}, transformers
 {", ".join(trained["sources"])} alone, and excess is counted over the teacher as it is: on text like
 the training text a contestant can fall below it by learning that text's manner, which is no
 recovery. `kl-150` learns from the teacher alone, `dense-150` is the teacher itself after the same
-steps, `dense-lm-150` after as many of the language-model loss alone, and the columns of other
+steps, `dense-lm-*` after steps of the language-model loss alone, and the columns of other
 text, which nobody was tuned on, show what carries over.
 
 {table(records)}
