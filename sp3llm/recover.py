@@ -400,8 +400,10 @@ def _digest(checkpoint: "Checkpoint") -> str:
 
 
 def default_lr(hidden_size: int, lora: bool) -> float:
-    """Peak learning rate by the width of the model; the constant for all weights was measured at a width of 176
-    (eval/NOTES.md), that for adapters was not.
+    """Peak learning rate by the width of the model.
+
+    The constant for all weights was measured at a width of 176 (eval/NOTES.md), that for adapters
+    was not.
 
     The update that a step of Adam makes to what a matrix puts out grows with the width it reads.
     """
