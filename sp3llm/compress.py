@@ -10,8 +10,9 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 5. choose the shape that loses least, by trial refits on a little of the text;
 6. layer by layer beside the dense model: fold the norms, rotate, cut, refit what is left in closed
    form, write it;
-7. stream the result over the held-out text for the perplexity after; with `--score`, score it and
-   the dense model on tasks of lm-eval.
+7. stream the result over the held-out text for the perplexity after;
+8. with `--recover-steps`, tune it against the dense model; with `--score`, score both on tasks of
+   lm-eval.
 
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
 """
@@ -24,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.config import CompressConfig
-from sp3llm.errors import ResumableError, UserError
+from sp3llm.config import CompressConfig, RecoverConfig
+from sp3llm.errors import ResumableError, UserError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -145,10 +146,40 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
         journal.save(_FINISHED, 0)
     console.print(report.closing_table(result))
     console.print(report.next_steps(result), highlight=False, markup=False)
+    ranks.from_first(lambda: None)  # the result has its final name when the others go on
+    if settings.recover_steps:
+        _recover(settings, result, console)
     if settings.score:
-        ranks.from_first(lambda: None)  # the result has its final name when the others go on
         harness.score_compressed(settings, job.out, console)
     return result
+
+
+def _recover(settings: CompressConfig, result: Result, console: "Console") -> None:
+    """Tune the result; what is tuned takes its place when it is whole."""
+    import torch
+
+    from sp3llm.recover import recover
+    from sp3llm.source import bundled_model
+
+    recovery = RecoverConfig(
+        model=str(result.out),
+        teacher=settings.model or str(bundled_model()),
+        out=result.out,
+        train=",".join(result.calibration.sources),
+        eval_text=",".join(result.evaluation.sources),
+        eval_samples=settings.eval_samples,
+        steps=settings.recover_steps,
+        seq_len=settings.seq_len,
+        device=settings.device,
+        seed=settings.seed,
+    )
+    try:
+        recover(recovery, console)
+    except (UserError, torch.OutOfMemoryError) as error:
+        raise UserError(
+            f"The compressed model in '{result.out}' stands, but its recovery did not begin or end "
+            f"(mend it and use `sp3llm recover`): {reason(error, 600)}."
+        ) from error
 
 
 def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
@@ -301,6 +332,7 @@ def _run(job: Job, journal: "Journal", model: Path, started: float, progress: "P
     """All stages; what `journal` has of one is not done again. `model` holds everything then."""
     from sp3llm import checkpoint as disk
     from sp3llm import execution, report, score
+    from sp3llm.basis import write_basis
     from sp3llm.measure import measure_dense, measure_losses
     from sp3llm.plan import plan_of, resized_config
 
@@ -351,6 +383,7 @@ def _run(job: Job, journal: "Journal", model: Path, started: float, progress: "P
     if on.ranks.is_first:
         companions = disk.copy_companions(job.folder, model)
         disk.write_json(model / disk.RECORD, _record(result, settings, on, job.dtype, companions))
+        write_basis(model, projection.basis_DK)
         card = report.model_card(result, settings, _hub_id(settings, job.name))
         (model / "README.md").write_text(card, encoding="utf-8")
         disk.write_json(model / "config.json", small_config)

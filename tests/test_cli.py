@@ -26,7 +26,9 @@ assert not heavy, heavy
         ["compress", "--help"],
         ["score", "--help"],
         ["bench", "--help"],
+        ["recover", "--help"],
         ["plan", "--keep", "0.5"],
+        ["plan", "--recover", "--lora", "8"],
         ["--help"],
     ],
 )

@@ -191,8 +191,8 @@ def test_every_companion_file_comes_along(tmp_path):
     found = {path.name for path in (tmp_path / "small").iterdir()}
     expected = {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",
-        "model.safetensors", "sp3llm.json", "special_tokens_map.json", "tokenizer.json",
-        "tokenizer.model", "tokenizer_config.json",
+        "model.safetensors", "sp3llm.basis", "sp3llm.json", "special_tokens_map.json",
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     }  # fmt: skip
     assert found == expected
     assert "compressed to" in (tmp_path / "small" / "README.md").read_text()
