@@ -137,7 +137,8 @@ def beside(gram: Gram, kept_P: Tensor, ridge: float) -> Gram:
 def squared_error(gram: Gram, solution_PQ: Tensor, intercept_Q: Tensor | None) -> float:
     """`sum w |y - a X - b|^2` over the Gram's tokens, divided by `sum w |y|^2`."""
     through_PQ = gram.inputs_PP @ solution_PQ
-    error = gram.energy - 2 * (gram.cross_PQ * solution_PQ).sum() + (through_PQ * solution_PQ).sum()
+    through_PQ.sub_(gram.cross_PQ, alpha=2)
+    error = gram.energy + torch.dot(through_PQ.view(-1), solution_PQ.reshape(-1))
     if intercept_Q is not None:
         mean_Q = gram.input_sum_P @ solution_PQ
         error = error + 2 * intercept_Q @ (mean_Q - gram.target_sum_Q)
@@ -182,8 +183,8 @@ def ridge_solution(
         inputs_PP = torch.addr(inputs_PP, gram.input_sum_P, mean_P, alpha=-1)
         cross_PQ = torch.addr(cross_PQ, gram.input_sum_P, mean_Q, alpha=-1)
     factor_PP, scale, ridge = ridged_factor(inputs_PP, ridge)
-    right_PQ = cross_PQ + ridge * scale * prior_PQ
-    solution_PQ = torch.cholesky_solve(right_PQ, factor_PP)
+    solution_PQ = torch.add(cross_PQ, prior_PQ, alpha=ridge * scale.item())
+    torch.cholesky_solve(solution_PQ, factor_PP, out=solution_PQ)
     return solution_PQ, mean_Q - mean_P @ solution_PQ if intercept else None, ridge
 
 
