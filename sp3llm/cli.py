@@ -157,6 +157,13 @@ def add_budget(add: argparse.ArgumentParser) -> None:
     ):
         add.add_argument(f"--{option}", type=int, metavar="N", help=f"fix {option} by hand")
     add.add_argument(
+        "--square",
+        action="store_true",
+        help="keep hidden_size = heads x head_dim, for tools that derive one from the other "
+        "(CTranslate2): whole heads go in step with the width; OPT, GPT-NeoX and StableLM are "
+        "square without it",
+    )
+    add.add_argument(
         "--tensor-parallel",
         type=int,
         default=default.tensor_parallel,

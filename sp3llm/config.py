@@ -62,6 +62,9 @@ class CompressConfig:
     tie: str = "auto"
     """What becomes of tied embeddings: `keep` them tied, `untie` them (the budget holds either
     way), or `auto`, whichever loses less."""
+    square: bool = False
+    """Keeps the hidden size at heads times head size, for tools that derive one from the other:
+    whole heads go in step with the width."""
     tensor_parallel: int = 1
     """Keeps heads and widths divisible by this many devices."""
     multiple_of: int | None = None
@@ -111,7 +114,10 @@ class CompressConfig:
                 "errors in the normalised stream: add --basis pca, or leave --moments raw out."
             )
         if not self.refit and (
-            self.allocate == "search" or self.intermediate_size or self.num_key_value_heads
+            self.allocate == "search"
+            or self.intermediate_size
+            or self.num_key_value_heads
+            or self.square
         ):
             raise UserError(
                 "Cutting FFN or KV groups needs the refit, which chooses what survives, found "
