@@ -27,9 +27,8 @@ from torch import Tensor
 
 from sp3llm.errors import UserError, reason
 from sp3llm.families import Family, Group, groups, is_tied, parameter_shapes
+from sp3llm.record import RECORD
 from sp3llm.source import read_config
-
-RECORD = "sp3llm.json"
 
 # Not weights of the model: training state, and formats of other tools.
 _NOT_CARRIED = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json", ".md", ".h5")

@@ -56,6 +56,14 @@ def parser(prog: str = "sp3llm") -> argparse.ArgumentParser:
             "need, from config.json alone: no weights are read.",
         )
     )
+    add_report(
+        commands.add_parser(
+            "report",
+            help="write report.html and the model card of a compressed model, or push it",
+            description="Write report.html and the model card, README.md, of a compressed model "
+            "anew, with all that its record holds by now; --push-to-hub uploads the folder.",
+        )
+    )
     return top
 
 
@@ -105,6 +113,12 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         help=f"dtype of the weights written: {', '.join(DTYPES)} (default: as in the checkpoint)",
     )
     add.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=default.report,
+        help="write report.html into the output folder, with samples of both models (default: yes)",
+    )
+    add.add_argument(
         "--seed",
         type=int,
         default=default.seed,
@@ -117,6 +131,28 @@ def add_plan(add: argparse.ArgumentParser) -> None:
     """The options of `sp3llm plan`."""
     add_budget(add)
     add.add_argument("--json", action="store_true", help="print JSON for machines")
+
+
+def add_report(add: argparse.ArgumentParser) -> None:
+    """The options of `sp3llm report`."""
+    add.add_argument("folder", type=Path, metavar="DIR", help="what sp3llm compress wrote")
+    add.add_argument(
+        "--dense",
+        metavar="MODEL",
+        help="the dense model, to make samples anew with (default: the samples there are, or the "
+        "model that the record names, if it is at hand)",
+    )
+    add.add_argument(
+        "--device", default="auto", help="where samples are made: auto, cpu, cuda, ... "
+        "(default: auto)",
+    )  # fmt: skip
+    add.add_argument(
+        "--push-to-hub",
+        metavar="REPO_ID",
+        help="upload the folder to this repository (owner/name) of the Hugging Face hub, which is "
+        "made if it does not exist",
+    )
+    add.add_argument("--private", action="store_true", help="only into a private repository")
 
 
 def add_budget(add: argparse.ArgumentParser) -> None:
@@ -207,8 +243,11 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     arguments = [*(prefix or []), *(sys.argv[1:] if argv is None else argv)]
     options = vars(parser().parse_args(arguments))
     try:
-        if options.pop("command") == "plan":
+        command = options.pop("command")
+        if command == "plan":
             _run_plan(options.pop("json"), CompressConfig(**options))
+        elif command == "report":
+            _run_report(**options)
         else:
             _run_compress(CompressConfig(**options))
     except UserError as error:
@@ -238,6 +277,33 @@ def _run_compress(settings: CompressConfig) -> None:
             "The GPU ran out of memory: close what else uses it, or use a smaller --seq-len, "
             "--basis pca, or --device cpu."
         ) from error
+
+
+def _run_report(
+    folder: Path, dense: str | None, device: str, push_to_hub: str | None, private: bool
+) -> None:
+    from rich.console import Console
+
+    from sp3llm import card, hub, page, samples
+    from sp3llm.record import read_record
+
+    if private and push_to_hub is None:
+        raise UserError(
+            "Expected --push-to-hub with --private, found none: say where to, or leave it out."
+        )
+    console = Console()
+    record = read_record(folder)
+    if push_to_hub is not None:
+        hub.check_login()
+    record, no_samples = samples.with_samples(folder, record, console, device, dense)
+    card.write_card(folder, record, samples.dense_folder(record, dense))
+    written = page.write_page(folder, record, no_samples)
+    if no_samples:
+        console.print(f"No samples: {no_samples}", markup=False, highlight=False)
+    console.print(f"Written: {written}, {folder / 'README.md'}", markup=False, highlight=False)
+    if push_to_hub is not None:
+        url = hub.push(folder, push_to_hub, private, console)
+        console.print(f"Pushed to {url}", markup=False, highlight=False)
 
 
 def _run_plan(as_json: bool, settings: CompressConfig) -> None:

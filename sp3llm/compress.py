@@ -61,6 +61,8 @@ class Result:
     trials: list[dict[str, Any]]
     fits: list[dict[str, Any]]
     eigenvalues: "Tensor"
+    energy_kept: float
+    """Share of the energy of the dense stream, as its second moments have it, inside the basis."""
     dense_bytes: int
     weight_bytes: int
     calibration: "Windows"
@@ -94,11 +96,12 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     """
     import torch
 
+    from sp3llm import card, families, page, report, samples, score, source
     from sp3llm import checkpoint as disk
-    from sp3llm import families, report, score, source
     from sp3llm.measure import measure_dense, measure_losses
     from sp3llm.plan import candidates, limits_of, plan_of, resized_config
     from sp3llm.rebuild import held_back_from
+    from sp3llm.record import RECORD
     from sp3llm.stream import empty_model, execution
 
     started = time.monotonic()
@@ -153,7 +156,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
         progress.console.print(report.plan_line(name, plan), highlight=False, markup=False)
         small_config = resized_config(family, dense.config, shape)
         small_config = _with_dtype(small_config, dtype, dense_dtype)
-        eigenvalues, fits, compressed = compressed_groups(job, shape, moments, progress)
+        eigenvalues, energy, fits, compressed = compressed_groups(job, shape, moments, progress)
         small = write_model(family, small_config, compressed, dtype, partial)
         losses = measure_losses(small, family, evaluation.tokens, on, progress)
         companions = disk.copy_companions(folder, partial)
@@ -166,6 +169,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
             trials=trials,
             fits=fits,
             eigenvalues=eigenvalues,
+            energy_kept=energy,
             dense_bytes=plan.dense_parameters * dense_dtype.itemsize,
             weight_bytes=plan.parameters * dtype.itemsize,
             calibration=calibration,
@@ -177,12 +181,21 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
             peak_memory=report.peak_memory(),
             device_memory=report.device_memory(str(on.device)),
         )
-        disk.write_json(partial / disk.RECORD, _record(result, settings, on, dtype, companions))
-        card = report.model_card(result, settings, _hub_id(settings, name))
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        record = _record(result, settings, on, dtype, companions)
+        record["parameters"] = {
+            "dense": families.count_parts(family, dense.config),
+            "small": families.count_parts(family, small_config),
+        }
+        disk.write_json(partial / RECORD, record)
+        card.write_card(partial, record, folder)
         disk.write_json(partial / "config.json", small_config)
 
-    console.print(report.closing_table(result))
+    console.print(report.closing_table(record))
+    if settings.report:
+        record, why = samples.with_samples(
+            out, record, console, settings.device, dense=folder, tokens=evaluation.tokens
+        )
+        page.write_page(out, record, why)
     console.print(report.next_steps(result), highlight=False, markup=False)
     return result
 
@@ -234,22 +247,26 @@ def choose_shape(
 
 def compressed_groups(
     job: Job, shape: "Shape", moments: "Moments", progress: "Progress"
-) -> "tuple[Tensor, list[dict[str, Any]], Iterator[tuple[Group, dict[str, Tensor]]]]":
-    """All eigenvalues, a log that fills as fits are made, and the compressed groups in order."""
+) -> "tuple[Tensor, float, list[dict[str, Any]], Iterator[tuple[Group, dict[str, Tensor]]]]":
+    """All eigenvalues, the energy kept, a log that fills as fits are made, and the compressed
+    groups in order.
+    """
     from sp3llm import families
     from sp3llm.measure import choose_basis, tracked
     from sp3llm.rebuild import held_back_from, plain_groups, refitted_groups
 
     eigenvalues, projection = choose_basis(job.dense, job.family, moments, shape, job.calibration)
+    total_DD, basis_DK = moments.total(), projection.basis_DK
+    energy = ((total_DD @ basis_DK) * basis_DK).sum() / total_DD.trace()
     groups = families.groups(job.family, job.dense.config)
     if not job.settings.refit:
         bar = tracked(progress, "fold, rotate, cut", groups)
         plain = plain_groups(job.dense, job.family, projection, job.dtype, job.on, bar)
-        return eigenvalues, [], plain
+        return eigenvalues, energy.item(), [], plain
     windows = len(job.calibration)
     refitter = _refitter(job, shape, projection, held_back_from(windows), windows)
     bar = tracked(progress, "fold, rotate, cut, refit", groups)
-    return eigenvalues, refitter.log, refitted_groups(refitter, job.calibration, bar)
+    return eigenvalues, energy.item(), refitter.log, refitted_groups(refitter, job.calibration, bar)
 
 
 def _refitter(
@@ -373,6 +390,8 @@ def _record(
     )
     return {
         "model": result.name,
+        "base_model": _hub_id(settings, result.name),
+        "architecture": result.architecture,
         "command": result.command,
         "settings": asdict(resolved),
         "plan": result.plan.describe(),
@@ -384,8 +403,10 @@ def _record(
         "trials": result.trials,
         "fits": result.fits,
         "eigenvalues": result.eigenvalues.tolist(),
+        "energy_kept": result.energy_kept,
         "dtype": str(dtype).removeprefix("torch."),
         "compute_dtype": str(on.dtype).removeprefix("torch."),
+        "dense_weight_bytes": result.dense_bytes,
         "weight_bytes": result.weight_bytes,
         "files_copied": companions,
         "seconds": round(result.seconds, 2),

@@ -73,6 +73,8 @@ class CompressConfig:
     """Where to compute: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     dtype: str = "auto"
     """Dtype of the weights written; `auto`: as in the checkpoint."""
+    report: bool = True
+    """Write report.html, with samples of both models."""
     seed: int = 0
     """Chooses the calibration windows; everything else is deterministic."""
 
