@@ -30,7 +30,7 @@ VIEWS = {
     "phone-dark": (390, "dark", True),
 }
 # Wide content may scroll inside its own box, never the page. Letters below this are too small.
-WIDTHS = "[document.documentElement.scrollWidth, innerWidth]"
+WIDTH = "document.documentElement.scrollWidth"
 SMALLEST = """Math.min(...[...document.querySelectorAll("svg text")].map(
     text => text.getBoundingClientRect().height))"""
 LEAST_LETTERS = 9.0
@@ -46,7 +46,7 @@ class Browser:
         reads, self.to = os.pipe()
         self.back, writes = os.pipe()
         # Chromium reads commands on descriptor 3 and answers on 4.
-        shell = ["sh", "-c", f'exec "$@" 3<&{reads} 4>&{writes}', "sh", path, *FLAGS]
+        shell = ["bash", "-c", f'exec "$@" 3<&{reads} 4>&{writes}', "bash", path, *FLAGS]
         self.process = subprocess.Popen(
             [*shell, f"--user-data-dir={profile}", "about:blank"],
             pass_fds=(reads, writes),
@@ -141,9 +141,9 @@ def check(path: Path, out: Path) -> list[str]:
                 features=[{"name": "prefers-color-scheme", "value": scheme}],
             )
             browser.open(url)
-            page, window = browser.value(WIDTHS)
-            if page > window:
-                found.append(f"{name}: the page is {page} pixels wide in a window of {window}")
+            wide = browser.value(WIDTH)
+            if wide > width:
+                found.append(f"{name}: the page is {wide} pixels wide in a window of {width}")
             letters = browser.value(SMALLEST)
             if letters < LEAST_LETTERS:
                 found.append(f"{name}: letters in pictures are {letters:.1f} pixels high")

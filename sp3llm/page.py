@@ -50,7 +50,9 @@ def page_content(
     plan, evaluation = record["plan"], record["evaluation"]
     kept = plan["shape"]["hidden_size"] - family.centred
     parts = part_rows(record)
+    mean, sign, error = excess(record).partition("±")
     return {
+        "excess": excess(record),
         "name": record["model"],
         "architecture": record["architecture"],
         "percent": f"{100 * plan['keep_params']:.1f} %",
@@ -67,7 +69,7 @@ def page_content(
                 f"{record['perplexity']:.2f}",
                 f"dense {record['dense_perplexity']:.2f}",
             ),
-            ("excess log-perplexity", excess(record), "nats a token"),
+            ("excess log-perplexity", mean, f"{sign} {error} nats a token".strip()),
         ],
         "rows": rows(record),
         "parts": [(name, f"{dense:,}", f"{small:,}", share) for name, dense, small, share in parts],
@@ -174,7 +176,7 @@ def _layer_plots(
             for label, key in (("projected", "plain_error"), ("refitted", "error"))
         ]
         picture = layers_plot(lines, "energy kept, %", "reads", percent=True)
-        found.append(("What readers get", picture))
+        found.append(("Energy kept, layer by layer", picture))
     is_parallel = bool(writes[0]) and " + " in writes[0][0][1]["name"]
     blocks = ["both"] if is_parallel else ["attention", "FFN"]
     lines = [
@@ -184,7 +186,9 @@ def _layer_plots(
         if made
     ]
     if lines:
-        found.append(("What writers miss", layers_plot(lines, "relative squared error", "writes")))
+        found.append(
+            ("Refit error, layer by layer", layers_plot(lines, "relative squared error", "writes"))
+        )
     return found
 
 

@@ -176,7 +176,10 @@ def _continued(folder: Path, prompts: "Tensor", new: int, pad: int, on: "torch.d
     """What a model adds to prompts `(texts, tokens)`: `(texts, new)` at most."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # a bar that is over at once tells nobody anything
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(on).eval()
         with torch.no_grad():
