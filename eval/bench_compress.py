@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 from sp3llm import checkpoint, compress, measure, rebuild, report
 from sp3llm.config import CompressConfig
 from sp3llm.data import calibration_windows, load_tokenizer
+from sp3llm.execution import execution
 from sp3llm.families import family_of
 from sp3llm.plan import candidates, limits_of, resized_config
-from sp3llm.stream import execution
 
 RESULTS = Path(__file__).parent / "results"
 

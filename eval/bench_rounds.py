@@ -21,10 +21,10 @@ from sp3llm.checkpoint import RECORD, open_checkpoint
 from sp3llm.compress import compress
 from sp3llm.config import CompressConfig
 from sp3llm.data import calibration_windows, default_evaluation, evaluation_windows, load_tokenizer
+from sp3llm.execution import execution
 from sp3llm.families import family_of
 from sp3llm.measure import measure_losses
 from sp3llm.source import resolve_model
-from sp3llm.stream import execution
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -4,13 +4,15 @@
         --out sp3llm/bundled/llama-8m
     python eval/train_bundled.py --family opt --corpus books.jsonl.gz peps.jsonl.gz \
         --work /tmp/opt --out eval/models/opt-4m
+    python eval/train_bundled.py --family llama-tied --corpus books.jsonl.gz peps.jsonl.gz \
+        --work /tmp/tied --out eval/models/llama-tied-4m
 
-The Llama goes into the package; the OPT, whose embeddings are tied, is for tests and benchmarks
-only and takes the Llama's tokenizer as it is. The text is the running Python's own documentation
-and the documents of `--corpus` (jsonl rows with a `text`), each divided by `sp3llm.data.part_of`:
-only the `train` part is learned from, only the `evaluation` part is scored. The run continues from
-the last checkpoint in `--work`; the order of windows depends on the seed and the step alone, so a
-resumed run sees the same batches.
+The Llama goes into the package; the OPT and the smaller Llama, whose embeddings are tied, are for
+tests and benchmarks only and take the first one's tokenizer as it is. The text is the running
+Python's own documentation and the documents of `--corpus` (jsonl rows with a `text`), each divided
+by `sp3llm.data.part_of`: only the `train` part is learned from, only the `evaluation` part is
+scored. The run continues from the last checkpoint in `--work`; the order of windows depends on the
+seed and the step alone, so a resumed run sees the same batches.
 """
 
 import argparse
@@ -63,11 +65,18 @@ OPT = {
     # OPT's own default, 1, is BOS here, and the padding row of an embedding is never trained.
     "pad_token_id": None,
 }
-FAMILIES = {"llama": LLAMA, "opt": OPT}
+TIED = {
+    **LLAMA,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+MODELS = {"llama": LLAMA, "opt": OPT, "llama-tied": TIED}
 # What adds to the residual stream starts small, by the depth of the model.
 WRITERS = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")
-# The families that take a tokenizer trained before; the others train their own.
-TOKENIZERS = {"opt": Path(__file__).parent.parent / "sp3llm" / "bundled" / "llama-8m"}
+# The models that take the tokenizer trained for the first.
+BORROWERS = ("opt", "llama-tied")
+LENDER = Path(__file__).parent.parent / "sp3llm" / "bundled" / "llama-8m"
 ABOUT = {
     "llama": """# sp3llm bundled Llama
 
@@ -85,6 +94,14 @@ part of the installed package. Hidden size {c.hidden_size}, {c.num_hidden_layers
 LayerNorm before each block, {c.max_position_embeddings} learned positions, bf16, the vocabulary of
 {c.vocab_size} and the tokenizer of the bundled Llama. There is no padding token: the padding row
 of an embedding is never trained.
+""",
+    "llama-tied": """# sp3llm tied Llama for benchmarks
+
+A `LlamaForCausalLM` with {parameters:,} parameters whose head is its embedding table, counted
+once. It is not part of the installed package. Hidden size {c.hidden_size}, {c.num_hidden_layers}
+layers, {c.num_attention_heads} heads of {c.head_dim} on {c.num_key_value_heads} key/value heads,
+FFN {c.intermediate_size}, {c.max_position_embeddings} positions, bf16, the vocabulary of
+{c.vocab_size} and the tokenizer of the bundled Llama.
 """,
 }
 TOKENIZER_CONFIG = {
@@ -199,10 +216,10 @@ def train(args: argparse.Namespace) -> None:
     work = args.work
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    positions = FAMILIES[args.family]["max_position_embeddings"]
+    positions = MODELS[args.family]["max_position_embeddings"]
     tokenizer_folder = work / "tokenizer"
-    if args.family in TOKENIZERS:
-        copy_tokenizer(TOKENIZERS[args.family], tokenizer_folder, positions)
+    if args.family in BORROWERS:
+        copy_tokenizer(LENDER, tokenizer_folder, positions)
     elif not (tokenizer_folder / "tokenizer.json").exists():
         train_tokenizer(read_corpus(args.corpus, "train"), tokenizer_folder)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -222,7 +239,9 @@ def train(args: argparse.Namespace) -> None:
     print({k: v.size for k, v in arrays.items()}, "tokens")
 
     # Eager attention: compiled, it is a third faster than the CPU's fused kernel at these shapes.
-    config = AutoConfig.for_model(args.family, **FAMILIES[args.family], attn_implementation="eager")
+    config = AutoConfig.for_model(
+        args.family.partition("-")[0], **MODELS[args.family], attn_implementation="eager"
+    )
     model = AutoModelForCausalLM.from_config(config)
     residual_std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
@@ -416,7 +435,7 @@ It knows nothing and is for testing compression only.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--family", choices=tuple(FAMILIES), default="llama")
+    parser.add_argument("--family", choices=tuple(MODELS), default="llama")
     parser.add_argument("--corpus", type=Path, nargs="*", default=[], help="jsonl.gz files")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and caches")
     parser.add_argument("--out", type=Path, required=True, help="where the model goes")

@@ -9,26 +9,34 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
+import itertools
 import json
 import math
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sp3llm.errors import UserError, reason
+from sp3llm.errors import ResumableError, UserError, reason
+from sp3llm.execution import Ranks
 from sp3llm.families import Family, Group, groups, is_tied, parameter_shapes
 from sp3llm.record import RECORD
+from sp3llm.resume import Journal
 from sp3llm.source import read_config
+
+# Inside the folder of a run: what becomes the result. What a journal knows groups and shards as.
+MODEL = "model"
+WEIGHTS, SHARD = "weights", "shard"
 
 # Not weights of the model: training state, and formats of other tools.
 _NOT_CARRIED = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json", ".md", ".h5")
@@ -42,6 +50,8 @@ _QUANTIZED = (
     *(".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_format"),
 )
 
+# What a fingerprint looks at of a shard.
+_SAMPLED_PIECES, _SAMPLED_BYTES = 256, 2**14
 _SHARD_BYTES = 2 * 10**9
 # Headers, tokenizer, card, and what a file system loses to blocks.
 _DISK_MARGIN = 64 * 2**20
@@ -191,6 +201,26 @@ def _read_tensor(shard: Path, name: str) -> Tensor:
         raise _damaged(shard, reason(error)) from error
 
 
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells a model from another one: `config.json` and, of every shard, its size and a hash
+    of its header and of pieces all over it. Reading 140 GB whole would take minutes.
+    """
+    found: dict[str, Any] = {"config.json": _sha256(json.dumps(dict(checkpoint.config)).encode())}
+    for path in sorted(set(checkpoint.files.values())):
+        size = path.stat().st_size
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            for piece in range(_SAMPLED_PIECES):
+                file.seek(size * piece // _SAMPLED_PIECES)
+                digest.update(file.read(_SAMPLED_BYTES))
+        found[path.name] = f"{size} bytes, {digest.hexdigest()[:16]}"
+    return found
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def with_prefix(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint under the causal model's names, where it was saved from the bare decoder.
 
@@ -270,6 +300,51 @@ def output_folder(out: Path) -> Iterator[Path]:
 
     Raises UserError if `out` exists and is not ours, or another run is writing it.
     """
+    with _working_folder(out) as partial:
+        _empty(partial)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        (partial / ".lock").unlink()
+        _replace_folder(partial, out)
+
+
+@contextlib.contextmanager
+def run_folder(out: Path, fresh: bool, ranks: Ranks) -> Iterator[Path]:
+    """A folder to work in that outlives a killed run; its `model` becomes `out` in the end.
+
+    It is called `out` + `.partial`. Bad input removes it, everything else leaves it for the same
+    command to continue; `fresh` empties it first. An earlier result of sp3llm at `out` is replaced
+    at the very end. Only the first of several processes holds and clears it.
+
+    Raises UserError if `out` exists and is not ours, or another run is writing it.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> Path:
+            partial = stack.enter_context(_working_folder(out))
+            if fresh:
+                _empty(partial)
+            (partial / MODEL).mkdir(exist_ok=True)
+            return partial
+
+        partial = ranks.from_first(begin)
+        try:
+            yield partial
+        except UserError as error:
+            if ranks.is_first and not isinstance(error, ResumableError):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if ranks.is_first:
+            _replace_folder(partial / MODEL, out)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _working_folder(out: Path) -> Iterator[Path]:
+    """`out` + `.partial`, locked for the duration of the block."""
     check_output(out)
     out = Path(os.path.abspath(out))  # `.` and `..` have no name to add to
     partial = out.with_name(out.name + ".partial")
@@ -282,41 +357,35 @@ def output_folder(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
-        lock = (partial / ".lock").open("w")
+        lock = (partial / ".lock").open("a")
     except OSError as error:
         raise UserError(
             f"Cannot write to '{out.parent}' ({error.strerror}): choose another --out."
         ) from error
-    try:
+    with lock:
         _take_lock(lock, out)
-        for leftover in partial.iterdir():
-            if leftover.name != ".lock":
-                leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
-        yield partial
-        (partial / ".lock").unlink()
-        _replace_folder(partial, out)
-    except BaseException as error:
-        if not isinstance(error, _LockedError):
-            shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"Cannot write to '{partial}' ({error.strerror}): free some disk space, or choose "
-                "another --out."
+        try:
+            yield partial
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ResumableError(
+                f"Cannot write to '{partial}' ({error.strerror}): free some disk space, and give "
+                "the same command again, or choose another --out."
             ) from error
-        raise
-    finally:
-        lock.close()
 
 
-class _LockedError(UserError):
-    """Another process holds the folder."""
+def _empty(partial: Path) -> None:
+    for leftover in partial.iterdir():
+        if leftover.name != ".lock":
+            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
 
 
 def _take_lock(lock: IO[str], out: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise _LockedError(
+        raise UserError(
             f"Another sp3llm run is writing '{out}': wait for it, or choose another --out."
         ) from error
 
@@ -344,6 +413,7 @@ def _is_ours(folder: Path) -> bool:
 
 def _replace_folder(partial: Path, out: Path) -> None:
     """Give `partial` the name `out`; an earlier result goes only when the new one stands."""
+    out = Path(os.path.abspath(out))
     earlier = _earlier(out)
     if out.is_dir() and any(out.iterdir()):
         shutil.rmtree(earlier, ignore_errors=True)
@@ -389,22 +459,91 @@ def shard_layout(
     return layout
 
 
-def write_shard(folder: Path, number: int, count: int, tensors: Mapping[str, Tensor]) -> Path:
-    """Write shard `number` (from 0) of `count` under the name stock transformers gives it."""
-    path = folder / _shard_name(number, count)
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata={"format": "pt"})
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"Cannot write '{path.name}' ({str(error)[:160]}): free some disk space, or choose "
-            "another --out."
-        ) from error
-    # safetensors writes for the owner alone; a model folder is shared like any other file.
+def write_model(
+    family: Family,
+    config: Mapping[str, Any],
+    built: Iterable[tuple[int, Mapping[str, Tensor]]],
+    dtype: torch.dtype,
+    folder: Path,
+    journal: Journal,
+) -> Iterator[tuple[int, Callable[[], None]]]:
+    """Write groups as they come, by number, and a shard whenever its last group has come.
+
+    Writing goes on in a thread while the next group is made. Yields the number of every group and
+    a function that waits until it is on the disk; what the journal has already is not written
+    again.
+
+    `config.json` is not written: the folder does not load until the caller says it is whole.
+    """
+    layout = shard_layout(family, config, dtype)
+    with ThreadPoolExecutor(1) as writer:
+        before: Future[None] | None = None
+        for index, tensors in built:
+            if before is not None:
+                before.result()
+            before = writer.submit(_write_group, journal, folder, layout, index, tensors)
+            yield index, before.result
+        if before is not None:
+            before.result()
+    size = sum(math.prod(shape) for shape in parameter_shapes(family, config).values())
+    write_index(folder, layout, size * dtype.itemsize, size)
+
+
+def _write_group(
+    journal: Journal,
+    folder: Path,
+    layout: list[list[Group]],
+    index: int,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    shard = _shard_of(layout, index)
+    if journal.load(SHARD, shard) is not None:
+        return
+    journal.save(WEIGHTS, index, tensors, keep_all=True)
+    first = sum(len(groups) for groups in layout[:shard])
+    members = range(first, first + len(layout[shard]))
+    if index < members[-1]:
+        return
+    merged = {name: t for i in members for name, t in journal.load(WEIGHTS, i).tensors.items()}
+    path = folder / _shard_name(shard, len(layout))
+    journal.save(SHARD, shard, merged, keep_all=True, path=path)
+    journal.drop_steps(WEIGHTS, members)
+    # Like any other file of a model folder, which is shared.
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
-    return path
+
+
+def _shard_of(layout: list[list[Group]], index: int) -> int:
+    ends = itertools.accumulate(len(groups) for groups in layout)
+    return next(shard for shard, end in enumerate(ends) if index < end)
+
+
+def groups_written(
+    family: Family, config: Mapping[str, Any], dtype: torch.dtype, journal: Journal
+) -> int:
+    """How many groups, from the first on without a gap, a run before has written whole."""
+    layout = shard_layout(family, config, dtype)
+    count = sum(len(groups) for groups in layout)
+    for index in range(count):
+        shard = _shard_of(layout, index)
+        if journal.load(SHARD, shard) is None and journal.load(WEIGHTS, index) is None:
+            return index
+    return count
+
+
+def written(
+    family: Family, config: Mapping[str, Any], dtype: torch.dtype, folder: Path
+) -> Checkpoint:
+    """The checkpoint that `write_model` has written."""
+    layout = shard_layout(family, config, dtype)
+    files = {
+        name: folder / _shard_name(number, len(layout))
+        for number, shard in enumerate(layout)
+        for group in shard
+        for name in group.parameters
+    }
+    return Checkpoint(folder, config, files)
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -14,6 +14,7 @@ from sp3llm.config import (
     COUNTS,
     DTYPES,
     MOMENTS,
+    STREAMS,
     TIES,
     CompressConfig,
 )
@@ -124,6 +125,28 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         default=default.seed,
         metavar="N",
         help=f"chooses the calibration windows (default: {default.seed})",
+    )
+    add.add_argument(
+        "--streams",
+        default=default.streams,
+        help=f"where the streams of all windows lie: {', '.join(STREAMS)}; auto takes the first "
+        "with room (default: auto)",
+    )
+    add.add_argument(
+        "--max-memory",
+        metavar="SIZES",
+        help="what may be taken, such as 0=20GiB,cpu=60GiB; GPUs that are not named stay idle",
+    )
+    add.add_argument(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="tokens that go through a layer at once (default: by the memory there is)",
+    )
+    add.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start over instead of continuing a run of the same command that was killed",
     )
 
 
@@ -239,22 +262,36 @@ def _number(text: str) -> float:
 
 
 def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None:
-    """Run the command line; exits with 2 and one sentence where the input is wrong."""
+    """Run the command line; exits with 2 and one sentence where the input is wrong.
+
+    Of several processes the first one speaks; another one does where it fails by itself.
+    """
     arguments = [*(prefix or []), *(sys.argv[1:] if argv is None else argv)]
     options = vars(parser().parse_args(arguments))
+    rank = int(os.environ.get("RANK", "0"))
     try:
         command = options.pop("command")
-        if command == "plan":
-            _run_plan(options.pop("json"), CompressConfig(**options))
-        elif command == "report":
+        if command == "report":
             _run_report(**options)
-        else:
-            _run_compress(CompressConfig(**options))
+            return
+        as_json = options.pop("json", False)
+        settings = CompressConfig(**options)
     except UserError as error:
-        print(f"sp3llm: {error}", file=sys.stderr)
+        if rank == 0:
+            print(f"sp3llm: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        if command == "plan":
+            _run_plan(as_json, settings)
+        else:
+            _run_compress(settings)
+    except UserError as error:
+        if rank == 0 or not error.of_all:
+            where = f" (process {rank})" if rank else ""
+            print(f"sp3llm{where}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("sp3llm: interrupted; nothing was written.", file=sys.stderr)
+        print("sp3llm: interrupted; the same command continues where it was.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -262,21 +299,14 @@ def _run_compress(settings: CompressConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from rich.console import Console
 
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     with console.status("importing torch and transformers"):
-        import torch
         import transformers
 
         from sp3llm.compress import compress
 
     transformers.utils.logging.set_verbosity_error()
-    try:
-        compress(settings, console)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "The GPU ran out of memory: close what else uses it, or use a smaller --seq-len, "
-            "--basis pca, or --device cpu."
-        ) from error
+    compress(settings, console)
 
 
 def _run_report(

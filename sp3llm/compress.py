@@ -17,14 +17,15 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.config import CompressConfig
-from sp3llm.errors import UserError
+from sp3llm.errors import ResumableError, UserError
+from sp3llm.record import RECORD
 
 if TYPE_CHECKING:
     import torch
@@ -34,19 +35,25 @@ if TYPE_CHECKING:
 
     from sp3llm.checkpoint import Checkpoint
     from sp3llm.data import Windows
-    from sp3llm.families import Family, Group
+    from sp3llm.execution import Execution, Ranks
+    from sp3llm.families import Family
     from sp3llm.measure import Moments
-    from sp3llm.plan import Plan, Shape
+    from sp3llm.plan import Limits, Plan, Shape
     from sp3llm.project import Projection
     from sp3llm.rebuild import Refitter
+    from sp3llm.resume import Journal
     from sp3llm.score import Excess
-    from sp3llm.stream import Execution
 
 # A trial refit of the search sees this many windows, this long at most; a quarter of them are
 # kept from every fit and tell how much the shape loses.
 _TRIAL_WINDOWS = 24
 _TRIAL_TOKENS = 512
 _FEWEST_TRIAL_WINDOWS = 4
+
+# Stages, as the journal of a run knows them; the streaming passes have names of their own.
+_BATCH, _TEXT, _TRIALS, _BASIS, _REFIT, _FINISHED = (
+    "batch", "text", "trials", "basis", "refit", "finished",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,31 +87,89 @@ class Job:
     """The dense model, what it is to become, and where that is computed."""
 
     settings: CompressConfig
+    folder: Path
+    """Of the dense model."""
+    name: str
+    """To show."""
     dense: "Checkpoint"
     family: "Family"
+    dense_dtype: "torch.dtype"
     dtype: "torch.dtype"
     """Of the weights written."""
+    limits: "Limits"
+    shapes: "list[Shape]"
+    """Within the budget."""
+    out: Path
     on: "Execution"
-    calibration: "Tensor"
-    """Token ids, `(windows, tokens)`."""
 
 
 def compress(settings: CompressConfig, console: "Console") -> Result:
     """Run the whole pipeline; the output folder holds the compressed model when it returns.
 
+    What a killed run of the same settings has finished is not done again. Under `accelerate
+    launch` every process calls this, and the first one writes.
+
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
     import torch
 
-    from sp3llm import card, families, page, report, samples, score, source
     from sp3llm import checkpoint as disk
-    from sp3llm.measure import measure_dense, measure_losses
-    from sp3llm.plan import candidates, limits_of, plan_of, resized_config
-    from sp3llm.rebuild import held_back_from
-    from sp3llm.record import RECORD
-    from sp3llm.stream import empty_model, execution
+    from sp3llm import execution, page, report, samples
+    from sp3llm.resume import open_journal
 
     started = time.monotonic()
+    ranks, device = execution.joined(settings.device)
+    job = None
+
+    def look() -> None:
+        nonlocal job
+        job = _prepared(settings, ranks, device, console)
+
+    ranks.from_first(look)  # it may download; the others then find everything there
+    job = job or _prepared(settings, ranks, device, console)
+    with disk.run_folder(job.out, settings.fresh, ranks) as folder:
+        journal = open_journal(
+            folder / f"state-{ranks.index}",
+            _identity(job),
+            ranks,
+            lambda line: console.print(line, highlight=False, markup=False),
+        )
+        model = folder / disk.MODEL
+        _take_back(journal, job.out, model)
+        job = replace(job, on=_placed(job, journal, folder, settings))
+        result = None
+        with report.progress_bars(console) as progress:
+            while result is None:
+                try:
+                    result, record = _run(job, journal, model, started, progress)
+                except torch.OutOfMemoryError as error:
+                    job = replace(job, on=_halved(job, journal, error))
+        journal.save(_FINISHED, 0)
+    console.print(report.closing_table(record))
+    if settings.report and ranks.is_first:
+        record, why = samples.with_samples(
+            job.out,
+            record,
+            console,
+            str(job.on.device),
+            dense=job.folder,
+            tokens=result.evaluation.tokens,
+        )
+        page.write_page(job.out, record, why)
+    console.print(report.next_steps(result), highlight=False, markup=False)
+    return result
+
+
+def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
+    """Find the model and everything that could be wrong, before any work."""
+    import torch
+
+    from sp3llm import checkpoint as disk
+    from sp3llm import execution, families, source
+    from sp3llm.plan import candidates, limits_of, plan_of
+    from sp3llm.rebuild import held_back_from
+    from sp3llm.stream import empty_model
+
     folder, name, note = source.resolve_model(settings.model)
     if note:
         console.print(note, markup=False)
@@ -135,73 +200,184 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
         )
     largest = max(plan_of(family, dense.config, limits, shape).parameters for shape in shapes)
     disk.check_disk(out, largest * dtype.itemsize)
-    on = execution(settings.device, torch.promote_types(dense_dtype, dtype))
+    memory = execution.memory_limits(settings.max_memory)
+    on = execution.execution(device, torch.promote_types(dense_dtype, dtype), ranks, memory)
     empty_model(dense.config)  # refuses a config that transformers rejects, before any work
-    calibration, evaluation = _windows(settings, dense, family)
-    job = Job(settings, dense, family, dtype, on, calibration.tokens)
+    return Job(settings, folder, name, dense, family, dense_dtype, dtype, limits, shapes, out, on)
 
-    with disk.output_folder(out) as partial, report.progress_bars(console) as progress:
-        moments, dense_losses = measure_dense(
-            dense,
-            family,
-            calibration.tokens,
-            evaluation.tokens,
-            settings.moments,
-            settings.basis,
-            on,
-            progress,
-        )
-        shape, trials = choose_shape(job, shapes, moments, progress)
-        plan = plan_of(family, dense.config, limits, shape)
-        progress.console.print(report.plan_line(name, plan), highlight=False, markup=False)
-        small_config = resized_config(family, dense.config, shape)
-        small_config = _with_dtype(small_config, dtype, dense_dtype)
-        eigenvalues, energy, fits, compressed = compressed_groups(job, shape, moments, progress)
-        small = write_model(family, small_config, compressed, dtype, partial)
-        losses = measure_losses(small, family, evaluation.tokens, on, progress)
-        companions = disk.copy_companions(folder, partial)
-        result = Result(
-            name=name,
-            out=out,
-            architecture=family.architecture,
-            command=_command(settings),
-            plan=plan,
-            trials=trials,
-            fits=fits,
-            eigenvalues=eigenvalues,
-            energy_kept=energy,
-            dense_bytes=plan.dense_parameters * dense_dtype.itemsize,
-            weight_bytes=plan.parameters * dtype.itemsize,
-            calibration=calibration,
-            evaluation=evaluation,
-            dense_perplexity=score.perplexity(dense_losses),
-            perplexity=score.perplexity(losses),
-            excess=score.excess_log_perplexity(losses, dense_losses),
-            seconds=time.monotonic() - started,
-            peak_memory=report.peak_memory(),
-            device_memory=report.device_memory(str(on.device)),
-        )
-        record = _record(result, settings, on, dtype, companions)
-        record["parameters"] = {
+
+def _identity(job: Job) -> dict[str, Any]:
+    """Everything that the weights depend on, for a run to be continued by the same one only."""
+    import hashlib
+    import json
+
+    from sp3llm import checkpoint as disk
+    from sp3llm import report
+
+    texts = f"{job.settings.calib or ''},{job.settings.eval_text or ''}".split(",")
+    versions = report.versions()
+    identity = {
+        **job.settings.of_result(),
+        **{f"the model's {name}": found for name, found in disk.fingerprint(job.dense).items()},
+        **{
+            f"the text of {name}": hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
+            for name in texts
+            if Path(name).is_file()
+        },
+        "the number of processes": job.on.ranks.count,
+        "the kind of device": job.on.device.type,
+        **{
+            f"the version of {name}": versions[name] for name in ("sp3llm", "torch", "transformers")
+        },
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _take_back(journal: "Journal", out: Path, model: Path) -> None:
+    """A run killed between giving its result the final name and clearing up has that to do again:
+    its result goes back to where the run finds it.
+    """
+    finished = journal.latest(_FINISHED) is not None  # all processes ask together
+    moved = not any(model.iterdir()) and (out / RECORD).is_file()
+    if journal.ranks.is_first and finished and moved:
+        model.rmdir()
+        out.rename(model)
+
+
+def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig) -> "Execution":
+    """Where streams lie and how much goes through a layer at once; what a run before has found
+    out about the latter holds, since sums depend on it in their last bits.
+    """
+    from sp3llm import execution, families
+    from sp3llm.plan import needs_of
+
+    seq_len = families.window_length(job.family, job.dense.config, settings.seq_len)
+    needs = needs_of(
+        job.family,
+        job.dense.config,
+        job.shapes[0],
+        settings.samples,
+        settings.eval_samples,
+        seq_len,
+        job.dense_dtype.itemsize,
+        job.on.dtype.itemsize,
+    )
+    before = journal.latest(_BATCH)
+    found = None if before is None else before.facts["tokens"]
+    on = execution.placed(
+        job.on,
+        settings.streams,
+        needs.streams,
+        needs.working,
+        needs.token,
+        settings.batch_tokens or found,
+        folder / "scratch",
+        execution.memory_limits(settings.max_memory),
+    )
+    journal.save(_BATCH, 0, facts={"tokens": on.batch_tokens})
+    return on
+
+
+def _halved(job: Job, journal: "Journal", error: Exception) -> "Execution":
+    """Half the tokens at once, after the GPU has run out of memory.
+
+    Raises ResumableError where the run cannot go on by itself.
+    """
+    import torch
+
+    from sp3llm import families
+
+    seq_len = families.window_length(job.family, job.dense.config, job.settings.seq_len)
+    windows = job.on.windows_a_batch(seq_len)
+    fewer = max(1, windows // 2)
+    journal.save(_BATCH, 0, facts={"tokens": fewer * seq_len})
+    if windows == 1 or job.on.ranks.count > 1:
+        raise ResumableError(
+            f"The GPU ran out of memory with {windows} windows at once: give the same command "
+            f"again, which goes on with {fewer}, with --streams host or disk, or close what else "
+            "uses the GPU."
+        ) from error
+    torch.cuda.empty_cache()
+    journal.say(f"The GPU ran out of memory; going on with {fewer} windows at once, not {windows}.")
+    return replace(job.on, batch_tokens=fewer * seq_len)
+
+
+def _run(
+    job: Job, journal: "Journal", model: Path, started: float, progress: "Progress"
+) -> tuple[Result, dict[str, Any]]:
+    """All stages, and their record; what `journal` has of one is not done again. `model` holds
+    everything then.
+    """
+    from sp3llm import card, families, report, score
+    from sp3llm import checkpoint as disk
+    from sp3llm.measure import measure_dense, measure_losses
+    from sp3llm.plan import plan_of, resized_config
+
+    settings, dense, family, on = job.settings, job.dense, job.family, job.on
+    calibration, evaluation = _windows(job, journal)
+    moments, dense_losses = measure_dense(
+        dense,
+        family,
+        calibration.tokens,
+        evaluation.tokens,
+        settings.moments,
+        settings.basis,
+        on,
+        progress,
+        journal,
+    )
+    shape, trials = choose_shape(job, moments, calibration.tokens, journal, progress)
+    plan = plan_of(family, dense.config, job.limits, shape)
+    progress.console.print(report.plan_line(job.name, plan), highlight=False, markup=False)
+    small_config = resized_config(family, dense.config, shape)
+    small_config = _with_dtype(small_config, job.dtype, job.dense_dtype)
+    eigenvalues, projection = final_basis(job, shape, moments, calibration.tokens, journal)
+    fits = build(job, shape, projection, calibration.tokens, small_config, model, journal, progress)
+    small = on.ranks.from_first(lambda: disk.written(family, small_config, job.dtype, model))
+    losses = measure_losses(small, family, evaluation.tokens, on, progress, journal)
+    result = Result(
+        name=job.name,
+        out=job.out,
+        architecture=family.architecture,
+        command=_command(settings),
+        plan=plan,
+        trials=trials,
+        fits=fits,
+        eigenvalues=eigenvalues,
+        energy_kept=_energy_kept(moments, projection),
+        dense_bytes=plan.dense_parameters * job.dense_dtype.itemsize,
+        weight_bytes=plan.parameters * job.dtype.itemsize,
+        calibration=calibration,
+        evaluation=evaluation,
+        dense_perplexity=score.perplexity(dense_losses),
+        perplexity=score.perplexity(losses),
+        excess=score.excess_log_perplexity(losses, dense_losses),
+        seconds=time.monotonic() - started,
+        peak_memory=report.peak_memory(),
+        device_memory=report.device_memory(str(on.device)),
+    )
+    record = {
+        **_record(result, settings, on, job.dtype),
+        "parameters": {
             "dense": families.count_parts(family, dense.config),
             "small": families.count_parts(family, small_config),
-        }
-        disk.write_json(partial / RECORD, record)
-        card.write_card(partial, record, folder)
-        disk.write_json(partial / "config.json", small_config)
+        },
+    }
+    if on.ranks.is_first:
+        record["files_copied"] = disk.copy_companions(job.folder, model)
+        disk.write_json(model / RECORD, record)
+        card.write_card(model, record, job.folder)
+        disk.write_json(model / "config.json", small_config)
+    return result, record
 
-    console.print(report.closing_table(record))
-    if settings.report:
-        record, why = samples.with_samples(
-            out, record, console, settings.device, dense=folder, tokens=evaluation.tokens
-        )
-        page.write_page(out, record, why)
-    console.print(report.next_steps(result), highlight=False, markup=False)
-    return result
+
+def _energy_kept(moments: "Moments", projection: "Projection") -> float:
+    total_DD, basis_DK = moments.total(), projection.basis_DK
+    return (((total_DD @ basis_DK) * basis_DK).sum() / total_DD.trace()).item()
 
 
 def choose_shape(
-    job: Job, shapes: list["Shape"], moments: "Moments", progress: "Progress"
+    job: Job, moments: "Moments", tokens: "Tensor", journal: "Journal", progress: "Progress"
 ) -> tuple["Shape", list[dict[str, Any]]]:
     """The shape that loses least among those within the budget, and what was tried.
 
@@ -209,30 +385,36 @@ def choose_shape(
     no fit of the trial saw.
     """
     from sp3llm.measure import choose_basis
-    from sp3llm.plan import row_of, search
+    from sp3llm.plan import Shape, row_of, search
     from sp3llm.rebuild import trial_loss
 
+    shapes = job.shapes
     if len(shapes) == 1:
         return shapes[0], []
-    tokens = job.calibration[:_TRIAL_WINDOWS, :_TRIAL_TOKENS]
-    unseen_from = len(tokens) - max(1, len(tokens) // 4)
+    few = tokens[:_TRIAL_WINDOWS, :_TRIAL_TOKENS]
+    unseen_from = len(few) - max(1, len(few) // 4)
     held_from = unseen_from - max(1, unseen_from // 6)
     bar = progress.add_task("search for the shape", total=None)
 
+    before = journal.latest(_TRIALS)
+    tried = [] if before is None else before.facts["losses"]
+    known = {Shape(**sizes): loss for sizes, loss in tried}
     projections: dict[tuple, Projection] = {}
 
     def loss_of(shape: "Shape") -> float:
-        widths = (shape.hidden_size, shape.word_embed_proj_dim, shape.tie_word_embeddings)
-        if moments.heads:  # the projection cuts heads too
-            widths += (shape.num_key_value_heads, shape.head_dim)
-        if widths not in projections:
-            _, projections[widths] = choose_basis(
-                job.dense, job.family, moments, shape, job.calibration
-            )
-        refitter = _refitter(job, shape, projections[widths], held_from, unseen_from)
-        loss = trial_loss(refitter, tokens)
+        if shape not in known:
+            widths = (shape.hidden_size, shape.word_embed_proj_dim, shape.tie_word_embeddings)
+            if moments.heads:  # the projection cuts heads too
+                widths += (shape.num_key_value_heads, shape.head_dim)
+            if widths not in projections:
+                found = choose_basis(job.dense, job.family, moments, shape, tokens)
+                projections[widths] = _same_for_all(job, found)[1]
+            refitter = _refitter(job, shape, projections[widths], held_from, unseen_from)
+            known[shape] = trial_loss(refitter, few)
+            losses = [[asdict(shape), loss] for shape, loss in known.items()]
+            journal.save(_TRIALS, len(losses), facts={"losses": losses})
         progress.advance(bar)
-        return loss
+        return known[shape]
 
     losses: dict[Shape, float] = {}
     for tied in (True, False):
@@ -245,28 +427,91 @@ def choose_shape(
     return best, [{**asdict(shape), "trial_loss": loss} for shape, loss in losses.items()]
 
 
-def compressed_groups(
-    job: Job, shape: "Shape", moments: "Moments", progress: "Progress"
-) -> "tuple[Tensor, float, list[dict[str, Any]], Iterator[tuple[Group, dict[str, Tensor]]]]":
-    """All eigenvalues, the energy kept, a log that fills as fits are made, and the compressed
-    groups in order.
-    """
-    from sp3llm import families
-    from sp3llm.measure import choose_basis, tracked
-    from sp3llm.rebuild import held_back_from, plain_groups, refitted_groups
+def final_basis(
+    job: Job, shape: "Shape", moments: "Moments", tokens: "Tensor", journal: "Journal"
+) -> "tuple[Tensor, Projection]":
+    """All eigenvalues, and the projection of the chosen shape."""
+    from sp3llm.measure import choose_basis, narrowing_of
+    from sp3llm.project import Projection
 
-    eigenvalues, projection = choose_basis(job.dense, job.family, moments, shape, job.calibration)
-    total_DD, basis_DK = moments.total(), projection.basis_DK
-    energy = ((total_DD @ basis_DK) * basis_DK).sum() / total_DD.trace()
-    groups = families.groups(job.family, job.dense.config)
+    before = journal.latest(_BASIS)
+    if before is not None:
+        found = {name: tensor.to(job.on.device) for name, tensor in before.tensors.items()}
+        eigenvalues = found.pop("eigenvalues")
+        narrowing = narrowing_of(job.dense, job.family, moments, shape)
+        return eigenvalues, Projection(**found, narrowing=narrowing)
+    eigenvalues, projection = _same_for_all(
+        job, choose_basis(job.dense, job.family, moments, shape, tokens)
+    )
+    parts = {name: t for name, t in vars(projection).items() if name != "narrowing"}
+    named = {name: t for name, t in parts.items() if t is not None}
+    journal.save(_BASIS, 0, {**named, "eigenvalues": eigenvalues})
+    return eigenvalues, projection
+
+
+def _same_for_all(job: Job, found: "tuple[Tensor, Projection]") -> "tuple[Tensor, Projection]":
+    """The first process's basis: a last bit more or less can turn an eigenvector around."""
+    eigenvalues, projection = found
+    basis = (projection.basis_DK, projection.tied_scale_K, projection.embedding_EJ)
+    job.on.ranks.copy_(eigenvalues, *basis)
+    return found
+
+
+def build(
+    job: Job,
+    shape: "Shape",
+    projection: "Projection",
+    tokens: "Tensor",
+    small_config: Mapping[str, Any],
+    model: Path,
+    journal: "Journal",
+    progress: "Progress",
+) -> list[dict[str, Any]]:
+    """Make the small model's groups in order, and write them as they come; a log of all fits."""
+    from sp3llm import checkpoint as disk
+    from sp3llm import families
+    from sp3llm.measure import tracked
+    from sp3llm.rebuild import Built, held_back_from, plain_groups, refitted_groups
+
+    ranks, windows = job.on.ranks, len(tokens)
+    count = len(families.groups(job.family, job.dense.config))
+    done = ranks.from_first(
+        lambda: disk.groups_written(job.family, small_config, job.dtype, journal)
+    )
     if not job.settings.refit:
-        bar = tracked(progress, "fold, rotate, cut", groups)
-        plain = plain_groups(job.dense, job.family, projection, job.dtype, job.on, bar)
-        return eigenvalues, energy.item(), [], plain
-    windows = len(job.calibration)
-    refitter = _refitter(job, shape, projection, held_back_from(windows), windows)
-    bar = tracked(progress, "fold, rotate, cut, refit", groups)
-    return eigenvalues, energy.item(), refitter.log, refitted_groups(refitter, job.calibration, bar)
+        what, fits = "fold, rotate, cut", []
+        groups = plain_groups(job.dense, job.family, projection, job.dtype, job.on, done)
+        start = done
+    else:
+        what = "fold, rotate, cut, refit"
+        before = journal.latest(_REFIT, done)
+        start = 0 if before is None else before.step
+        fits = [] if before is None else list(before.facts["fits"])
+        saved = None if before is None else (before.tensors["dense"], before.tensors["small"])
+        held_from = held_back_from(windows)
+        refitter = replace(_refitter(job, shape, projection, held_from, windows), log=fits)
+        groups = refitted_groups(refitter, tokens, start, saved)
+    latest: Built | None = None
+
+    def made() -> "Iterator[tuple[int, Mapping[str, Tensor]]]":
+        nonlocal latest
+        for latest in tracked(progress, what, groups, start, count):
+            yield latest.index, latest.tensors
+
+    if ranks.is_first:
+        steps = disk.write_model(job.family, small_config, made(), job.dtype, model, journal)
+    else:
+        steps = ((index, _nothing) for index, _ in made())
+    for index, wait in steps:
+        if job.settings.refit and index + 1 < count and journal.due():
+            wait()
+            streams = {"dense": latest.dense.hidden, "small": latest.small.hidden}
+            journal.save(_REFIT, index + 1, streams, {"fits": fits})
+    return fits
+
+
+def _nothing() -> None:
+    """What a process that writes nothing waits for."""
 
 
 def _refitter(
@@ -286,35 +531,6 @@ def _refitter(
         unseen_from=unseen_from,
         log=[],
     )
-
-
-def write_model(
-    family: "Family",
-    small_config: Mapping[str, Any],
-    compressed: "Iterable[tuple[Group, dict[str, Tensor]]]",
-    dtype: "torch.dtype",
-    folder: Path,
-) -> "Checkpoint":
-    """Write groups as they come, a shard at a time; returns the checkpoint written.
-
-    `config.json` is not written yet: the folder does not load until the caller says it is whole.
-    """
-    from sp3llm import checkpoint as disk
-    from sp3llm.families import count_parameters
-
-    layout = disk.shard_layout(family, small_config, dtype)
-    ends = {shard[-1].name: number for number, shard in enumerate(layout)}
-    files: dict[str, Path] = {}
-    pending: dict[str, Tensor] = {}
-    for group, tensors in compressed:
-        pending |= {name: tensor.cpu() for name, tensor in tensors.items()}
-        if group.name in ends:
-            path = disk.write_shard(folder, ends[group.name], len(layout), pending)
-            files |= dict.fromkeys(pending, path)
-            pending = {}
-    parameters = count_parameters(family, small_config)
-    disk.write_index(folder, layout, parameters * dtype.itemsize, parameters)
-    return disk.Checkpoint(folder, small_config, files)
 
 
 def _dtype(asked: str, dense: "torch.dtype") -> "torch.dtype":
@@ -338,12 +554,40 @@ def _hub_id(settings: CompressConfig, name: str) -> str | None:
     return name if is_hub_id else None
 
 
-def _windows(
-    settings: CompressConfig, dense: "Checkpoint", family: "Family"
-) -> "tuple[Windows, Windows]":
-    """Calibration and evaluation windows of the length the model can take."""
+def _windows(job: Job, journal: "Journal") -> "tuple[Windows, Windows]":
+    """Calibration and evaluation windows of the length the model can take; the first process
+    reads the text.
+    """
+    from sp3llm.data import Windows
+
+    before = journal.latest(_TEXT)
+    if before is None:
+        both = job.on.ranks.from_first(lambda: _read_windows(job))
+        facts = [
+            {**vars(windows), "tokens": None, "documents": sorted(windows.documents)}
+            for windows in both
+        ]
+        tensors = {str(i): windows.tokens for i, windows in enumerate(both)}
+        journal.save(_TEXT, 0, tensors, {"windows": facts})
+        return both
+    calibration, evaluation = (
+        Windows(
+            **{
+                **facts,
+                "tokens": before.tensors[str(i)],
+                "sources": tuple(facts["sources"]),
+                "documents": frozenset(facts["documents"]),
+            }
+        )
+        for i, facts in enumerate(before.facts["windows"])
+    )
+    return calibration, evaluation
+
+
+def _read_windows(job: Job) -> "tuple[Windows, Windows]":
     from sp3llm import data, families
 
+    settings, dense, family = job.settings, job.dense, job.family
     seq_len = families.window_length(family, dense.config, settings.seq_len)
     tokenizer = data.load_tokenizer(dense.folder)
     calib = settings.calib or ("stdlib" if settings.model is None else "wikitext2")
@@ -372,7 +616,6 @@ def _record(
     settings: CompressConfig,
     on: "Execution",
     dtype: "torch.dtype",
-    companions: list[str],
 ) -> dict[str, Any]:
     """`sp3llm.json`: everything needed to know, and repeat, what was done."""
     from sp3llm import report
@@ -408,7 +651,6 @@ def _record(
         "compute_dtype": str(on.dtype).removeprefix("torch."),
         "dense_weight_bytes": result.dense_bytes,
         "weight_bytes": result.weight_bytes,
-        "files_copied": companions,
         "seconds": round(result.seconds, 2),
         "peak_memory_bytes": result.peak_memory,
         "device_memory_bytes": result.device_memory,
@@ -422,7 +664,7 @@ def _command(settings: CompressConfig) -> str:
     defaults = asdict(CompressConfig())
     words = ["sp3llm", "compress", *([settings.model] if settings.model else [])]
     for key, value in asdict(settings).items():
-        if key == "model" or (key != "keep" and value == defaults[key]):
+        if key in ("model", "fresh") or (key != "keep" and value == defaults[key]):
             continue
         option = key.replace("_", "-")
         if isinstance(value, bool):

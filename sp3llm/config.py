@@ -1,8 +1,9 @@
 """What a run is asked to do, checked where it enters."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sp3llm.errors import UserError
 
@@ -12,7 +13,12 @@ ALLOCATIONS = ("search", "width")
 COUNTS = ("params", "bytes", "flops", "kv-cache")
 CHOICES = ("obs", "energy")
 TIES = ("auto", "keep", "untie")
+STREAMS = ("auto", "gpu", "host", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+# Where things are computed and put, not what.
+_NOT_OF_RESULT = ("out", "streams", "max_memory", "batch_tokens", "fresh", "report")
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,22 @@ class CompressConfig:
     """Write report.html, with samples of both models."""
     seed: int = 0
     """Chooses the calibration windows; everything else is deterministic."""
+    streams: str = "auto"
+    """Where residual streams lie: on the GPU, the host, the disk, or the first with room."""
+    max_memory: str | None = None
+    """What may be taken, as accelerate writes it: `0=10GiB,cpu=30GiB`, or JSON."""
+    batch_tokens: int | None = None
+    """Tokens that go through a layer at once; None: by the memory there is."""
+    fresh: bool = False
+    """Start over where a killed run could be continued."""
+
+    def of_result(self) -> dict[str, Any]:
+        """The settings that the result depends on, by option."""
+        return {
+            f"--{name.replace('_', '-')}": value if value is None else str(value)
+            for name, value in asdict(self).items()
+            if name not in _NOT_OF_RESULT
+        }
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.keep) and 0 < self.keep < 1):
@@ -84,7 +106,10 @@ class CompressConfig:
                 f"Expected --keep between 0 and 1 (exclusive), found {self.keep:g}: give the "
                 "fraction of parameters to keep, such as 0.75."
             )
-        for name in ("samples", "eval_samples", "seq_len", "multiple_of", "tensor_parallel"):
+        for name in (
+            *("samples", "eval_samples", "seq_len", "multiple_of", "tensor_parallel"),
+            "batch_tokens",
+        ):
             value = getattr(self, name)
             least = 2 if name == "seq_len" else 1
             if value is not None and value < least:
@@ -98,6 +123,7 @@ class CompressConfig:
             ("basis", BASES),
             ("choose", CHOICES),
             ("tie", TIES),
+            ("streams", STREAMS),
             ("dtype", DTYPES),
         ):
             if getattr(self, name) not in choices:

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 import re
 
@@ -9,6 +9,13 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with code 2; a program that calls
     sp3llm as a library catches it like any other exception.
     """
+
+    of_all = False
+    """Every process of the run raises it, so that the first one's word is enough."""
+
+
+class ResumableError(UserError):
+    """A run that stopped through no fault of its input: the same command continues it."""
 
 
 def reason(error: Exception, limit: int = 200) -> str:

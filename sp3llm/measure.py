@@ -1,7 +1,8 @@
 """Streaming measurements: what the basis is made from, and the losses before and after."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from rich.progress import Progress
@@ -10,6 +11,7 @@ from torch import Tensor
 from sp3llm import families
 from sp3llm.checkpoint import Checkpoint
 from sp3llm.errors import UserError
+from sp3llm.execution import Execution, Ranks, ahead
 from sp3llm.families import Family, Group
 from sp3llm.moments import (
     add_second_moment,
@@ -24,8 +26,8 @@ from sp3llm.moments import (
 from sp3llm.plan import Shape
 from sp3llm.project import HeadMoments, Narrowing, Projection, norm_of
 from sp3llm.rebuild import head_tensors
+from sp3llm.resume import NOTHING_KEPT, Journal
 from sp3llm.stream import (
-    Execution,
     Probe,
     Stream,
     backward_head,
@@ -36,6 +38,8 @@ from sp3llm.stream import (
     run_layer,
     token_losses,
 )
+
+Item = TypeVar("Item")
 
 # Loss gradients are taken on this many tokens, in whole windows: their moments only weigh
 # directions, and every layer's input is kept for them.
@@ -86,6 +90,12 @@ class _Sum:
         self.sums_BW += column_sums(x_NBW.flatten(1)).view(blocks, width)
         self.count += len(x_NBW)
 
+    def over(self, ranks: Ranks) -> "_Sum":
+        """The same with what every process has seen."""
+        count = self.sums_BW.new_tensor([self.count])
+        ranks.add_(self.squares_BWW, self.sums_BW, count)
+        return _Sum(self.squares_BWW, self.sums_BW, int(count.item()))
+
     def moments(self) -> Tensor:
         """Mean second moments, `(B, W, W)`."""
         return self.squares_BWW / self.count
@@ -119,6 +129,12 @@ class _Slots:
         """The slot that a site is summed into."""
         return site * len(self.sums) // self.sites
 
+    def restore(self, named: Mapping[str, Tensor]) -> None:
+        """Take over what `_packed` had."""
+        for name, totals in (("sites_DD", self.sums), ("metrics_DD", self.metrics)):
+            for index, total_DD in enumerate(totals):
+                total_DD.copy_(named[f"{name}.{index}"])
+
     def check_finite(self) -> None:
         """Raises UserError if anything overflowed."""
         if not all(torch.isfinite(total_DD).all() for total_DD in self.sums):
@@ -133,9 +149,15 @@ class _Slots:
             )
 
 
-def tracked(progress: Progress | None, description: str, items: list[Group]) -> Iterable[Group]:
-    """The items, with a bar where there is one to show."""
-    return items if progress is None else progress.track(items, description=description)
+def tracked(
+    progress: Progress | None, description: str, items: Iterable[Item], start: int, count: int
+) -> Iterator[Item]:
+    """The items, number `start` to `count`, with a bar where there is one to show."""
+    bar = None if progress is None else progress.add_task(description, total=count, completed=start)
+    for item in items:
+        yield item
+        if bar is not None:
+            progress.advance(bar)
 
 
 def measure_dense(
@@ -147,20 +169,65 @@ def measure_dense(
     basis: str,
     on: Execution,
     progress: Progress | None = None,
+    journal: Journal = NOTHING_KEPT,
 ) -> tuple[Moments, Tensor | None]:
     """One streaming pass of the dense model over calibration and evaluation windows.
 
     `moments` is of which stream (`normalised` or `raw`). With `basis` other than `pca` what an
     error in the stream costs is measured too: `readers`, by the readers' weights, relative to all
-    that they read; `gradient`, by the second moments of loss gradients (see `_gradient_metrics`).
+    that they read; `gradient`, by the second moments of loss gradients (see
+    `_add_gradient_metrics`). What `journal` has from a run before is not done again.
 
     Returns the moments and the token losses on the evaluation windows.
+    """
+    finished = journal.latest("moments")
+    if finished is not None:
+        return _unpacked(finished.tensors, on), finished.tensors.get("losses")
+    _, *layers, _ = families.groups(family, dense.config)
+    shape = Shape.of(family, dense.config)
+    count = len(family.sites) * len(layers) + 1
+    slots = _Slots.of(count, 1 if basis == "pca" else _SITES, shape.hidden_size, on)
+    traced = journal.leading("input")
+    passed = journal.latest("forward") if traced == len(layers) + 1 else None
+    if passed is not None:
+        slots.restore(passed.tensors)
+        found, losses = _unpacked(passed.tensors, on), passed.tensors.get("losses")
+        inputs = [journal.kept("input", index) for index in range(traced)]
+    else:
+        found, losses, inputs = _forward(
+            dense, family, calibration, evaluation, moments, basis, on, progress, journal, slots
+        )
+    if basis == "gradient":
+        _add_gradient_metrics(dense, family, calibration, on, progress, journal, inputs, slots)
+    slots.check_finite()
+    found = replace(
+        found, sites_DD=tuple(slots.sums), metrics_DD=() if basis == "pca" else tuple(slots.metrics)
+    )
+    losses_saved = {} if losses is None else {"losses": losses}
+    journal.save("moments", 0, {**_packed(found), **losses_saved})
+    journal.drop("dense", "forward", "gradient", "input")
+    return found, losses
+
+
+def _forward(
+    dense: Checkpoint,
+    family: Family,
+    calibration: Tensor,
+    evaluation: Tensor | None,
+    moments: str,
+    basis: str,
+    on: Execution,
+    progress: Progress | None,
+    journal: Journal,
+    slots: _Slots,
+) -> tuple[Moments, Tensor | None, list[Tensor]]:
+    """The forward pass of `measure_dense`: fills `slots` but for metrics of gradients.
+
+    Returns moments, losses, and for gradients every layer's input and the head's.
     """
     eps = families.norm_eps(family, dense.config)
     shape = Shape.of(family, dense.config)
     embeddings, *layers, _ = families.groups(family, dense.config)
-    count = len(family.sites) * len(layers) + 1
-    slots = _Slots.of(count, 1 if basis == "pca" else _SITES, shape.hidden_size, on)
 
     def probe_into(total: _Sum) -> Probe:
         def probe(_: slice, x: Tensor) -> None:
@@ -170,7 +237,7 @@ def measure_dense(
 
     def close(site: int, total: _Sum, tensors: Mapping[str, Tensor], norm: str,
               readers: list[str]) -> None:  # fmt: skip
-        moment_DD = total.moments()[0]
+        moment_DD = total.moments()[0].to(on.device)
         slots.sums[slots.of_site(site)] += moment_DD
         if basis == "readers":
             metric_DD = _reader_metric(family, tensors, norm, readers, on)
@@ -181,48 +248,103 @@ def measure_dense(
 
     model = empty_model(dense.config)
     table = dense.read(embeddings.parameters)
-    stream = open_stream(model, family, table, calibration, on)
-    evaluated = None if evaluation is None else open_stream(model, family, table, evaluation, on)
-    windows = max(1, _GRADIENT_TOKENS // calibration.shape[1])
-    inputs: list[Tensor] = []
-    heads: list[HeadMoments] = []
+    before = journal.latest("dense", journal.leading("input") if basis == "gradient" else None)
+    start, saved = (0, {}) if before is None else (before.step, before.tensors)
+    inputs = [journal.kept("input", index) for index in range(start if basis == "gradient" else 0)]
+    mine = on.mine(*calibration.shape)
+    stream = open_stream(model, family, table, calibration[mine], on, saved.get("stream"))
+    evaluated = None
+    if evaluation is not None:
+        mine_evaluated = on.mine(*evaluation.shape)
+        own = evaluation[mine_evaluated]
+        evaluated = open_stream(model, family, table, own, on, saved.get("evaluated"))
+    traced = len(_traced_windows(calibration, on))
+    heads = list(_unpacked(saved, on).heads) if saved else []
+    if saved:
+        slots.restore(saved)
     square = families.is_square(family, dense.config)
-    for index, group in enumerate(tracked(progress, "dense model, second moments", layers)):
+    sources = ahead(layers[start:], lambda group: dense.read(group.parameters), on, start)
+    bar = tracked(progress, "dense model, second moments", sources, start, len(layers))
+    for index, (group, tensors) in enumerate(bar, start):
+        here = on.turn(index)
         if basis == "gradient":
-            inputs.append(stream.hidden[:windows].clone())
-        at_sites = [_Sum.of(1, shape.hidden_size, on) for _ in family.sites]
+            inputs.append(journal.keep("input", index, stream.hidden[:traced]))
+        at_sites = [_Sum.of(1, shape.hidden_size, here) for _ in family.sites]
         probes = {
             site.norm: probe_into(total) for site, total in zip(family.sites, at_sites, strict=True)
         }
         if square:
-            outputs = _Sum.of(shape.num_attention_heads, shape.head_dim, on)
+            outputs = _Sum.of(shape.num_attention_heads, shape.head_dim, here)
             probes[family.writers[0]] = lambda _, a, outputs=outputs: outputs.add(widen(a))
         streams = [(stream, probes)] + ([(evaluated, {})] if evaluated else [])
-        tensors = dense.read(group.parameters)
-        run_layer(model, family, index, tensors, streams, on)
+        run_layer(model, family, index, tensors, streams, here)
+        at_sites = [total.over(on.ranks) for total in at_sites]
         first = index * len(family.sites)
         if square:
-            heads.append(_head_moments(family, group, tensors, at_sites[0], outputs))
+            outputs = outputs.over(on.ranks)
+            found = _head_moments(family, group, tensors, at_sites[0], outputs)
+            heads.append(found.to(on.device))
         for number, (site, total) in enumerate(zip(group.sites, at_sites, strict=True)):
             readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
             norm = f"{group.prefix}{site.norm}"
             close(first + number, total, tensors, norm, readers)
+        if journal.due():
+            streams_now = {"stream": stream.hidden}
+            if evaluated is not None:
+                streams_now["evaluated"] = evaluated.hidden
+            state = Moments(tuple(slots.sums), tuple(slots.metrics), None, tuple(heads))
+            journal.save("dense", index + 1, {**_packed(state), **streams_now})
     at_head = _Sum.of(1, shape.hidden_size, on)
     probe_stream(stream, probe_into(at_head), on)
+    at_head = at_head.over(on.ranks)
     head = head_tensors(dense, family)
-    close(count - 1, at_head, head, family.final_norm, [f"{family.head}.weight"])
+    last = len(family.sites) * len(layers)
+    close(last, at_head, head, family.final_norm, [f"{family.head}.weight"])
     losses = None
     if evaluated is not None:
-        losses = token_losses(model, family, head, evaluated, evaluation, on)
+        own_losses = token_losses(model, family, head, evaluated, own, on)
+        losses = on.ranks.assembled(own_losses, mine_evaluated, len(evaluation))
+    found = Moments(tuple(slots.sums), tuple(slots.metrics), at_head.moments()[0], tuple(heads))
     if basis == "gradient":
-        final = Stream(stream.hidden[:windows], stream.calls)
-        costs = _gradient_metrics(dense, family, inputs, final, on, progress)
-        for site, metric_DD in enumerate(costs):
-            slots.metrics[slots.of_site(count - 1 - site)] += metric_DD
-    slots.check_finite()
-    metrics_DD = () if basis == "pca" else tuple(slots.metrics)
-    found = Moments(tuple(slots.sums), metrics_DD, at_head.moments()[0], tuple(heads))
-    return found, losses
+        inputs.append(journal.keep("input", len(layers), stream.hidden[:traced]))
+        losses_saved = {} if losses is None else {"losses": losses}
+        journal.save("forward", 0, {**_packed(found), **losses_saved})
+    return found, losses, inputs
+
+
+def _traced_windows(calibration: Tensor, on: Execution) -> list[int]:
+    """Which windows of this process, its first ones, loss gradients are taken on."""
+    mine = on.mine(*calibration.shape)
+    return mine[mine < max(1, _GRADIENT_TOKENS // calibration.shape[1])].tolist()
+
+
+def _packed(moments: Moments) -> dict[str, Tensor]:
+    """Moments as named tensors."""
+    named: dict[str, Tensor | None] = {"head": moments.head_DD}
+    for name in ("sites_DD", "metrics_DD"):
+        named |= {f"{name}.{i}": tensor for i, tensor in enumerate(getattr(moments, name))}
+    for layer, head in enumerate(moments.heads):
+        named |= {f"heads.{layer}.{name}": tensor for name, tensor in vars(head).items()}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _unpacked(named: Mapping[str, Tensor], on: Execution) -> Moments:
+    """What `_packed` had."""
+
+    def of(prefix: str) -> dict[str, Tensor]:
+        start = f"{prefix}."
+        found = {n.removeprefix(start): t for n, t in named.items() if n.startswith(start)}
+        return {name: tensor.to(on.device, copy=True) for name, tensor in found.items()}
+
+    def listed(prefix: str) -> tuple[Tensor, ...]:
+        found = of(prefix)
+        return tuple(found[str(i)] for i in range(len(found)))
+
+    layers = range(1 + max((int(n.split(".")[0]) for n in of("heads")), default=-1))
+    heads = tuple(HeadMoments(**of(f"heads.{layer}")) for layer in layers)
+    head_DD = named.get("head")
+    head_DD = None if head_DD is None else head_DD.to(on.device, copy=True)
+    return Moments(listed("sites_DD"), listed("metrics_DD"), head_DD, heads)
 
 
 def _head_moments(
@@ -268,44 +390,65 @@ def _reader_metric(
     return norm_D[:, None] * metric_DD * norm_D
 
 
-def _gradient_metrics(
+def _add_gradient_metrics(
     dense: Checkpoint,
     family: Family,
-    inputs: list[Tensor],
-    final: Stream,
+    calibration: Tensor,
     on: Execution,
     progress: Progress | None,
-) -> Iterator[Tensor]:
-    """`A = E[g g^T]` with `g` the gradient of a token's loss by the normalised stream at a site.
+    journal: Journal,
+    inputs: list[Tensor],
+    slots: _Slots,
+) -> None:
+    """Add `A = E[g g^T]`, `g` the gradient of a token's loss by the normalised stream at a site.
 
     Labels are drawn from the model itself, so that `A` is the Fisher information of the stream,
     and the sum over sites of `tr(A Q C Q) / 2` the loss in nats a token that giving up `Q` costs,
     to second order, errors at different sites and moments within one taken as independent.
 
-    Yields one matrix a site, from the head down.
+    `inputs` are every layer's for the windows traced, and behind them what the head reads.
     """
-    _, *layers, _ = families.groups(family, dense.config)
+    embeddings, *layers, _ = families.groups(family, dense.config)
     model = empty_model(dense.config)
-    width = final.hidden.shape[-1]
+    windows = _traced_windows(calibration, on)
+    table = dense.read(embeddings.parameters)
+    calls = open_stream(model, family, table, calibration[windows], on, inputs[-1]).calls
+    traced = max(1, _GRADIENT_TOKENS // calibration.shape[1])
+    tokens = min(traced, len(calibration)) * calibration.shape[1]
 
-    def metric(gradients: Tensor, norm: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        total_DD = torch.zeros(width, width, dtype=torch.float64, device=on.device)
-        seen = widen(gradients.to(on.device))
-        add_second_moment(total_DD, seen * norm_of(family, norm, tensors, seen)[0])
-        return total_DD / final.hidden[..., 0].numel()
+    def add(site: int, gradients: Tensor, norm: str, tensors: Mapping[str, Tensor],
+            here: Execution) -> None:  # fmt: skip
+        width = gradients.shape[-1]
+        total_DD = torch.zeros(width, width, dtype=torch.float64, device=here.device)
+        for window in gradients:
+            seen = widen(window.to(here.device))
+            add_second_moment(total_DD, seen * norm_of(family, norm, tensors, seen)[0])
+        on.ranks.add_(total_DD)
+        slots.metrics[slots.of_site(site)] += (total_DD / tokens).to(on.device)
 
-    head = head_tensors(dense, family)
-    upstream, at_norm = backward_head(model, family, head, final, on)
-    yield metric(at_norm, family.final_norm, head)
-    pairs = list(enumerate(layers))[::-1]
-    bar = tracked(progress, "dense model, loss gradients", [group for _, group in pairs])
-    for (index, _), group in zip(pairs, bar, strict=True):
-        tensors = dense.read(group.parameters)
-        at = Stream(inputs[index], final.calls)
+    before = journal.latest("gradient")
+    sites = len(family.sites)
+    if before is None:
+        head = head_tensors(dense, family)
+        final = Stream(inputs[-1], calls)
+        upstream, at_norm = backward_head(model, family, head, final, windows, on)
+        add(sites * len(layers), at_norm, family.final_norm, head, on)
+        start = 0
+    else:
+        start, upstream = before.step, before.tensors["upstream"]
+        slots.restore(before.tensors)
+    downwards = list(enumerate(layers))[::-1]
+    sources = ahead(downwards[start:], lambda pair: dense.read(pair[1].parameters), on)
+    bar = tracked(progress, "dense model, loss gradients", sources, start, len(layers))
+    for done, ((index, group), tensors) in enumerate(bar, start + 1):
+        at = Stream(inputs[index], calls)
         norms = [site.norm for site in family.sites]
         upstream, gradients = backward_layer(model, family, index, tensors, at, upstream, norms, on)
-        for gradient, norm in zip(gradients[::-1], norms[::-1], strict=True):
-            yield metric(gradient, f"{group.prefix}{norm}", tensors)
+        for number, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
+            add(index * sites + number, gradient, f"{group.prefix}{norm}", tensors, on)
+        if journal.due():
+            state = Moments(tuple(slots.sums), tuple(slots.metrics))
+            journal.save("gradient", done, {**_packed(state), "upstream": upstream})
 
 
 def measure_losses(
@@ -314,14 +457,24 @@ def measure_losses(
     tokens: Tensor,
     on: Execution,
     progress: Progress | None = None,
+    journal: Journal = NOTHING_KEPT,
 ) -> Tensor:
     """Token losses of a checkpoint, streamed: `(windows, tokens - 1)`, float64, nats."""
     model = empty_model(checkpoint.config)
     embeddings, *layers, _ = families.groups(family, checkpoint.config)
-    stream = open_stream(model, family, checkpoint.read(embeddings.parameters), tokens, on)
-    for index, group in enumerate(tracked(progress, "compressed model, perplexity", layers)):
-        run_layer(model, family, index, checkpoint.read(group.parameters), [(stream, {})], on)
-    return token_losses(model, family, head_tensors(checkpoint, family), stream, tokens, on)
+    mine = on.mine(*tokens.shape)
+    own = tokens[mine]
+    before = journal.latest("losses")
+    start, saved = (0, None) if before is None else (before.step, before.tensors["stream"])
+    stream = open_stream(model, family, checkpoint.read(embeddings.parameters), own, on, saved)
+    sources = ahead(layers[start:], lambda group: checkpoint.read(group.parameters), on, start)
+    bar = tracked(progress, "compressed model, perplexity", sources, start, len(layers))
+    for index, (_, tensors) in enumerate(bar, start):
+        run_layer(model, family, index, tensors, [(stream, {})], on.turn(index))
+        if journal.due():
+            journal.save("losses", index + 1, {"stream": stream.hidden})
+    losses = token_losses(model, family, head_tensors(checkpoint, family), stream, own, on)
+    return on.ranks.assembled(losses, mine, len(tokens))
 
 
 def choose_basis(
@@ -350,10 +503,7 @@ def choose_basis(
         basis_DK = metric_basis(sites_DD, metrics_DD, vectors_DD, kept)
     if family.centred:
         basis_DK = frame_DF @ basis_DK @ mean_free_frame(shape.hidden_size, device).T
-    narrowing = None
-    if families.is_square(family, dense.config):
-        groups = Shape.of(family, dense.config).num_key_value_heads
-        narrowing = Narrowing(moments.heads, groups, shape.num_key_value_heads, shape.head_dim)
+    narrowing = narrowing_of(dense, family, moments, shape)
     tied_scale_K, embedding_EJ = None, None
     if shape.tie_word_embeddings and family.projections is None:
         norm = f"{family.final_norm}.weight"
@@ -362,6 +512,16 @@ def choose_basis(
     elif shape.tie_word_embeddings:
         embedding_EJ = _embedding_basis(dense, family, moments, shape, tokens, basis_DK)
     return eigenvalues_D, Projection(basis_DK, tied_scale_K, embedding_EJ, narrowing)
+
+
+def narrowing_of(
+    dense: Checkpoint, family: Family, moments: Moments, shape: Shape
+) -> Narrowing | None:
+    """How attention is cut first, in families whose width is heads times head size."""
+    if not families.is_square(family, dense.config):
+        return None
+    groups = Shape.of(family, dense.config).num_key_value_heads
+    return Narrowing(moments.heads, groups, shape.num_key_value_heads, shape.head_dim)
 
 
 def _embedding_basis(

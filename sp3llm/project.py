@@ -13,7 +13,7 @@ Everything is computed in float64; the caller rounds once, when it writes.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class HeadMoments:
     """Second moments of queries, biases included; None under rotary embedding."""
     key_HEE: Tensor | None = None
     """Covariances of keys."""
+
+    def to(self, device: torch.device) -> "HeadMoments":
+        """The same on another device."""
+        return HeadMoments(*(None if m is None else m.to(device) for m in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,20 @@ class Projection:
     projections between embeddings and stream."""
     narrowing: Narrowing | None = None
     """For families whose width is heads times head size."""
+
+    def to(self, device: torch.device) -> "Projection":
+        """The same on another device."""
+        if device == self.basis_DK.device:
+            return self
+        scale, embedding = (
+            None if tensor is None else tensor.to(device)
+            for tensor in (self.tied_scale_K, self.embedding_EJ)
+        )
+        narrowing = self.narrowing
+        if narrowing is not None:
+            heads = tuple(moments.to(device) for moments in narrowing.heads)
+            narrowing = replace(narrowing, heads=heads)
+        return Projection(self.basis_DK.to(device), scale, embedding, narrowing)
 
 
 def stream_scale(basis_DK: Tensor) -> float:

@@ -6,7 +6,7 @@ inputs are chosen and the writer is fitted to bring the small stream back to the
 has been fitted is rounded to the dtype of the export before the next fit sees its output.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sp3llm import families
 from sp3llm.checkpoint import Checkpoint
 from sp3llm.errors import UserError
-from sp3llm.families import Family, Group, Site
+from sp3llm.execution import Execution, ahead
+from sp3llm.families import VOCAB, Family, Group, Site
 from sp3llm.moments import normalise, widen
 from sp3llm.plan import Shape, resized_config
 from sp3llm.project import (
@@ -30,6 +31,7 @@ from sp3llm.project import (
     stream_scale,
 )
 from sp3llm.refit import (
+    RIDGES,
     Fit,
     Gram,
     add_to_gram,
@@ -37,12 +39,13 @@ from sp3llm.refit import (
     choose_units,
     empty_gram,
     joined,
+    parts,
     restricted,
+    ridge_errors,
     ridge_fit,
     ridge_solution,
 )
 from sp3llm.stream import (
-    Execution,
     Returns,
     Stream,
     add_to_stream,
@@ -55,6 +58,8 @@ from sp3llm.stream import (
 
 # Held back from every fit to choose its ridge: one window in this many, one at least.
 _HELD_BACK = 8
+# Entries of a vocabulary's table that are transformed at once, in float64.
+_TABLE_PIECE = 2**23
 # Ridge of the writer that neurons and groups are chosen by, relative to the mean diagonal.
 _CHOICE_RIDGE = 1e-4
 
@@ -90,34 +95,88 @@ class Refitter:
         return families.residual_multiplier(self.family, self.dense.config)
 
 
+@dataclass(frozen=True)
+class Built:
+    """A finished group, and both streams behind it."""
+
+    index: int
+    group: Group
+    tensors: Mapping[str, Tensor]
+    dense: Stream | None = None
+    small: Stream | None = None
+
+
 def plain_groups(
     dense: Checkpoint,
     family: Family,
     projection: Projection,
     dtype: torch.dtype,
     on: Execution,
-    groups: Iterable[Group],
-) -> Iterator[tuple[Group, dict[str, Tensor]]]:
-    """Fold, rotate and cut every group, and nothing else."""
-    for group in groups:
-        yield group, _projected(dense, family, projection, dtype, on, group)
+    start: int = 0,
+) -> Iterator[Built]:
+    """Fold, rotate and cut every group from number `start` on, and nothing else."""
+    groups = families.groups(family, dense.config)[start:]
+    for index, (group, source) in enumerate(_sources(dense, family, groups, on, start), start):
+        device = on.turn(index).device
+        yield Built(
+            index, group, _projected(family, projection.to(device), dtype, device, group, source)
+        )
+
+
+def _sources(
+    dense: Checkpoint, family: Family, groups: list[Group], on: Execution, start: int
+) -> Iterator[tuple[Group, Mapping[str, Tensor]]]:
+    """Groups with their dense tensors, read ahead; the head with a tied table under its name."""
+
+    def load(group: Group) -> Mapping[str, Tensor]:
+        if group.name == "head":
+            return head_tensors(dense, family)
+        return dense.read(group.parameters)
+
+    return ahead(groups, load, on, start)
 
 
 def _projected(
-    dense: Checkpoint,
     family: Family,
     projection: Projection,
     dtype: torch.dtype,
-    on: Execution,
+    device: torch.device,
     group: Group,
+    source: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    is_head = group.name == "head"
-    source = head_tensors(dense, family) if is_head else dense.read(group.parameters)
-    source = {name: t.to(on.device) for name, t in source.items()}
-    if group.prefix:
-        source = narrow_attention(family, group, source, projection)
-    projected = project_group(family, group, source, projection)
-    return {name: rounded(name, tensor, dtype) for name, tensor in projected.items()}
+    found: dict[str, list[Tensor]] = {}
+    for piece in _pieces(family, projection, group, source):
+        tensors = {name: tensor.to(device) for name, tensor in piece.items()}
+        if group.prefix:
+            tensors = narrow_attention(family, group, tensors, projection)
+        projected = project_group(family, group, tensors, projection)
+        for name, tensor in projected.items():
+            if not found.get(name) or _in_rows(family, group, name):
+                found.setdefault(name, []).append(rounded(name, tensor, dtype))
+    return {name: torch.cat(p) if len(p) > 1 else p[0] for name, p in found.items()}
+
+
+def _in_rows(family: Family, group: Group, name: str) -> bool:
+    """Whether a tensor has a row for every token of the vocabulary."""
+    is_head = group.name == "head" and name == f"{family.head}.weight"
+    return is_head or group.parameters.get(name, ("",))[0] == VOCAB
+
+
+def _pieces(
+    family: Family, projection: Projection, group: Group, source: Mapping[str, Tensor]
+) -> Iterator[Mapping[str, Tensor]]:
+    """A group's tensors with the rows of a vocabulary's table a few at a time, where every row is
+    transformed by itself: in float64 a whole table is larger than any layer.
+    """
+    tables = [name for name in source if _in_rows(family, group, name)]
+    as_whole = projection.embedding_EJ is not None or projection.tied_scale_K is not None
+    if not tables or (group.name == "head" and as_whole):
+        yield source
+        return
+    rows, width = source[tables[0]].shape
+    step = max(1, _TABLE_PIECE // width)
+    for start in range(0, rows, step):
+        yield {**source, **{name: source[name][start : start + step] for name in tables}}
 
 
 def head_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:
@@ -145,11 +204,49 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def refitted_groups(
-    refitter: Refitter, tokens: Tensor, groups: Iterable[Group]
-) -> Iterator[tuple[Group, dict[str, Tensor]]]:
-    """Project, choose and refit every group, in order, on `tokens` (`(windows, tokens)`)."""
-    for group, tensors, _ in _walk(refitter, tokens, groups):
-        yield group, tensors
+    refitter: Refitter,
+    tokens: Tensor,
+    start: int = 0,
+    saved: tuple[Tensor, Tensor] | None = None,
+) -> Iterator[Built]:
+    """Project, choose and refit every group in order, on `tokens`, `(windows, tokens)`, of which
+    every process takes its share.
+
+    From group `start` on, with the dense and small streams as they were `saved` before it.
+    """
+    family, on = refitter.family, refitter.on
+    mine = on.mine(*tokens.shape)
+    tokens = tokens[mine]
+    bounds = (int((mine < b).sum()) for b in (refitter.held_from, refitter.unseen_from))
+    refitter = replace(refitter, **dict(zip(("held_from", "unseen_from"), bounds, strict=True)))
+    groups = families.groups(family, refitter.dense.config)
+    shells = _shells(refitter)
+    dense_model = empty_model(refitter.dense.config)
+    if saved is not None:
+        table = refitter.dense.read(groups[0].parameters)
+        dense_stream = open_stream(dense_model, family, table, tokens, on, saved[0])
+        projected = _projected(
+            family, refitter.projection, refitter.dtype, on.device, groups[0], table
+        )
+        small_stream = open_stream(shells[0], family, projected, tokens, on, saved[1])
+    sources = _sources(refitter.dense, family, groups[start:], on, start)
+    for index, (group, source) in enumerate(sources, start):
+        here = on.turn(index)
+        at = replace(refitter, on=here, projection=refitter.projection.to(here.device))
+        tensors = _projected(family, at.projection, at.dtype, here.device, group, source)
+        if group.name == "embeddings":
+            dense_stream = open_stream(dense_model, family, source, tokens, here)
+            small_stream = open_stream(shells[0], family, tensors, tokens, here)
+            if _fit_embeddings(at, tensors, tokens, dense_stream, small_stream):
+                small_stream = open_stream(shells[0], family, tensors, tokens, here)
+        elif group.name == "head":
+            _fit_head(at, source, tensors, dense_stream, small_stream)
+        else:
+            _fit_layer(
+                at, index - 1, group, source, tensors, dense_model, shells, dense_stream,
+                small_stream,
+            )  # fmt: skip
+        yield Built(index, group, tensors, dense_stream, small_stream)
 
 
 def trial_loss(refitter: Refitter, tokens: Tensor) -> float:
@@ -157,43 +254,22 @@ def trial_loss(refitter: Refitter, tokens: Tensor) -> float:
 
     Nothing is written: the small stream goes through each layer as it is fitted.
     """
-    family, config = refitter.family, refitter.dense.config
+    family, config, on = refitter.family, refitter.dense.config, refitter.on
     small_config = resized_config(family, config, refitter.shape)
-    walked = _walk(refitter, tokens, families.groups(family, config))
-    _, tensors, stream = next(walked)
-    table, head = tensors[family.embedding], tensors
-    for _, tensors, _ in walked:
-        head = tensors
+    for built in refitted_groups(refitter, tokens):
+        if built.group.name == "embeddings":
+            table = built.tensors[family.embedding]
+    head, stream = built.tensors, built.small
     if refitter.shape.tie_word_embeddings:
         head = {**head, f"{family.head}.weight": table}
-    unseen = slice(refitter.unseen_from, None)
+    mine = on.mine(*tokens.shape)
+    unseen = mine >= refitter.unseen_from
     ends = Stream(stream.hidden[unseen], stream.calls)
     model = empty_model(small_config)
-    return token_losses(model, family, head, ends, tokens[unseen], refitter.on).mean().item()
-
-
-def _walk(
-    refitter: Refitter, tokens: Tensor, groups: Iterable[Group]
-) -> Iterator[tuple[Group, dict[str, Tensor], Stream]]:
-    """Every group with its fitted tensors and the small stream after it."""
-    family, on = refitter.family, refitter.on
-    shells = _shells(refitter)
-    dense_model = empty_model(refitter.dense.config)
-    for index, group in enumerate(groups):
-        tensors = _projected(refitter.dense, family, refitter.projection, refitter.dtype, on, group)
-        if group.name == "embeddings":
-            source = refitter.dense.read(group.parameters)
-            dense_stream = open_stream(dense_model, family, source, tokens, on)
-            small_stream = open_stream(shells[0], family, tensors, tokens, on)
-            if _fit_embeddings(refitter, tensors, tokens, dense_stream, small_stream):
-                small_stream = open_stream(shells[0], family, tensors, tokens, on)
-        elif group.name == "head":
-            _fit_head(refitter, tensors, dense_stream, small_stream)
-        else:
-            _fit_layer(
-                refitter, index - 1, group, tensors, dense_model, shells, dense_stream, small_stream
-            )
-        yield group, tensors, small_stream
+    losses = token_losses(model, family, head, ends, tokens[mine[unseen]], on)
+    total = torch.tensor([losses.sum(), losses.numel()], dtype=torch.float64)
+    on.ranks.add_(total)
+    return (total[0] / total[1]).item()
 
 
 def _shells(refitter: Refitter) -> list[nn.Module]:
@@ -214,6 +290,7 @@ def _fit_layer(
     refitter: Refitter,
     index: int,
     group: Group,
+    source: Mapping[str, Tensor],
     tensors: dict[str, Tensor],
     dense_model: nn.Module,
     shells: list[nn.Module],
@@ -227,7 +304,6 @@ def _fit_layer(
     only, stay projected: of a block of experts the readers are fitted, the router among them.
     """
     family, on = refitter.family, refitter.on
-    source = refitter.dense.read(group.parameters)
     narrow = narrow_attention(family, group, source, refitter.projection)
     if families.is_parallel(family, refitter.dense.config):
         streams = (dense_stream, small_stream)
@@ -245,7 +321,7 @@ def _fit_layer(
         silent = {done.block: returns[done.block] for done in group.sites[:number]}
         if group.sparse and number == last:
             break
-        inputs = _fit_writer(
+        inputs, kept_P = _fit_writer(
             refitter, index, group, number, targets[number], tensors, shells[number], small_stream,
             silent, keep_inputs=number < last,
         )  # fmt: skip
@@ -253,8 +329,9 @@ def _fit_layer(
             name = f"{group.prefix}{family.writers[number]}"
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
             add_to_stream(
-                small_stream, inputs, weight, bias, refitter.multiplier, on, f"the small {name}"
-            )
+                small_stream, inputs, kept_P, weight, bias, refitter.multiplier, on,
+                f"the small {name}",
+            )  # fmt: skip
     # The last writer's inputs are the widest of all: running its block again costs less memory.
     run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on, silent=silent)
 
@@ -296,6 +373,7 @@ def _fit_parallel(
     probes = dict.fromkeys(family.writers, see)
     until = family.writers[-1]
     run_layer(shells[0], family, index, tensors, [(small_stream, probes)], on, until=until)
+    _over_ranks(refitter, grams)
     both, kept, start = joined(*grams), [], 0
     for writer, prior in zip(family.writers, priors, strict=True):
         members_P = torch.arange(start, start + len(prior), device=prior.device)
@@ -308,8 +386,7 @@ def _fit_parallel(
     kept_P = torch.cat(kept)
     grams = tuple(restricted(gram, kept_P) for gram in grams)
     prior_bias_K = sum(biases[1:], biases[0]) if biases else None
-    fit = ridge_fit(*grams, prior_PK[kept_P], prior_bias_K)
-    _log(refitter, " + ".join(names), fit)
+    fit = _fit(refitter, " + ".join(names), grams, prior_PK[kept_P], prior_bias_K)
     rows = fit.solution_PQ.split([len(members) for members in kept])
     constant_K = fit.intercept_Q
     for name, rows_PK in zip(names, rows, strict=True):
@@ -327,14 +404,14 @@ def _run_dense(
     dense_model: nn.Module,
     dense_stream: Stream,
 ) -> tuple[list[Tensor], Returns]:
-    """Run the dense layer; the stream after each of its writers, on the host."""
-    family = refitter.family
-    between = [torch.empty_like(dense_stream.hidden) for _ in family.sites[1:]]
+    """Run the dense layer; the stream after each of its writers."""
+    family, hidden = refitter.family, dense_stream.hidden
+    between = [refitter.on.room(tuple(hidden.shape), hidden.dtype) for _ in family.sites[1:]]
     probes = {}
     for site, store in zip(family.sites[1:], between, strict=True):
 
         def keep(rows: slice, x: Tensor, store: Tensor = store) -> None:
-            store[rows] = x.cpu()
+            store[rows] = x.to(store.device)
 
         probes[site.norm] = keep
     returns: Returns = {site.block: None for site in family.sites}
@@ -372,8 +449,8 @@ def _fit_embeddings(
         _add(refitter, grams, rows, embedded, missing, weight)
 
     probe_stream(small_stream, see, refitter.on)
-    fit = ridge_fit(*grams, prior_JK)
-    _log(refitter, name, fit)
+    _over_ranks(refitter, grams)
+    fit = _fit(refitter, name, grams, prior_JK)
     tensors[name] = rounded(name, fit.solution_PQ.T, refitter.dtype)
     return True
 
@@ -397,6 +474,30 @@ def _add(
             add_to_gram(gram, a[part], y[part], None if weight is None else weight[part])
 
 
+def _over_ranks(refitter: Refitter, grams: tuple[Gram, Gram]) -> None:
+    """Sum what every process saw of its windows."""
+    for gram in grams:
+        refitter.on.ranks.add_(*parts(gram))
+
+
+def _fit(
+    refitter: Refitter,
+    name: str,
+    grams: tuple[Gram, Gram],
+    prior_PQ: Tensor,
+    prior_intercept_Q: Tensor | None = None,
+) -> Fit:
+    """A ridge fit whose solves are shared out over processes, and its entry in the log."""
+    ranks, intercept = refitter.on.ranks, prior_intercept_Q is not None
+    own = ridge_errors(*grams, prior_PQ, intercept, ranks.share(RIDGES))
+    by_rank = ranks.gathered(own)
+    errors = [by_rank[i % ranks.count][i // ranks.count] for i in range(len(RIDGES))]
+    fit = ridge_fit(*grams, prior_PQ, prior_intercept_Q, errors)
+    ranks.copy_(fit.solution_PQ, fit.intercept_Q)
+    _log(refitter, name, fit)
+    return fit
+
+
 def _stream_grams(
     refitter: Refitter, dense_hidden: Tensor, small_stream: Stream
 ) -> tuple[Gram, Gram]:
@@ -410,6 +511,7 @@ def _stream_grams(
         _add(refitter, grams, rows, normalise(x, refitter.eps, centred), dense_n)
 
     probe_stream(small_stream, see, refitter.on)
+    _over_ranks(refitter, grams)
     return grams
 
 
@@ -418,9 +520,7 @@ def _reader_map(refitter: Refitter, grams: tuple[Gram, Gram], intercept: bool, n
     basis_DK = refitter.projection.basis_DK
     prior_KD = basis_DK.T / stream_scale(basis_DK)
     zero_D = torch.zeros_like(prior_KD[0]) if intercept else None
-    fit = ridge_fit(*grams, prior_KD, zero_D)
-    _log(refitter, name, fit)
-    return fit
+    return _fit(refitter, name, grams, prior_KD, zero_D)
 
 
 def _fit_readers(
@@ -467,6 +567,7 @@ def _place(
 
 def _fit_head(
     refitter: Refitter,
+    source: Mapping[str, Tensor],
     tensors: dict[str, Tensor],
     dense_stream: Stream,
     small_stream: Stream,
@@ -481,9 +582,16 @@ def _fit_head(
         return
     grams = _stream_grams(refitter, dense_stream.hidden, small_stream)
     fit = _reader_map(refitter, grams, family.norm_bias, family.final_norm)
-    source = {n: t.to(refitter.on.device) for n, t in head_tensors(refitter.dense, family).items()}
-    name, folded_FD, constant_F = head_reader(family, source, refitter.projection)
-    _place(refitter, tensors, name, folded_FD, constant_F, fit)
+    group = families.groups(family, refitter.dense.config)[-1]
+    found: dict[str, list[Tensor]] = {}
+    for piece in _pieces(family, refitter.projection, group, source):
+        on_device = {name: tensor.to(refitter.on.device) for name, tensor in piece.items()}
+        name, folded_FD, constant_F = head_reader(family, on_device, refitter.projection)
+        placed = {part: tensors[part] for part in (f"{name}.bias",) if part in tensors}
+        _place(refitter, placed, name, folded_FD, constant_F, fit)
+        for part, tensor in placed.items():
+            found.setdefault(part, []).append(tensor)
+    tensors |= {part: torch.cat(p) if len(p) > 1 else p[0] for part, p in found.items()}
 
 
 # --------------------------------------------------------------------------- writers
@@ -500,13 +608,14 @@ def _fit_writer(
     small_stream: Stream,
     silent: Mapping[str, int | None],
     keep_inputs: bool,
-) -> Tensor | None:
+) -> tuple[Tensor | None, Tensor | None]:
     """Choose the writer's surviving inputs and fit it to chase the dense stream.
 
     `W' = argmin sum_t |c X_out T - X' - r a' W'^T|^2 / mean(X_out^2) + lambda |W' - c T^T W|^2`:
     each token weighs as the next norm will read it; `r` is the family's multiplier.
 
-    Returns the inputs that survive, `(windows, tokens, P)` on the host, if they are to be kept.
+    Returns the inputs, `(windows, tokens, P)`, if they are to be kept, and the indices of those
+    that survive; None: all do.
     """
     family, on = refitter.family, refitter.on
     writer = family.writers[number]
@@ -523,21 +632,21 @@ def _fit_writer(
         _add(refitter, grams, rows, widen(a), missing, weight)
         if keep_inputs:
             if inputs is None:
-                inputs = a.new_empty((*target.shape[:2], a.shape[-1]), device="cpu")
-            inputs[rows] = a.cpu()
+                inputs = on.room((*target.shape[:2], a.shape[-1]), a.dtype)
+            inputs[rows] = a.to(inputs.device)
 
     streams = [(small_stream, {writer: see})]
     run_layer(shell, family, index, tensors, streams, on, until=writer, silent=silent)
-    kept_P = _survivors(refitter, group, writer, joined(*grams), prior_PK, tensors)
-    if kept_P is not None:
+    _over_ranks(refitter, grams)
+    kept_P = None
+    if _units_of(refitter, writer) is not None:
+        kept_P = _survivors(refitter, group, writer, joined(*grams), prior_PK, tensors)
         grams, prior_PK = tuple(restricted(gram, kept_P) for gram in grams), prior_PK[kept_P]
-        inputs = None if inputs is None else inputs[..., kept_P.cpu()]
-    fit = ridge_fit(*grams, prior_PK, prior_bias_K)
-    _log(refitter, name, fit)
+    fit = _fit(refitter, name, grams, prior_PK, prior_bias_K)
     tensors[f"{name}.weight"] = rounded(f"{name}.weight", fit.solution_PQ.T, refitter.dtype)
     if bias is not None:
         tensors[f"{name}.bias"] = rounded(f"{name}.bias", fit.intercept_Q, refitter.dtype)
-    return inputs
+    return inputs, kept_P
 
 
 def _missing(
@@ -578,15 +687,13 @@ def _survivors(
     gram: Gram,
     prior_PK: Tensor,
     tensors: dict[str, Tensor],
-) -> Tensor | None:
-    """Kept inputs of a writer, and everything that feeds the others cut away; None: keep all."""
+) -> Tensor:
+    """Kept inputs of a writer that is to be cut, and everything that feeds the others cut away."""
     family = refitter.family
-    units = _units_of(refitter, writer)
-    if units is None:
-        return None
-    keep, unit, cut_axes = units
+    keep, unit, cut_axes = _units_of(refitter, writer)
     weight_PK, _, used = ridge_solution(gram, prior_PK, _CHOICE_RIDGE, intercept=False)
     kept_P = choose_units(gram.inputs_PP, weight_PK, keep, unit, refitter.choose, used)
+    refitter.on.ranks.copy_(kept_P)
     kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
     sizes = families.axis_sizes(family, refitter.dense.config)
     for name, axes in group.parameters.items():

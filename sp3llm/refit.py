@@ -8,13 +8,14 @@ Shape suffixes: N tokens, P inputs, Q outputs, D and K residual width before and
 width that a writer reads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sp3llm.errors import UserError
-from sp3llm.moments import symmetric_product
+from sp3llm.moments import product, symmetric_product
 
 # Relative to the mean diagonal of the Gram matrix. Infinity, plain projection, is always tried.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -91,16 +92,28 @@ def add_to_gram(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None 
             weight_N = weights[index]
             weighted_NP = block_NP * weight_N[:, None]
         gram.inputs_PP.add_(symmetric_product(weighted_NP, block_NP))
-        gram.cross_PQ.add_(weighted_NP.T @ block_NQ)
-        gram.input_sum_P.add_(weight_N @ block_NP)
+        gram.cross_PQ.add_(product(weighted_NP, block_NQ))
+        gram.input_sum_P.add_(weight_N @ block_NP.to(weight_N))
         gram.target_sum_Q.add_(weight_N @ block_NQ)
         gram.energy.add_((weight_N * squares_N).sum(dtype=torch.float64))
         gram.weight.add_(weight_N.sum(dtype=torch.float64))
 
 
+def parts(gram: Gram) -> tuple[Tensor, ...]:
+    """The tensors of a Gram, for whoever sums them over processes."""
+    return tuple(getattr(gram, name) for name in Gram.__dataclass_fields__)
+
+
+def join_(one: Gram, two: Gram) -> Gram:
+    """Add the tokens of `two` to `one`, in place: the largest shapes leave no room for a third."""
+    for mine, other in zip(parts(one), parts(two), strict=True):
+        mine.add_(other)
+    return one
+
+
 def joined(one: Gram, two: Gram) -> Gram:
     """The Gram of both sets of tokens."""
-    return Gram(*(getattr(one, n) + getattr(two, n) for n in Gram.__dataclass_fields__))
+    return Gram(*(mine + other for mine, other in zip(parts(one), parts(two), strict=True)))
 
 
 def beside(gram: Gram, kept_P: Tensor, ridge: float) -> Gram:
@@ -137,13 +150,16 @@ def ridged_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]
 
     Where the matrix is not positive definite to working precision the ridge is raised tenfold
     until it is. A matrix of zeros, inputs that never fire, counts as one of mean diagonal 1.
+    `gram_PP` stays as it is; the factor takes the only other matrix of its size.
     """
     scale = gram_PP.diagonal().mean()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    factor_PP = torch.empty_like(gram_PP)
+    info = torch.empty((), dtype=torch.int32, device=gram_PP.device)
     while True:
-        shifted_PP = gram_PP.clone()
-        shifted_PP.diagonal().add_(ridge * scale)
-        factor_PP, info = torch.linalg.cholesky_ex(shifted_PP)
+        factor_PP.copy_(gram_PP)
+        factor_PP.diagonal().add_(ridge * scale)
+        torch.linalg.cholesky_ex(factor_PP, out=(factor_PP, info))
         if info.item() == 0:
             return factor_PP, scale, ridge
         ridge = max(10 * ridge, 1e-15)
@@ -163,12 +179,42 @@ def ridge_solution(
     inputs_PP, cross_PQ = gram.inputs_PP, gram.cross_PQ
     if intercept:
         mean_P, mean_Q = gram.input_sum_P / gram.weight, gram.target_sum_Q / gram.weight
-        inputs_PP = inputs_PP - torch.outer(gram.input_sum_P, mean_P)
-        cross_PQ = cross_PQ - torch.outer(gram.input_sum_P, mean_Q)
+        inputs_PP = torch.addr(inputs_PP, gram.input_sum_P, mean_P, alpha=-1)
+        cross_PQ = torch.addr(cross_PQ, gram.input_sum_P, mean_Q, alpha=-1)
     factor_PP, scale, ridge = ridged_factor(inputs_PP, ridge)
     right_PQ = cross_PQ + ridge * scale * prior_PQ
     solution_PQ = torch.cholesky_solve(right_PQ, factor_PP)
     return solution_PQ, mean_Q - mean_P @ solution_PQ if intercept else None, ridge
+
+
+def _check_finite(gram: Gram) -> None:
+    # A sum is finite only if all are; finite values whose sum overflows are looked at.
+    for part in (gram.inputs_PP, gram.cross_PQ):
+        if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
+            raise UserError(
+                "The activations of the compressed model hold NaN or infinity: try --dtype "
+                "bfloat16 or float32."
+            )
+
+
+def ridge_errors(
+    fitting: Gram,
+    held_back: Gram,
+    prior_PQ: Tensor,
+    intercept: bool,
+    ridges: Sequence[float] = RIDGES,
+) -> list[tuple[float, float]]:
+    """For every ridge: the ridge used, and the fit's relative squared error on held-back tokens.
+
+    Raises UserError if a Gram holds NaN or infinity.
+    """
+    _check_finite(fitting)
+    _check_finite(held_back)
+    found = []
+    for ridge in ridges:
+        solution_PQ, intercept_Q, used = ridge_solution(fitting, prior_PQ, ridge, intercept)
+        found.append((used, squared_error(held_back, solution_PQ, intercept_Q)))
+    return found
 
 
 def ridge_fit(
@@ -176,32 +222,29 @@ def ridge_fit(
     held_back: Gram,
     prior_PQ: Tensor,
     prior_intercept_Q: Tensor | None = None,
-    ridges: tuple[float, ...] = RIDGES,
+    errors: Sequence[tuple[float, float]] | None = None,
 ) -> Fit:
     """Fit towards a prior, the ridge chosen on held-back tokens, then on all tokens together.
 
     A fixed ridge is not safe: with few tokens a small one doubles the error of the plain
     projection, with many a large one loses the gain. The grid ends in infinity, the prior itself,
     so the fit never does worse on the held-back tokens than plain projection. An intercept is
-    fitted where `prior_intercept_Q` is given.
+    fitted where `prior_intercept_Q` is given. `errors` are those of `ridge_errors`, where several
+    processes shared them out.
+
+    `fitting` takes in `held_back`, in place, once the ridge is chosen.
     """
-    if not all(torch.isfinite(g.inputs_PP).all() and torch.isfinite(g.cross_PQ).all()
-               for g in (fitting, held_back)):  # fmt: skip
-        raise UserError(
-            "The activations of the compressed model hold NaN or infinity: try --dtype bfloat16 or "
-            "float32."
-        )
     intercept = prior_intercept_Q is not None
+    if errors is None:
+        errors = ridge_errors(fitting, held_back, prior_PQ, intercept)
     plain_error = squared_error(held_back, prior_PQ, prior_intercept_Q)
     best, best_error = float("inf"), plain_error
-    for ridge in ridges:
-        solution_PQ, intercept_Q, used = ridge_solution(fitting, prior_PQ, ridge, intercept)
-        error = squared_error(held_back, solution_PQ, intercept_Q)
+    for used, error in errors:
         if error < best_error:
             best, best_error = used, error
     if best == float("inf"):
         return Fit(prior_PQ, prior_intercept_Q, best, best_error, plain_error, False)
-    both = joined(fitting, held_back)
+    both = join_(fitting, held_back)
     solution_PQ, intercept_Q, used = ridge_solution(both, prior_PQ, best, intercept)
     return Fit(solution_PQ, intercept_Q, used, best_error, plain_error, used > best)
 
@@ -232,7 +275,8 @@ def choose_units(
         score_P = gram_PP.diagonal() * weight_PQ.square().sum(1)
         kept_U = score_P.reshape(units, unit).sum(1).topk(keep).indices.sort().values
         return members_UP[kept_U].reshape(-1)
-    inverse_PP = torch.cholesky_inverse(ridged_factor(gram_PP, ridge)[0])
+    inverse_PP, _, _ = ridged_factor(gram_PP, ridge)
+    torch.cholesky_inverse(inverse_PP, out=inverse_PP)
     while len(members_UP) > keep:
         left = len(members_UP)
         blocks_Uuu = inverse_PP.reshape(left, unit, left, unit).diagonal(dim1=0, dim2=2)

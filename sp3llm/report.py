@@ -294,9 +294,10 @@ def needs_line(settings: "CompressConfig", seq_len: int, needs: "Needs") -> str:
     """What a run of these settings will need."""
     return (
         f"A run with {settings.samples} + {settings.eval_samples} windows of {seq_len} tokens "
-        f"needs about {human_bytes(needs.streams)} of memory for the streams and "
-        f"{human_bytes(needs.working)} for a layer and its Gram matrices (float32 arithmetic, on a "
-        f"GPU the streams take half), and {human_bytes(needs.disk)} of disk."
+        f"needs about {human_bytes(needs.streams)} for the streams (on the GPU, the host or the "
+        f"disk: --streams) and {human_bytes(needs.working)} of memory for a layer and its Gram "
+        "matrices, in float32 arithmetic; on a GPU the streams take half. On disk the result takes "
+        f"{human_bytes(needs.disk)}, and the run {human_bytes(needs.kept)} until it is done."
     )
 
 

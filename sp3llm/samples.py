@@ -142,7 +142,7 @@ def continuations(
     import torch
 
     from sp3llm.data import load_tokenizer
-    from sp3llm.stream import execution
+    from sp3llm.execution import execution
 
     on = execution(device, torch.float32).device
     _check_memory(max(record["dense_weight_bytes"], record["weight_bytes"]), on)

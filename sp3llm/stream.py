@@ -1,4 +1,4 @@
-"""Run a stock model layer by layer: the one module that knows devices, hooks and accelerate.
+"""Run a stock model layer by layer: the one module that knows hooks and the class's own forward.
 
 The model is built from its config with weights on the meta device. Its own `forward` is called
 with recorders in place of the layers, which tells what each layer is called with (masks, rotary
@@ -6,7 +6,7 @@ embeddings) without a line of it being copied; then the weights of one layer at 
 all windows go through it, and the weights go again.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError, reason
+from sp3llm.execution import Execution
 from sp3llm.families import EACH, Family
 
 Probe = Callable[[slice, Tensor], None]
@@ -25,18 +26,8 @@ its read site, `(windows, tokens, D)`."""
 Returns = dict[str, int | None]
 """By submodule: how many values it returns; None: a tensor alone."""
 
-# Tokens that go through a layer at once.
-_TOKENS_A_BATCH = 8192
 # Logits computed at once.
-_LOGITS_A_BATCH = 2**26
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Where and in which arithmetic a model runs."""
-
-    device: torch.device
-    dtype: torch.dtype
+_LOGITS_A_BATCH = 2**24
 
 
 @dataclass(frozen=True)
@@ -44,44 +35,23 @@ class Stream:
     """The residual stream of a set of windows, between two layers."""
 
     hidden: Tensor
-    """`(windows, tokens, D)` on the host, replaced in place as layers run."""
+    """`(windows, tokens, D)` in the room that streams have, replaced in place as layers run."""
     calls: Mapping[int, list[dict[str, Any]]]
     """By number of windows in a batch: the keyword arguments of every layer."""
-
-
-def execution(device: str, dtype: torch.dtype) -> Execution:
-    """Resolve `--device` (`auto`: a GPU if there is one) and the arithmetic that goes with it.
-
-    `dtype` is the wider of the dense checkpoint's and the export's. On a CPU everything runs in
-    float32 (float64 for float64 weights), on an accelerator in that dtype. TF32 is never used.
-
-    Raises UserError if there is no such device.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-        torch.zeros(1, dtype=torch.float64, device=resolved).item()
-    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-        raise UserError(
-            f"Expected a device on which torch can use float64, found '{device}' "
-            f"({reason(error, 120)}): use --device cpu or auto."
-        ) from error
-    on_cpu = resolved.type == "cpu" and dtype != torch.float64
-    return Execution(resolved, torch.float32 if on_cpu else dtype)
 
 
 def empty_model(config: Mapping[str, Any]) -> nn.Module:
     """The stock model of a config, with weights on the meta device and real buffers."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         stock.use_cache = False
         stock.output_router_logits = False  # a loss for training, from layers that do not run here
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             # Experts by the class's own loop: the grouped kernel knows no float64.
             model = AutoModelForCausalLM.from_config(stock, experts_implementation="eager")
     except Exception as error:  # each config class checks its values in its own way
@@ -149,8 +119,19 @@ def _batches(windows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, windows)) for start in range(0, windows, size)]
 
 
-def _windows_a_batch(seq_len: int) -> int:
-    return max(1, _TOKENS_A_BATCH // seq_len)
+def _rows(windows: Tensor, on: Execution) -> list[slice]:
+    """The batches that windows, `(windows, tokens, ...)`, go through a layer in."""
+    return _batches(len(windows), on.windows_a_batch(windows.shape[1]))
+
+
+def _call(stream: Stream, windows: int, index: int, on: Execution) -> dict[str, Any]:
+    """What layer `index` is called with, on the device it runs on."""
+    kwargs = stream.calls[windows][index]
+    if len(on.devices) < 2:
+        return kwargs
+    from accelerate.utils import send_to_device
+
+    return send_to_device(kwargs, on.device)
 
 
 @torch.no_grad()
@@ -160,8 +141,12 @@ def open_stream(
     embeddings: Mapping[str, Tensor],
     tokens: Tensor,
     on: Execution,
+    saved: Tensor | None = None,
 ) -> Stream:
     """Embed `tokens` (`(windows, tokens)`) by the stock forward and note each layer's arguments.
+
+    With `saved`, `(windows, tokens, D)`, the stream is that one, as it once stood between two
+    layers.
 
     Raises UserError if the embeddings yield NaN or infinity.
     """
@@ -177,17 +162,21 @@ def open_stream(
         _in_place_of(model, family.layers_module, nn.ModuleList(recorders)),
         _bypassed(model, [family.final_norm, *(family.projections or ())[1:]]),
     ):
-        # One window by itself too: the backward pass goes window by window.
-        for rows in [slice(0, 1), *_batches(len(tokens), _windows_a_batch(tokens.shape[1]))]:
-            batch = tokens[rows].to(on.device)
-            decoder(input_ids=batch, use_cache=False)
+        # One window by itself too: the backward pass goes window by window. A process without a
+        # window of its own needs the stream's width all the same.
+        for rows in [None, *_rows(tokens, on)]:
+            batch = tokens.new_zeros(1, tokens.shape[1]) if rows is None else tokens[rows]
+            if len(batch) in calls and saved is not None:
+                continue
+            decoder(input_ids=batch.to(on.device), use_cache=False)
             embedded = recorders[0].hidden
-            if hidden is None:
-                hidden = torch.empty(
-                    (*tokens.shape, embedded.shape[-1]), dtype=embedded.dtype, device="cpu"
-                )
-            hidden[rows] = embedded.cpu()
             calls.setdefault(len(batch), [recorder.kwargs for recorder in recorders])
+            if hidden is None:
+                hidden = on.room((*tokens.shape, embedded.shape[-1]), embedded.dtype)
+            if rows is not None and saved is None:
+                hidden[rows] = embedded.to(hidden.device)
+    if saved is not None:
+        hidden.copy_(saved)
     _check_finite(hidden, "the embeddings")
     return Stream(hidden, calls)
 
@@ -242,11 +231,12 @@ def run_layer(
     with _placed(model, by_class, on), _noted(layer, note):
         for stream, probes in streams:
             hidden = stream.hidden
-            for rows in _batches(len(hidden), _windows_a_batch(hidden.shape[1])):
+            for rows in _rows(hidden, on):
                 batch = hidden[rows].to(on.device)
                 with _probed(layer, rows, probes, until), _silenced(layer, batch, silent):
-                    output = layer(batch, **stream.calls[len(batch)][index])
-                    hidden[rows] = (output[0] if isinstance(output, tuple) else output).cpu()
+                    output = layer(batch, **_call(stream, len(batch), index, on))
+                    output = output[0] if isinstance(output, tuple) else output
+                    hidden[rows] = output.to(hidden.device)
             if until is None:
                 _check_finite(hidden, f"layer {index}")
 
@@ -255,6 +245,7 @@ def run_layer(
 def add_to_stream(
     stream: Stream,
     inputs: Tensor,
+    kept: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     multiplier: float,
@@ -263,16 +254,20 @@ def add_to_stream(
 ) -> None:
     """Add a linear writer's output to the stream, in place, as the stock layer would.
 
-    `inputs` `(windows, tokens, P)` on the host, `weight` `(K, P)`, `bias` `(K,)`, `multiplier` the
-    family's on all that is added.
+    `inputs` `(windows, tokens, P)` anywhere, of which `weight`, `(K, kept)`, reads those at the
+    indices `kept` (None: all), `bias` `(K,)`, `multiplier` the family's on all that is added.
 
     Raises UserError, saying where, if the stream then holds NaN or infinity.
     """
     weight = weight.to(on.device, on.dtype)
     bias = None if bias is None else bias.to(on.device, on.dtype)
-    for rows in _batches(len(inputs), _windows_a_batch(inputs.shape[1])):
-        written = nn.functional.linear(inputs[rows].to(on.device), weight, bias)
-        stream.hidden[rows] = (stream.hidden[rows].to(on.device) + written * multiplier).cpu()
+    hidden = stream.hidden
+    for rows in _rows(inputs, on):
+        read = inputs[rows].to(on.device)
+        read = read if kept is None else read[..., kept]
+        written = nn.functional.linear(read, weight, bias)
+        moved_on = hidden[rows].to(on.device) + written * multiplier
+        hidden[rows] = moved_on.to(hidden.device)
     _check_finite(stream.hidden, where)
 
 
@@ -337,7 +332,7 @@ def _probed(
 
 def probe_stream(stream: Stream, probe: Probe, on: Execution) -> None:
     """Show the stream as it stands (after the last layer: what the final norm reads)."""
-    for rows in _batches(len(stream.hidden), _windows_a_batch(stream.hidden.shape[1])):
+    for rows in _rows(stream.hidden, on):
         probe(rows, stream.hidden[rows].to(on.device))
 
 
@@ -415,19 +410,25 @@ def token_losses(
 
 
 def backward_head(
-    model: nn.Module, family: Family, head: Mapping[str, Tensor], stream: Stream, on: Execution
+    model: nn.Module,
+    family: Family,
+    head: Mapping[str, Tensor],
+    stream: Stream,
+    windows: Sequence[int],
+    on: Execution,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the summed loss by the stream after the last layer and by the norm's output.
 
-    Labels are drawn from the model's own distribution with a fixed seed. Both are
-    `(windows, tokens, D)` on the host.
+    Labels are drawn from the model's own distribution, each window's with its number, of those in
+    `windows`, as the seed. Both are `(windows, tokens, D)`, where `stream` is.
     """
-    generator = torch.Generator(on.device).manual_seed(0)
+    generator = torch.Generator(on.device)
     by_stream, by_norm = torch.empty_like(stream.hidden), torch.empty_like(stream.hidden)
     step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
     with _placed(model, _by_module(family, head), on):
         norm = model.get_submodule(family.final_norm)
-        for row in range(len(stream.hidden)):
+        for row, number in enumerate(windows):
+            generator.manual_seed(number)
             for start in range(0, stream.hidden.shape[1], step):
                 part = (slice(row, row + 1), slice(start, start + step))
                 piece = stream.hidden[part].to(on.device).requires_grad_()
@@ -436,7 +437,8 @@ def backward_head(
                 labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                 gradients = torch.autograd.grad(loss, [piece, seen[0]])
-                by_stream[part], by_norm[part] = (g.reshape(piece.shape).cpu() for g in gradients)
+                for store, gradient in zip((by_stream, by_norm), gradients, strict=True):
+                    store[part] = gradient.reshape(piece.shape).to(store.device)
     return by_stream, by_norm
 
 
@@ -462,13 +464,12 @@ def backward_layer(
             rows = slice(row, row + 1)
             batch = stream.hidden[rows].to(on.device).requires_grad_()
             with _outputs(*(layer.get_submodule(norm) for norm in norms)) as seen:
-                output = layer(batch, **stream.calls[1][index])
+                output = layer(batch, **_call(stream, 1, index, on))
             output = output[0] if isinstance(output, tuple) else output
             upper = upstream[rows].to(on.device)
             gradients = torch.autograd.grad(output, [batch, *seen], upper)
-            below[rows] = gradients[0].cpu()
-            for store, gradient in zip(by_norm, gradients[1:], strict=True):
-                store[rows] = gradient.reshape(batch.shape).cpu()
+            for store, gradient in zip((below, *by_norm), gradients, strict=True):
+                store[rows] = gradient.reshape(batch.shape).to(store.device)
     return below, by_norm
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sp3llm.checkpoint import Checkpoint, open_checkpoint
+from sp3llm.checkpoint import Checkpoint, open_checkpoint, write_model, written
 from sp3llm.families import FAMILIES, Family, groups
 from sp3llm.moments import mean_free_frame, tied_rotation
 from sp3llm.plan import Shape
 from sp3llm.project import Projection, norm_of, project_group
-from sp3llm.rebuild import head_tensors
+from sp3llm.rebuild import Built, head_tensors
+from sp3llm.resume import Journal
 from sp3llm.source import bundled_model
 from sp3llm.stream import by_parameter
 
@@ -256,6 +258,19 @@ def project_checkpoint(
         tensors = head_tensors(checkpoint, family) if is_head else checkpoint.read(group.parameters)
         projected |= project_group(family, group, tensors, projection)
     return projected
+
+
+def written_model(
+    family: Family, config: dict[str, Any], built: Iterable[Built], dtype: torch.dtype, folder: Path
+) -> Checkpoint:
+    """Groups as they come, written as a run writes them."""
+    state = folder.with_name(f"{folder.name}-state")
+    state.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
+    pairs = ((step.index, step.tensors) for step in built)
+    for _ in write_model(family, config, pairs, dtype, folder, Journal(state)):
+        pass
+    return written(family, config, dtype, folder)
 
 
 def full_width_projection(

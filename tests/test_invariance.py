@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from sp3llm import families
-from sp3llm.compress import write_model
+from sp3llm.execution import Execution
 from sp3llm.families import EMBEDDING, axis_sizes, is_square
 from sp3llm.measure import choose_basis, measure_dense
 from sp3llm.plan import Shape, resized_config
 from sp3llm.project import Projection
 from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
-from sp3llm.stream import Execution
 
 from .conftest import (
     TINY,
@@ -29,6 +28,7 @@ from .conftest import (
     save_model,
     stock_model,
     tiny_model,
+    written_model,
 )
 
 ON = Execution(torch.device("cpu"), torch.float64)
@@ -167,16 +167,14 @@ def test_cut_is_exact_where_the_stream_is_confined(variant, refit, tokens, tmp_p
     eigenvalues, projection = choose_basis(checkpoint, family, moment, shape, tokens)
     assert eigenvalues[kept - family.centred] < 1e-12 * eigenvalues[0]
     config = resized_config(family, checkpoint.config, shape)
-    (tmp_path / "small").mkdir()
-    groups = iter(families.groups(family, checkpoint.config))
     if refit:
         refitter = Refitter(
             checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, []
         )
-        compressed = refitted_groups(refitter, tokens, groups)
+        compressed = refitted_groups(refitter, tokens)
     else:
-        compressed = plain_groups(checkpoint, family, projection, torch.float64, ON, groups)
-    small = write_model(family, config, compressed, torch.float64, tmp_path / "small")
+        compressed = plain_groups(checkpoint, family, projection, torch.float64, ON)
+    small = written_model(family, config, compressed, torch.float64, tmp_path / "small")
     dense_model = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
     small_model = stock_model(config, disk_tensors(small, family), exact=True)
     unseen = (tokens + 31) % 96

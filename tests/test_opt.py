@@ -9,14 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from sp3llm import families
 from sp3llm.checkpoint import check_tensors, open_checkpoint, with_prefix
-from sp3llm.compress import write_model
 from sp3llm.errors import UserError
+from sp3llm.execution import Execution
 from sp3llm.families import count_parameters, family_of
 from sp3llm.measure import choose_basis, measure_dense
 from sp3llm.moments import mean_free_frame
 from sp3llm.plan import Limits, Shape, candidates, resized_config, row_of
 from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
-from sp3llm.stream import Execution
 
 from .conftest import (
     disk_tensors,
@@ -27,6 +26,7 @@ from .conftest import (
     save_model,
     stock_model,
     tiny_model,
+    written_model,
 )
 from .test_invariance import confine_stream
 from .test_stock import compress_tiny
@@ -57,17 +57,15 @@ def compressed(checkpoint, family, shape, tokens, folder, refit):
     """The small model's config and tensors, in float64, written and read back."""
     moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
     _, projection = choose_basis(checkpoint, family, moments, shape, tokens)
-    groups = iter(families.groups(family, checkpoint.config))
     if refit:
         refitter = Refitter(
             checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, []
         )
-        made = refitted_groups(refitter, tokens, groups)
+        made = refitted_groups(refitter, tokens)
     else:
-        made = plain_groups(checkpoint, family, projection, torch.float64, ON, groups)
+        made = plain_groups(checkpoint, family, projection, torch.float64, ON)
     config = resized_config(family, checkpoint.config, shape)
-    folder.mkdir()
-    small = write_model(family, config, made, torch.float64, folder)
+    small = written_model(family, config, made, torch.float64, folder)
     return config, disk_tensors(small, family)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sp3llm.execution import Execution
 from sp3llm.measure import choose_basis, measure_dense
 from sp3llm.moments import metric_basis
 from sp3llm.refit import (
@@ -17,7 +18,6 @@ from sp3llm.refit import (
     squared_error,
 )
 from sp3llm.stream import (
-    Execution,
     backward_head,
     backward_layer,
     empty_model,
@@ -277,7 +277,7 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
         inputs.append(stream.hidden.clone())
         run_layer(shell, family, index, checkpoint.read(names), [(stream, {})], ON)
     head = checkpoint.read(["model.norm.weight", "lm_head.weight"])
-    upstream, at_final = backward_head(shell, family, head, stream, ON)
+    upstream, at_final = backward_head(shell, family, head, stream, range(len(tokens)), ON)
     streamed = {"model.norm": at_final}
     for index in (2, 1, 0):
         names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
@@ -294,11 +294,11 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
         model.get_submodule(name).register_forward_hook(
             lambda _m, _a, out, name=name: seen.setdefault(name, out)
         )
-    generator = torch.Generator().manual_seed(0)
     embedded = model.model.embed_tokens(tokens).detach().requires_grad_()
     logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
     labels = [
-        torch.multinomial(row.softmax(-1), 1, generator=generator)[:, 0] for row in logits.detach()
+        torch.multinomial(row.softmax(-1), 1, generator=torch.Generator().manual_seed(window))[:, 0]
+        for window, row in enumerate(logits.detach())
     ]
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), torch.cat(labels), reduction="sum"
@@ -387,7 +387,6 @@ def test_a_duplicated_neuron_goes_free_of_loss():
 )
 def test_refit_at_full_width_returns_the_dense_model(variant, tokens, tmp_path):
     """Nothing is lost, so nothing may be changed: logits of the refitted model are the dense's."""
-    from sp3llm.families import groups
     from sp3llm.plan import Shape, resized_config
     from sp3llm.rebuild import Refitter, refitted_groups
 
@@ -399,8 +398,8 @@ def test_refit_at_full_width_returns_the_dense_model(variant, tokens, tmp_path):
     _, projection = choose_basis(checkpoint, family, moments, shape)
     refitter = Refitter(checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, [])
     tensors = {}
-    for _, group in refitted_groups(refitter, tokens, groups(family, checkpoint.config)):
-        tensors |= group
+    for built in refitted_groups(refitter, tokens):
+        tensors |= built.tensors
     small = stock_model(resized_config(family, checkpoint.config, shape), tensors, exact=True)
     dense = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
     unseen = (tokens + 31) % 96
@@ -410,9 +409,8 @@ def test_refit_at_full_width_returns_the_dense_model(variant, tokens, tmp_path):
 @pytest.mark.parametrize("variant", ["llama-biases", "mistral-12-heads", "qwen3"])
 def test_the_small_stream_is_what_the_stock_model_computes(variant, tokens, tmp_path):
     """Fits see a stream moved on writer by writer: it is the stock small model's own."""
-    from sp3llm.families import groups
     from sp3llm.plan import Shape, resized_config
-    from sp3llm.rebuild import Refitter, _walk
+    from sp3llm.rebuild import Refitter, refitted_groups
 
     model = tiny_model(variant)
     checkpoint = save_model(model, tmp_path)
@@ -423,9 +421,9 @@ def test_the_small_stream_is_what_the_stock_model_computes(variant, tokens, tmp_
     _, projection = choose_basis(checkpoint, family, moments, shape)
     refitter = Refitter(checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, [])
     tensors, streams = {}, []
-    for _, group, stream in _walk(refitter, tokens, groups(family, checkpoint.config)):
-        tensors |= group
-        streams.append(stream.hidden.clone())
+    for built in refitted_groups(refitter, tokens):
+        tensors |= built.tensors
+        streams.append(built.small.hidden.clone())
     small = stock_model(resized_config(family, checkpoint.config, shape), tensors, exact=False)
     seen = []
     small.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -1,13 +1,15 @@
 """Layer by layer equals all at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sp3llm import stream as streaming
+from sp3llm.execution import Execution
 from sp3llm.families import norm_eps
 from sp3llm.measure import measure_dense, measure_losses
 from sp3llm.moments import add_second_moment, eigenbasis, normalise
-from sp3llm.stream import Execution
 
 from .conftest import TINY, family_of_model, relative_error, save_model, tiny_model
 
@@ -67,9 +69,9 @@ def test_batches_and_pieces_do_not_change_the_result(tokens, tmp_path, monkeypat
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
     whole = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", FLOAT32)
-    monkeypatch.setattr(streaming, "_TOKENS_A_BATCH", 3 * tokens.shape[1])
     monkeypatch.setattr(streaming, "_LOGITS_A_BATCH", 5 * 96)
-    pieces = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", FLOAT32)
+    ragged = replace(FLOAT32, batch_tokens=3 * tokens.shape[1])
+    pieces = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", ragged)
     assert relative_error(pieces[0].total(), whole[0].total()) < 1e-6
     assert torch.allclose(pieces[1], whole[1], atol=1e-5)
 

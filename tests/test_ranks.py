@@ -1,0 +1,187 @@
+"""Several processes make what one makes, and fail together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sp3llm.checkpoint import RECORD
+from sp3llm.config import CompressConfig
+from sp3llm.errors import ResumableError
+from sp3llm.execution import Execution, Ranks
+
+from .conftest import relative_error, save_model, tiny_model
+from .test_resume import FORKS, content, dense, run, run_and_die, settings  # noqa: F401
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def as_rank(rank: int, count: int, port: int, writes: int | None, options: CompressConfig) -> None:
+    """One process of a run, in the environment that a launcher sets."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    run(options) if writes is None else run_and_die(options, writes)
+
+
+def free_port() -> int:
+    with socket.socket() as at:
+        at.bind(("localhost", 0))
+        return at.getsockname()[1]
+
+
+def together(count: int, options: CompressConfig, dies: tuple[int, int] | None = None) -> list[int]:
+    """All processes of a run; `dies` is one that is killed, and at which of its writes."""
+    port = free_port()
+    processes = [
+        FORKS.Process(
+            target=as_rank,
+            args=(rank, count, port, dies[1] if dies and rank == dies[0] else None, options),
+        )
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    if dies:
+        processes[dies[0]].join()
+        for process in processes:  # a launcher's part
+            process.kill()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def close(found: Path, expected: Path) -> bool:
+    mine, theirs = weights(found), weights(expected)
+    assert mine.keys() == theirs.keys()
+    return all(relative_error(mine[n].double(), theirs[n].double()) < 1e-5 for n in theirs)
+
+
+def options_for(dense: Path, out: Path, **changes: Any) -> CompressConfig:  # noqa: F811
+    """Twelve windows in batches of two, so that three processes have something to do."""
+    changes = {"samples": 12, "batch_tokens": 64, "device": "cpu", **changes}
+    return settings(dense, out, **changes)
+
+
+@pytest.fixture(scope="module")
+def alone(dense, tmp_path_factory) -> Path:  # noqa: F811
+    out = tmp_path_factory.mktemp("alone") / "small"
+    process = FORKS.Process(target=run, args=(options_for(dense, out),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return out
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_processes_make_what_one_makes(count, dense, alone, tmp_path):  # noqa: F811
+    out = tmp_path / "small"
+    assert together(count, options_for(dense, out)) == [0] * count
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["small"]
+    assert close(out, alone)
+    found, expected = (json.loads((at / RECORD).read_text()) for at in (out, alone))
+    assert found["plan"] == expected["plan"]
+    for mine, other in zip(found["trials"], expected["trials"], strict=True):
+        assert mine.pop("trial_loss") == pytest.approx(other.pop("trial_loss"), rel=1e-9)
+        assert mine == other
+    assert found["eigenvalues"] == pytest.approx(expected["eigenvalues"], rel=1e-9)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert [fit["ridge"] for fit in found["fits"]] == [fit["ridge"] for fit in expected["fits"]]
+
+
+@pytest.mark.parametrize(
+    "dies",
+    [(1, 26), *(pytest.param(d, marks=pytest.mark.slow) for d in ((0, 60), (1, 40), (0, 12)))],
+)
+def test_a_run_whose_process_was_killed_continues_to_the_same_bytes(dies, dense, tmp_path):  # noqa: F811
+    whole, out = tmp_path / "whole" / "small", tmp_path / "killed" / "small"
+    assert together(2, options_for(dense, whole)) == [0, 0]
+    assert -9 in together(2, options_for(dense, out), dies)
+    assert not out.exists()
+    assert together(2, options_for(dense, out)) == [0, 0]
+    assert content(out) == content(whole)
+
+
+def test_another_number_of_processes_is_refused(dense, tmp_path):  # noqa: F811
+    out = tmp_path / "small"
+    together(2, options_for(dense, out), (1, 26))
+    with pytest.raises(ResumableError, match="begun with the number of processes 2, found 1"):
+        run(options_for(dense, out))
+
+
+def test_a_process_that_fails_ends_all_with_its_message(dense, tmp_path):  # noqa: F811
+    """Under torch's own launcher, which is what accelerate launches with."""
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import os, sys\n"
+        "import sp3llm.measure\n"
+        "from sp3llm.cli import main\n"
+        "from sp3llm.errors import UserError\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    def fail(*_, **__):\n"
+        "        raise UserError('Expected a whole shard, found half of one: get another.')\n"
+        "    sp3llm.measure.run_layer = fail\n"
+        "main(['compress', *sys.argv[1:]])\n"
+    )
+    options = ["--samples", 12, "--seq-len", 32, "--calib", dense.with_name("fit.txt")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), str(script), str(dense)]
+    command += map(str, [*options, "--device", "cpu", "--out", tmp_path / "small"])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
+    assert done.returncode != 0
+    assert "sp3llm (process 1): Expected a whole shard, found half of one" in done.stderr
+    assert not (tmp_path / "small").exists()
+
+
+def test_bad_input_is_told_once(dense, tmp_path):  # noqa: F811
+    """Every process finds the same fault; the first one speaks."""
+    command = [sys.executable, "-m", "sp3llm.compress", str(dense), "--keep", "2"]
+    for rank, spoken in ((0, True), (1, False)):
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 2
+        assert bool(done.stderr) == spoken
+
+
+@pytest.mark.parametrize("windows", [1, 5, 12, 13])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_window_is_some_processs_and_batches_stay_whole(windows, count):
+    batches = []
+    for index in range(count):
+        on = Execution(
+            torch.device("cpu"), torch.float32, ranks=Ranks(index, count), batch_tokens=64
+        )
+        mine = on.mine(windows, 32)
+        assert mine.tolist() == sorted(mine.tolist())
+        batches += [tuple(b.tolist()) for b in mine.split(on.windows_a_batch(32)) if len(b)]
+    assert sorted(w for batch in batches for w in batch) == list(range(windows))
+    if windows >= 2 * count:
+        on = Execution(torch.device("cpu"), torch.float32, batch_tokens=64)
+        alone = on.mine(windows, 32).split(on.windows_a_batch(32))
+        assert sorted(batches) == [tuple(b.tolist()) for b in alone]
+
+
+def test_another_model_is_not_this_one(tmp_path):
+    """The fingerprint of a checkpoint changes with any of its weights' bytes that it looks at."""
+    from sp3llm.checkpoint import fingerprint
+
+    one = save_model(tiny_model("llama", torch.float32), tmp_path / "one")
+    other = save_model(tiny_model("llama-biases", torch.float32), tmp_path / "other")
+    again = save_model(tiny_model("llama", torch.float32), tmp_path / "again")
+    assert fingerprint(one) == fingerprint(again)
+    assert fingerprint(one) != fingerprint(other)

@@ -1,0 +1,393 @@
+"""A killed run continues to the same bytes; whatever is torn is found; disk streams are streams."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import string
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from sp3llm import resume
+from sp3llm.checkpoint import RECORD
+from sp3llm.compress import compress
+from sp3llm.config import CompressConfig
+from sp3llm.errors import ResumableError, UserError
+from sp3llm.execution import Execution, Ranks, ahead, placed
+from sp3llm.resume import Journal, open_journal, read_tensors, write_tensors
+
+from .conftest import save_model, tiny_model
+
+# A server that has everything imported and computed nothing; its children are the runs.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.test_resume", "transformers.models.llama.modeling_llama"])
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    model = tiny_model("llama", torch.float32, vocab_size=4096, num_hidden_layers=4)
+    save_model(model, folder, tokenizer=True)
+    return folder
+
+
+def settings(dense: Path, out: Path, **changes: Any) -> CompressConfig:
+    """A short run on texts that lie beside the model."""
+    words = random.Random(0)
+    calib, eval_text = (str(dense.with_name(name)) for name in ("fit.txt", "held-out.txt"))
+    for name in (calib, eval_text):
+        text = " ".join(words.choice(string.ascii_lowercase) * 3 for _ in range(2000))
+        Path(name).write_text(text)
+    base = {"keep": 0.6, "samples": 6, "seq_len": 32, "eval_samples": 4}
+    base |= {"calib": calib, "eval_text": eval_text}
+    return CompressConfig(model=str(dense), out=out, **{**base, **changes})
+
+
+def run(options: CompressConfig) -> None:
+    torch.set_num_threads(1)
+    compress(options, Console(quiet=True))
+
+
+def run_and_die(options: CompressConfig, writes: int | None) -> None:
+    """The run, killed before it renames for the `writes`-th time: nothing is written after it."""
+    left = writes
+    replaced = os.replace
+
+    def count(*names: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replaced(*names)
+
+    if writes is not None:
+        os.replace = count
+    # Every layer is worth keeping, however fast.
+    resume._SHARE_OF_TIME = 10.0
+    run(options)
+
+
+def start(target: Callable[..., None], *arguments: Any) -> multiprocessing.Process:
+    process = FORKS.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Every file's bytes, but for what the record says of time and memory."""
+    found: dict[str, Any] = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".html"
+    }
+    card = found["README.md"].decode()
+    found["README.md"] = re.sub(r" (--out|--streams|--max-memory) \S+", "", card)
+    record = json.loads(found.pop(RECORD))
+    for key in ("seconds", "peak_memory_bytes", "device_memory_bytes", "command", "settings"):
+        del record[key]
+    return {**found, RECORD: record}
+
+
+@pytest.fixture(scope="module")
+def expected(dense, tmp_path_factory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("whole") / "small"
+    process = start(run, settings(dense, out))
+    process.join()
+    assert process.exitcode == 0
+    assert [path.name for path in out.parent.iterdir()] == ["small"]
+    return content(out)
+
+
+def finish(options: CompressConfig) -> dict[str, Any]:
+    process = start(run_and_die, options, None)
+    process.join()
+    assert process.exitcode == 0
+    assert [path.name for path in options.out.parent.iterdir()] == [options.out.name]
+    return content(options.out)
+
+
+# Of some hundred renames in a whole run: from the text over every pass and its layers, the basis,
+# the weights, a shard and the perplexity to the final name.
+@pytest.mark.parametrize(
+    "writes",
+    [
+        *(21, 58, 83),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 5, 8, 15, 28, 36, 46, 53, 68, 97)),
+    ],
+)
+def test_killed_run_continues_to_the_same_bytes(writes, dense, expected, tmp_path):
+    options = settings(dense, tmp_path / "small")
+    process = start(run_and_die, options, writes)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not options.out.exists()
+    assert finish(options) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_run_killed_again_and_again_at_any_moment_arrives(seed, dense, expected, tmp_path):
+    options = settings(dense, tmp_path / "small")
+    moments = random.Random(seed)
+    for _ in range(4):
+        process = start(run_and_die, options, None)
+        process.join(moments.uniform(0.2, 3.0))
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert (content(options.out) if options.out.exists() else finish(options)) == expected
+
+
+def test_run_killed_while_it_clears_up_arrives(dense, expected, tmp_path, monkeypatch):
+    """The result has its name already, what it was made from is not gone yet."""
+    options = settings(dense, tmp_path / "small")
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sp3llm.checkpoint.shutil.rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(options)
+    assert options.out.exists()
+    assert options.out.with_name("small.partial").exists()
+    assert finish(options) == expected
+
+
+def stopped(dense: Path, out: Path, writes: int) -> Path:
+    """A run killed on the way; its journal."""
+    process = start(run_and_die, settings(dense, out), writes)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    return out.with_name(f"{out.name}.partial") / "state-0"
+
+
+def torn(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def test_torn_files_and_a_torn_manifest_are_found_and_redone(dense, expected, tmp_path):
+    for which in ("*.safetensors", resume.MANIFEST):
+        out = tmp_path / which.strip("*.") / "small"
+        state = stopped(dense, out, 74)
+        files = [path for path in state.glob(which) if path.stat().st_size]
+        assert files
+        for path in files:
+            torn(path)
+        assert finish(settings(dense, out)) == expected
+
+
+def test_torn_shard_of_a_nearly_finished_run_is_redone(dense, expected, tmp_path):
+    out = tmp_path / "small"
+    options = settings(dense, out)
+    process = start(run_and_die, options, 90)
+    process.join()
+    shards = list((tmp_path / "small.partial" / "model").glob("*.safetensors"))
+    assert shards
+    torn(shards[0])
+    assert finish(options) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"), [({"keep": 0.5}, "--keep 0.6, found 0.5"), ({"seed": 3}, "--seed 0")]
+)
+def test_other_settings_are_refused_and_what_was_done_stays(changes, told, dense, tmp_path):
+    out = tmp_path / "small"
+    state = stopped(dense, out, 30)
+    before = {path.name: path.read_bytes() for path in state.iterdir()}
+    with pytest.raises(ResumableError, match=told) as caught:
+        run(settings(dense, out, **changes))
+    assert "--fresh" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in state.iterdir()} == before
+    run(settings(dense, out, fresh=True, **changes))
+    assert (out / "config.json").is_file()
+
+
+def test_other_weights_are_refused(dense, tmp_path):
+    out = tmp_path / "small"
+    model = tmp_path / "model"
+    save_model(tiny_model("llama", torch.float32, vocab_size=4096), model, tokenizer=True)
+    with pytest.raises(RuntimeError, match="midway"):
+        fail_midway(settings(model, out))
+    save_model(tiny_model("llama", torch.float32, vocab_size=4096), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.01
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ResumableError, match=r"the model's model\.safetensors"):
+        run(settings(model, out))
+
+
+def fail_midway(options: CompressConfig) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("midway")
+
+        patched.setattr("sp3llm.checkpoint.copy_companions", fail)
+        run(options)
+
+
+def test_where_things_lie_may_change_between_runs(dense, expected, tmp_path):
+    """Nothing that was done depends on where streams lie, so a run that met its limits goes on."""
+    out = tmp_path / "small"
+    stopped(dense, out, 30)
+    assert finish(settings(dense, out, streams="disk", max_memory="cpu=1GiB")) == expected
+
+
+def test_disk_streams_equal_memory_streams(dense, expected, tmp_path):
+    assert finish(settings(dense, tmp_path / "small", streams="disk")) == expected
+
+
+def test_full_disk_ends_in_one_sentence_and_the_run_goes_on(dense, expected, tmp_path, monkeypatch):
+    options = settings(dense, tmp_path / "small")
+    written = resume.write_tensors
+    left = 12
+
+    def full(path: Path, tensors: Any) -> str:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            path.with_name(f"{path.name}.new").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(path, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resume, "write_tensors", full)
+        with pytest.raises(ResumableError, match="No space left on device") as caught:
+            run(options)
+    assert "same command" in str(caught.value)
+    assert finish(options) == expected
+
+
+def test_bad_input_found_on_the_way_leaves_nothing(dense, tmp_path):
+    model = tmp_path / "model"
+    broken = tiny_model("llama", torch.float32, vocab_size=4096)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    save_model(broken, model, tokenizer=True)
+    out = tmp_path / "out" / "small"
+    with pytest.raises(UserError, match="NaN"):
+        run(settings(model, out))
+    assert list(out.parent.iterdir()) == []
+
+
+# --------------------------------------------------------------------------- the parts
+
+
+def test_tensors_are_written_as_safetensors(tmp_path):
+    tensors = {
+        "half": torch.randn(3, 5).bfloat16(),
+        "wide": torch.randn(7, dtype=torch.float64),
+        "turned": torch.randn(4, 6).T,
+        "strided": torch.randn(9, 2, 3)[::2],
+        "scalar": torch.tensor(3.0),
+        "none": torch.zeros(0, 4),
+        "ids": torch.arange(6).reshape(2, 3),
+    }
+    path = tmp_path / "x.safetensors"
+    digest = write_tensors(path, tensors)
+    assert digest == resume.file_hash(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
+    for found in (load_file(path), read_tensors(path)):
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_stage_goes_back_to_the_step_before_a_damaged_one(tmp_path):
+    said: list[str] = []
+    journal = open_journal(tmp_path, {"a": 1}, Ranks(), said.append)
+    for step in range(4):
+        journal.save("stage", step, {"x": torch.full((3,), float(step))}, {"step": step})
+    assert journal.steps("stage") == [2, 3]
+    again = open_journal(tmp_path, {"a": 1}, Ranks(), said.append)
+    assert again.latest("stage").facts == {"step": 3}
+    assert again.latest("stage", most=2).tensors["x"].tolist() == [2.0] * 3
+    torn(tmp_path / "stage-00003.safetensors")
+    again = open_journal(tmp_path, {"a": 1}, Ranks(), said.append)
+    assert again.latest("stage").step == 2
+    assert any("damaged" in line for line in said)
+    torn(tmp_path / "stage-00002.safetensors")
+    again = open_journal(tmp_path, {"a": 1}, Ranks(), said.append)
+    assert again.latest("stage") is None
+
+
+def test_a_journal_without_a_folder_keeps_nothing():
+    journal = Journal()
+    x = torch.ones(3)
+    kept = journal.keep("stage", 0, x)
+    x += 1
+    assert kept.tolist() == [1.0] * 3
+    journal.save("stage", 1, {"x": x})
+    assert journal.latest("stage") is None
+    assert not journal.due()
+
+
+def test_saving_takes_a_tenth_of_the_time_at_most():
+    now = time.monotonic()
+    clock = resume._Clock(started=now - 100.0, saving=9.0)
+    assert Journal(Path(), clock=clock).due()
+    clock.saving = 11.0
+    assert not Journal(Path(), clock=clock).due()
+
+
+def test_room_on_disk_takes_no_name_and_holds_what_it_is_given(tmp_path):
+    on = Execution(torch.device("cpu"), torch.float32, streams="disk", scratch=tmp_path / "scratch")
+    room = on.room((4, 3, 5), torch.bfloat16)
+    values = torch.randn(4, 3, 5).bfloat16()
+    room.copy_(values)
+    assert torch.equal(room, values)
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert on.room((0, 3), torch.float32).shape == (0, 3)
+
+
+def test_a_disk_without_room_is_told_before_it_is_written_to(tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    on = Execution(torch.device("cpu"), torch.float32, streams="disk", scratch=tmp_path)
+    with pytest.raises(OSError, match="No space"):
+        on.room((4, 4), torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("cap", "streams"), [(2**40, "host"), (3 * 2**20, "disk"), (2**20, "disk")]
+)
+def test_streams_go_where_there_is_room(cap, streams, tmp_path, monkeypatch):
+    monkeypatch.setattr("sp3llm.execution._host_memory", lambda most: most["cpu"])
+    on = Execution(torch.device("cpu"), torch.float32)
+    found = placed(on, "auto", 2 * 2**20, 2**20, 1000, None, tmp_path, {"cpu": cap})
+    assert found.streams == streams
+    assert found.scratch == tmp_path
+
+
+def test_reading_ahead_gives_every_item_in_order_and_an_error_where_it_belongs():
+    on = Execution(torch.device("cpu"), torch.float32)
+
+    def load(item: int) -> dict[str, torch.Tensor]:
+        if item == 3:
+            raise UserError("three")
+        return {"x": torch.tensor(item)}
+
+    seen = []
+
+    def consume() -> None:
+        for item, tensors in ahead(range(5), load, on):
+            seen.append((item, tensors["x"].item()))
+
+    with pytest.raises(UserError, match="three"):
+        consume()
+    assert seen == [(0, 0), (1, 1), (2, 2)]
