@@ -155,7 +155,7 @@ def peft(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[str, Cal
         tuned = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules="all-linear"))
         with torch.no_grad():
             attached = tuned(input_ids=ids).logits
-        optimizer = torch.optim.SGD((p for p in tuned.parameters() if p.requires_grad), lr=1.0)
+        optimizer = torch.optim.SGD((p for p in tuned.parameters() if p.requires_grad), lr=0.1)
         before = tuned(input_ids=ids, labels=ids).loss
         before.backward()
         optimizer.step()

@@ -170,6 +170,15 @@ def add_report(add: argparse.ArgumentParser) -> None:
         "(default: auto)",
     )  # fmt: skip
     add.add_argument(
+        "--add",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="put what sp3llm score (comparison_<date>.json) or sp3llm bench (its --output) found "
+        "into the record",
+    )
+    add.add_argument(
         "--push-to-hub",
         metavar="REPO_ID",
         help="upload the folder to this repository (owner/name) of the Hugging Face hub, which is "
@@ -310,12 +319,17 @@ def _run_compress(settings: CompressConfig) -> None:
 
 
 def _run_report(
-    folder: Path, dense: str | None, device: str, push_to_hub: str | None, private: bool
+    folder: Path,
+    dense: str | None,
+    device: str,
+    add: list[Path],
+    push_to_hub: str | None,
+    private: bool,
 ) -> None:
     from rich.console import Console
 
     from sp3llm import card, hub, page, samples
-    from sp3llm.record import read_record
+    from sp3llm.record import add_to_record, measured, read_record
 
     if private and push_to_hub is None:
         raise UserError(
@@ -325,6 +339,9 @@ def _run_report(
     record = read_record(folder)
     if push_to_hub is not None:
         hub.check_login()
+    entries = {key: value for path in add for key, value in measured(path, folder).items()}
+    if entries:
+        record = add_to_record(folder, **entries)
     record, no_samples = samples.with_samples(folder, record, console, device, dense)
     card.write_card(folder, record, samples.dense_folder(record, dense))
     written = page.write_page(folder, record, no_samples)

@@ -165,18 +165,21 @@ def score_rows(record: dict[str, Any]) -> list[list[str]]:
     """The table of `scores`, its head first; nothing where there are none."""
     found = [
         [
-            task,
-            metric.removesuffix(",none"),
-            f"{values['dense']:.4f}",
-            f"{values['small']:.4f}",
-            f"{values['difference']:+.4f}",
-            "" if values.get("standard_error") is None else f"{values['standard_error']:.4f}",
+            row["task"],
+            row["metric"].removesuffix(",none"),
+            f"{row['samples']:,}",
+            *(_figure(row.get(key)) for key in ("dense", "small")),
+            _figure(row.get("difference"), "+.4f"),
+            _figure(row.get("paired_standard_error")),
         ]
-        for task, metrics in record.get("scores", {}).items()
-        for metric, values in metrics.items()
+        for row in record.get("scores", {}).get("rows", [])
     ]
-    head = ["task", "metric", "dense", "compressed", "difference", "standard error"]
+    head = ["task", "metric", "samples", "dense", "compressed", "difference", "standard error"]
     return [head, *found] if found else []
+
+
+def _figure(value: float | None, form: str = ".4f") -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def speed_rows(record: dict[str, Any]) -> list[list[str]]:

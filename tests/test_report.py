@@ -21,7 +21,7 @@ from sp3llm import card, page, samples
 from sp3llm.cli import main
 from sp3llm.errors import UserError
 from sp3llm.families import FAMILIES, count_parameters, count_parts
-from sp3llm.record import RECORD, add_to_record, read_record
+from sp3llm.record import RECORD, add_to_record, measured, read_record
 
 from .conftest import TINY, save_model, tiny_model
 from .test_stock import compress_tiny
@@ -159,18 +159,23 @@ def test_text_in_samples_is_text_and_nothing_else(made):
         assert text in found.text
 
 
-def test_scores_and_speed_appear_once_they_are_measured(made):
+def test_scores_and_speed_appear_once_they_are_measured(made, tmp_path):
     assert "No tasks were scored" in opened(made).text
-    score = {"dense": 0.61, "small": 0.58, "difference": -0.03, "standard_error": 0.01}
-    lone = {"dense": 20.0, "small": 22.0, "difference": 2.0, "standard_error": None}
-    add_to_record(
-        made,
-        scores={"cloze": {"acc,none": score}, "text": {"token_perplexity": lone}},
-        speed=[{"model": "dense", "tokens/s": 1234.5}, {"model": "small", "note": "a|b"}],
-    )
+    score = {
+        "task": "cloze", "metric": "acc,none", "samples": 400, "dense": 0.61, "small": 0.58,
+        "difference": -0.03, "paired_standard_error": 0.0123,
+    }  # fmt: skip
+    lone = {
+        "task": "text", "metric": "token_perplexity", "samples": 9, "dense": None, "small": 22.0,
+        "difference": None, "paired_standard_error": None,
+    }  # fmt: skip
+    comparison = tmp_path / "comparison.json"
+    comparison.write_text(json.dumps({"model": "runs/small", "rows": [score, lone]}))
+    main(["report", str(made), "--add", str(comparison)])
+    add_to_record(made, speed=[{"model": "x", "tokens/s": 1234.5}, {"model": "y", "note": "a|b"}])
     main(["report", str(made)])
     text, readme = opened(made).text, (made / "README.md").read_text()
-    for shown in ("cloze", "acc", "0.6100", "-0.0300", "token_perplexity", "+2.0000", "1,234"):
+    for shown in ("cloze", "acc", "0.6100", "-0.0300", "0.0123", "22.0000", "1,234"):
         assert shown in text
         assert shown in readme
     assert "No tasks were scored" not in text
@@ -219,9 +224,35 @@ def test_text_that_changed_is_not_passed_off_as_held_out(made):
         samples.held_out_tokens(record, made)
 
 
+def test_what_bench_found_becomes_a_table(made, tmp_path):
+    """Medians of both models, and ratios beside what the shapes promise."""
+
+    def side(scale):
+        spread = {"median": 100.0 * scale, "low": 1.0, "high": 2.0}
+        return {
+            "prefill_tokens_per_second": spread, "decode_tokens_per_second": spread,
+            "first_token_seconds": {**spread, "median": 0.5 / scale}, "peak_memory_bytes": None,
+        }  # fmt: skip
+
+    ratio = {"measured": {"median": 1.25}, "promised": 1.3, "realised": 0.9615}
+    cell = {"batch_size": 4, "prompt_length": 96, "dense": side(1), "small": side(1.25),
+            "prefill": ratio, "decode": ratio}  # fmt: skip
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"model": "small", "cells": [cell]}))
+    main(["report", str(made), "--add", str(path)])
+    text = opened(made).text
+    assert "4 96 prefill, tokens/s 100 125 1.25 1.3 0.9615" in text
+    assert "4 96 first token, ms 500 400 0.8" in text
+    for wrong in ({"model": "another", "cells": []}, {"model": "small"}, []):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError):
+            measured(path, made)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["--add", "nowhere.json"], "Cannot read"),
         (["--dense", "eval/models/opt-4m"], "made from"),
         (["--dense", "nowhere/at/all"], "model folder"),
         (["--private"], "--push-to-hub"),
