@@ -120,7 +120,9 @@ def main() -> None:
     )
     clock = {"solves": 0.0, "io": 0.0}
     install_clocks(clock)
-    base = CompressConfig(model=options.model, keep=options.keep, samples=options.samples)
+    base = CompressConfig(
+        model=options.model, keep=options.keep, samples=options.samples, report=False
+    )
     variants = {
         "pca, width": replace(base, allocate="width", basis="pca"),
         "pca, search": replace(base, allocate="search", basis="pca"),

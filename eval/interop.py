@@ -74,6 +74,8 @@ def environment(name: str, torch: str) -> Path:
     venv.create(folder, with_pip=True, clear=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "install", torch, *REQUIREMENTS[name]], check=True)
+    if name == "openvino":  # it comes along, belongs to another build of torch, and reads no text
+        subprocess.run([*pip, "uninstall", "--yes", "torchvision"], check=True)
     if name == "llama.cpp":
         subprocess.run([*pip, "install", str(llama_cpp_source(pip))], check=True,
                        env={**os.environ, "CMAKE_ARGS": "-DLLAVA_BUILD=OFF"})  # fmt: skip
@@ -141,8 +143,8 @@ def versions(python: Path) -> dict[str, str]:
 def measure(loader: str, python: Path, name: str, model: Path, stored: Path) -> list[dict]:
     """What one loader makes of one model, one row a format."""
     if loader == "llama.cpp" and name.startswith("opt"):
-        note = "llama.cpp has no OPT"
-        return [{"format": "GGUF", "loads": False, "note": note}]
+        kinds = ("GGUF f16", "GGUF q8_0", "GGUF Q4_K_M")
+        return [{"format": k, "loads": False, "note": "llama.cpp has no OPT"} for k in kinds]
     work = CACHE / "work" / f"{loader}-{model.name}"
     work.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).with_name("interop_loaders.py")
@@ -161,6 +163,23 @@ def measure(loader: str, python: Path, name: str, model: Path, stored: Path) -> 
         for path in (work, model, CACHE, ROOT):
             row["note"] = row["note"].replace(str(path), path.name)
     return rows
+
+
+def matrix(record: dict[str, Any]) -> str:
+    """One line a tool and format, one column a model."""
+    models = list(record["models"])
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in record["rows"]:
+        what = "**no**"
+        if row["loads"]:
+            what = "same" if row["mean_kl"] < SAME else f"KL {row['mean_kl']:.1g}"
+        cells.setdefault((row["loader"], row["format"]), {})[row["model"]] = what
+    lines = [f"| tool | format | {' | '.join(models)} |", f"|---|---|{'---|' * len(models)}"]
+    lines += [
+        f"| {loader} | {kind} | {' | '.join(found.get(name, '') for name in models)} |"
+        for (loader, kind), found in cells.items()
+    ]
+    return "\n".join(lines)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -197,9 +216,15 @@ def table(record: dict[str, Any]) -> str:
 
 `{record["command"]}`, {record["tokens"]}, {record["machine"]}. Perplexity, mean KL divergence
 (nats a token) and the share of tokens with the same first choice are against the same folder in
-transformers, float32. \"The same\": a mean KL below {SAME:g}.
+transformers, float32. \"Same\": a mean KL below {SAME:g}.
+
+{matrix(record)}
+
+## In detail
 
 {chr(10).join(lines)}
+
+## Models and tools
 
 Models, all of them made from what the repository carries (8 M Llama, 4 M OPT):
 

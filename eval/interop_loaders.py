@@ -114,15 +114,18 @@ def ctranslate2(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[s
 
 
 def onnx(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[str, Callable]]:
-    def run() -> tuple[np.ndarray, str]:
+    def run(use_cache: bool) -> tuple[np.ndarray, str]:
         import torch
         from optimum.onnxruntime import ORTModelForCausalLM
 
-        loaded = ORTModelForCausalLM.from_pretrained(model, export=True, dtype=torch.float32)
+        loaded = ORTModelForCausalLM.from_pretrained(
+            model, export=True, dtype=torch.float32, use_cache=use_cache, use_io_binding=False
+        )
         ids = torch.tensor(tokens)
         return loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy(), ""
 
-    yield "float32", run
+    yield "float32", lambda: run(True)
+    yield "float32, no KV cache", lambda: run(False)
 
 
 def openvino(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[str, Callable]]:

@@ -1,5 +1,7 @@
 """Held-out text continued by the dense and the compressed model, side by side."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,13 +178,10 @@ def _continued(folder: Path, prompts: "Tensor", new: int, pad: int, on: "torch.d
     """What a model adds to prompts `(texts, tokens)`: `(texts, new)` at most."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # a bar that is over at once tells nobody anything
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(on).eval()
-        with torch.no_grad():
+        with _quiet(), torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(on).eval()
             ids = model.generate(
                 prompts.to(on),
                 attention_mask=torch.ones_like(prompts, device=on),
@@ -198,6 +197,22 @@ def _continued(folder: Path, prompts: "Tensor", new: int, pad: int, on: "torch.d
             f"{reason(error)}): try it in transformers alone."
         ) from error
     return ids[:, prompts.shape[1] :].cpu()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars, over at once, and its remarks on settings that are not used."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_memory(weight_bytes: int, on: "torch.device") -> None:
