@@ -12,7 +12,9 @@ VERSION = next(
 )
 
 EXTRAS = {
-    "eval": ["lm-eval>=0.4.8"],
+    # 0.4.12 loads tasks once and hands them over; lm-eval itself names neither torch nor
+    # transformers.
+    "eval": ["lm-eval>=0.4.12"],
     "quantize": ["bitsandbytes>=0.45"],
     "recover": ["peft>=0.15"],
     "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8"],
@@ -27,12 +29,20 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # The calibration manifest lives at the top of the repository and inside the installed package.
-    packages=["sp3llm", "sp3llm.calib_data"],
-    package_dir={"sp3llm": "sp3llm", "sp3llm.calib_data": "calib_data"},
+    # The calibration manifest, and the presets and offline tasks of `sp3llm score`, live elsewhere
+    # in the repository, and inside the installed package.
+    packages=["sp3llm", "sp3llm.calib_data", "sp3llm.presets", "sp3llm.tasks"],
+    package_dir={
+        "sp3llm": "sp3llm",
+        "sp3llm.calib_data": "calib_data",
+        "sp3llm.presets": "eval/presets",
+        "sp3llm.tasks": "eval/tasks",
+    },
     package_data={
         "sp3llm": ["bundled/llama-8m/*", "templates/*", "py.typed"],
         "sp3llm.calib_data": ["*.json"],
+        "sp3llm.presets": ["*.yaml"],
+        "sp3llm.tasks": ["*.yaml"],
     },
     install_requires=[
         "torch>=2.6",

@@ -16,7 +16,9 @@ from sp3llm.config import (
     MOMENTS,
     STREAMS,
     TIES,
+    BenchConfig,
     CompressConfig,
+    ScoreConfig,
 )
 from sp3llm.errors import UserError
 
@@ -24,6 +26,14 @@ _EPILOG = """examples:
   sp3llm compress                                    the bundled model, at 75 % of its parameters
   sp3llm compress meta-llama/Llama-2-7b --keep 0.8   a hub model, calibrated on WikiText-2
   sp3llm compress ./my-llama --calib my.jsonl --eval-text held-out.jsonl --out ./my-llama-small
+"""
+
+
+_SCORE_EPILOG = """examples:
+  sp3llm score ./small --against ./dense --tasks zero-shot
+  sp3llm score ./small --against ./dense --tasks papers,wikitext-token,gsm8k --batch-size 16
+  sp3llm score ./small --against ./dense --tasks stdlib    needs no network
+  accelerate launch -m sp3llm score ./small --tasks mmlu --num-fewshot 5
 """
 
 
@@ -63,6 +73,25 @@ def parser(prog: str = "sp3llm") -> argparse.ArgumentParser:
             help="write report.html and the model card of a compressed model, or push it",
             description="Write report.html and the model card, README.md, of a compressed model "
             "anew, with all that its record holds by now; --push-to-hub uploads the folder.",
+        )
+    )
+    add_score(
+        commands.add_parser(
+            "score",
+            help="score a model on lm-eval's tasks, and against the dense one",
+            description="Score a model on tasks of lm-eval, and against the dense model with the "
+            "standard error of the paired difference.",
+            epilog=_SCORE_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    add_bench(
+        commands.add_parser(
+            "bench",
+            help="measure speed and memory against the dense model",
+            description="Measure prefill and decode speed, time to first token and memory of a "
+            "compressed model and its dense one in turns, beside what their FLOPs and bytes "
+            "promise.",
         )
     )
     return top
@@ -147,6 +176,112 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         "--fresh",
         action="store_true",
         help="start over instead of continuing a run of the same command that was killed",
+    )
+    add.add_argument(
+        "--score",
+        metavar="TASKS",
+        help="at the end, score result and dense model on these tasks or presets, as sp3llm score "
+        "does",
+    )
+
+
+def add_score(add: argparse.ArgumentParser) -> None:
+    """The options of `sp3llm score`."""
+    add.add_argument("model", help="hub id or folder")
+    add.add_argument("--against", metavar="DENSE", help="hub id or folder of the dense model")
+    add.add_argument(
+        "--tasks",
+        required=True,
+        help="comma-separated: the presets zero-shot, papers, wikitext-token and stdlib, tasks, "
+        "groups and patterns of lm-eval, or YAML files of a preset or a task",
+    )
+    add.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="folder with further lm-eval task files"
+    )
+    add.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before each question (default: "
+        "the task's own)",
+    )  # fmt: skip
+    add.add_argument(
+        "--limit",
+        type=_number,
+        metavar="N",
+        help="only the first N questions of each task, or that fraction of them if below 1; for "
+        "trying out",
+    )
+    add.add_argument(
+        "--batch-size",
+        default="auto",
+        metavar="N",
+        help="sequences at once, or auto: as many as fit on a GPU, 8 on a CPU (default: auto)",
+    )
+    add.add_argument(
+        "--apply-chat-template",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAME",
+        help="ask in the tokenizer's chat template, or in the one of that name",
+    )
+    _add_where(add)
+    add.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for results and samples (default: "
+        "./<model>-score)",
+    )  # fmt: skip
+    add.add_argument(
+        "--seed", type=int, metavar="N", help="seeds all that lm-eval draws (default: its own)"
+    )
+    add.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="run tasks that execute code which the model writes",
+    )
+
+
+def add_bench(add: argparse.ArgumentParser) -> None:
+    """The options of `sp3llm bench`."""
+    add.add_argument("model", help="hub id or folder of the compressed model")
+    add.add_argument(
+        "--against", required=True, metavar="DENSE", help="hub id or folder of the dense model"
+    )
+    for option, default, what in (
+        ("batch-sizes", BenchConfig.batch_sizes, "sequences at once"),
+        ("prompt-lengths", BenchConfig.prompt_lengths, "tokens of each prompt"),
+    ):
+        add.add_argument(
+            f"--{option}",
+            type=int,
+            nargs="+",
+            default=list(default),
+            metavar="N",
+            help=f"{what} (default: {' '.join(map(str, default))})",
+        )
+    for option, default, what in (
+        ("new-tokens", BenchConfig.new_tokens, "tokens generated after each prompt"),
+        ("repeats", BenchConfig.repeats, "measurements of each figure, after a warm-up"),
+        ("seed", BenchConfig.seed, "chooses the prompts' tokens"),
+    ):
+        add.add_argument(
+            f"--{option}", type=int, default=default, metavar="N", help=f"{what} (default: "
+            f"{default})",
+        )  # fmt: skip
+    add.add_argument(
+        "--compile", action="store_true", help="run both through torch.compile, with a static cache"
+    )
+    _add_where(add)
+    add.add_argument(
+        "--output", type=Path, metavar="FILE", help=".json file for the figures; the table goes "
+        "beside it as .md",
+    )  # fmt: skip
+
+
+def _add_where(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    add.add_argument(
+        "--dtype",
+        default="auto",
+        help=f"dtype of weights and arithmetic: {', '.join(DTYPES)} (default: as in the "
+        "checkpoint)",
     )
 
 
@@ -280,11 +415,11 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     rank = int(os.environ.get("RANK", "0"))
     try:
         command = options.pop("command")
-        if command == "report":
-            _run_report(**options)
-            return
         as_json = options.pop("json", False)
-        settings = CompressConfig(**options)
+        if command == "bench":
+            options |= {key: tuple(options[key]) for key in ("batch_sizes", "prompt_lengths")}
+        kinds = {"score": ScoreConfig, "bench": BenchConfig, "report": dict}
+        settings = kinds.get(command, CompressConfig)(**options)
     except UserError as error:
         if rank == 0:
             print(f"sp3llm: {error}", file=sys.stderr)
@@ -292,6 +427,12 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     try:
         if command == "plan":
             _run_plan(as_json, settings)
+        elif command == "score":
+            _run_score(settings)
+        elif command == "bench":
+            _run_bench(settings)
+        elif command == "report":
+            _run_report(**settings)
         else:
             _run_compress(settings)
     except UserError as error:
@@ -300,7 +441,8 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
             print(f"sp3llm{where}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("sp3llm: interrupted; the same command continues where it was.", file=sys.stderr)
+        after = "the same command continues where it was" if command == "compress" else "start anew"
+        print(f"sp3llm: interrupted; {after}.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -351,6 +493,29 @@ def _run_report(
     if push_to_hub is not None:
         url = hub.push(folder, push_to_hub, private, console)
         console.print(f"Pushed to {url}", markup=False, highlight=False)
+
+
+def _run_score(settings: ScoreConfig) -> None:
+    from rich.console import Console
+
+    from sp3llm.harness import is_first_process, score
+
+    score(settings, Console(quiet=not is_first_process()))
+
+
+def _run_bench(settings: BenchConfig) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells when it starts
+    from rich.console import Console
+
+    console = Console()
+    with console.status("importing torch and transformers"):
+        import transformers
+
+        from sp3llm.speed import bench
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    bench(settings, console)
 
 
 def _run_plan(as_json: bool, settings: CompressConfig) -> None:

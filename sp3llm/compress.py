@@ -10,7 +10,8 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 5. choose the shape that loses least, by trial refits on a little of the text;
 6. layer by layer beside the dense model: fold the norms, rotate, cut, refit what is left in closed
    form, write it;
-7. stream the result over the held-out text for the perplexity after.
+7. stream the result over the held-out text for the perplexity after; with `--score`, score it and
+   the dense model on tasks of lm-eval.
 
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
 """
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError, UserError
-from sp3llm.record import RECORD
+from sp3llm.record import RECORD, read_record
 
 if TYPE_CHECKING:
     import torch
@@ -113,8 +114,8 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     """
     import torch
 
+    from sp3llm import card, execution, harness, report
     from sp3llm import checkpoint as disk
-    from sp3llm import execution, page, report, samples
     from sp3llm.resume import open_journal
 
     started = time.monotonic()
@@ -146,7 +147,24 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
                     job = replace(job, on=_halved(job, journal, error))
         journal.save(_FINISHED, 0)
     console.print(report.closing_table(record))
-    if settings.report and ranks.is_first:
+    if ranks.is_first:
+        _write_page(job, result, record, console)
+    console.print(report.next_steps(result), highlight=False, markup=False)
+    if settings.score:
+        ranks.from_first(lambda: None)  # the result has its final name when the others go on
+        harness.score_compressed(settings, job.out, console)
+        if ranks.is_first:
+            record = read_record(job.out)
+            card.write_card(job.out, record, job.folder)
+            _write_page(job, result, record, console)
+    return result
+
+
+def _write_page(job: Job, result: Result, record: dict[str, Any], console: "Console") -> None:
+    """Write report.html into the result, with samples where memory holds the dense model."""
+    from sp3llm import page, samples
+
+    if job.settings.report:
         record, why = samples.with_samples(
             job.out,
             record,
@@ -156,8 +174,6 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
             tokens=result.evaluation.tokens,
         )
         page.write_page(job.out, record, why)
-    console.print(report.next_steps(result), highlight=False, markup=False)
-    return result
 
 
 def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
@@ -165,7 +181,7 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
     import torch
 
     from sp3llm import checkpoint as disk
-    from sp3llm import execution, families, source
+    from sp3llm import execution, families, harness, source
     from sp3llm.plan import candidates, limits_of, plan_of
     from sp3llm.rebuild import held_back_from
     from sp3llm.stream import empty_model
@@ -203,6 +219,8 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
     memory = execution.memory_limits(settings.max_memory)
     on = execution.execution(device, torch.promote_types(dense_dtype, dtype), ranks, memory)
     empty_model(dense.config)  # refuses a config that transformers rejects, before any work
+    if settings.score:
+        harness.check_scoring(settings)
     return Job(settings, folder, name, dense, family, dense_dtype, dtype, limits, shapes, out, on)
 
 

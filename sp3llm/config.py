@@ -1,7 +1,8 @@
 """What a run is asked to do, checked where it enters."""
 
 import math
-from dataclasses import asdict, dataclass
+import shlex
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 # Where things are computed and put, not what.
-_NOT_OF_RESULT = ("out", "streams", "max_memory", "batch_tokens", "fresh", "report")
+_NOT_OF_RESULT = ("out", "streams", "max_memory", "batch_tokens", "fresh", "report", "score")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class CompressConfig:
     """Tokens that go through a layer at once; None: by the memory there is."""
     fresh: bool = False
     """Start over where a killed run could be continued."""
+    score: str | None = None
+    """lm-eval tasks or presets that the result and the dense model are scored on at the end."""
 
     def of_result(self) -> dict[str, Any]:
         """The settings that the result depends on, by option."""
@@ -156,3 +159,121 @@ class CompressConfig:
     def allocation(self) -> str:
         """`allocate`, resolved."""
         return self.allocate or ("search" if self.refit else "width")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Settings of `sp3llm score`. What is None is left to lm-eval."""
+
+    model: str
+    """Hub id or folder."""
+    tasks: str
+    """Presets, lm-eval tasks, groups and patterns, and YAML files of either kind, by commas."""
+    against: str | None = None
+    """Hub id or folder of the dense model to compare with."""
+    include_path: Path | None = None
+    """Folder with further task files of lm-eval's."""
+    num_fewshot: int | None = None
+    """Examples before each question."""
+    limit: float | None = None
+    """Questions of each task at most, or the fraction of them if below 1."""
+    batch_size: str = "auto"
+    """Sequences at once; `auto`: as many as fit on a GPU, 8 on a CPU."""
+    apply_chat_template: bool | str = False
+    """Ask in the tokenizer's chat template, or in the one of this name."""
+    device: str = "auto"
+    """Where to compute: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    dtype: str = "auto"
+    """Dtype of weights and arithmetic; `auto`: as in the checkpoint."""
+    output: Path | None = None
+    """Where results and samples go; None: `./<model>-score`."""
+    seed: int | None = None
+    """Seeds all that lm-eval draws; None: its own defaults."""
+    confirm_run_unsafe_code: bool = False
+    """Run tasks that execute code a model wrote."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):
+            raise UserError(
+                f"Expected --limit above 0, found {self.limit:g}: give a number of questions, or a "
+                "fraction of them below 1."
+            )
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError(
+                f"Expected --num-fewshot of at least 0, found {self.num_fewshot}: give 0 or more."
+            )
+        if self.batch_size != "auto" and not (
+            self.batch_size.isdecimal() and int(self.batch_size) > 0
+        ):
+            raise UserError(
+                f"Expected --batch-size to be auto or a number of at least 1, found "
+                f"'{self.batch_size}': give one of them."
+            )
+        _check_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Settings of `sp3llm bench`."""
+
+    model: str
+    """Hub id or folder of the compressed model."""
+    against: str
+    """Hub id or folder of the dense model."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Sequences at once."""
+    prompt_lengths: tuple[int, ...] = (128, 512)
+    """Tokens of each prompt."""
+    new_tokens: int = 32
+    """Tokens generated after each prompt."""
+    repeats: int = 9
+    """Measurements of each figure, after one that warms up."""
+    compile: bool = False
+    """Run both models through `torch.compile`, with a static cache."""
+    device: str = "auto"
+    """Where to compute: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    dtype: str = "auto"
+    """Dtype of weights and arithmetic; `auto`: as in the checkpoints."""
+    output: Path | None = None
+    """JSON file for the figures, with a table as .md beside it; None: only printed."""
+    seed: int = 0
+    """Chooses the prompts' tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "prompt_lengths", "new_tokens", "repeats"):
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            # The first new token comes with the prompt; the rate of the others needs one.
+            least = 2 if name == "new_tokens" else 1
+            if not values or min(values) < least:
+                raise UserError(
+                    f"Expected --{name.replace('_', '-')} of at least {least}, found "
+                    f"{', '.join(map(str, values)) or 'none'}: give a larger number."
+                )
+        if self.output is not None and self.output.suffix != ".json":
+            raise UserError(
+                f"Expected --output to name a .json file, found '{self.output}': the table goes "
+                "beside it as .md."
+            )
+        _check_dtype(self.dtype)
+
+
+def command_line(settings: ScoreConfig | BenchConfig) -> str:
+    """The command line that gives these settings."""
+    words = ["sp3llm", "score" if isinstance(settings, ScoreConfig) else "bench", settings.model]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == "model" or (field.default is not MISSING and value == field.default):
+            continue
+        words.append(f"--{field.name.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, tuple) else (value,))
+    return shlex.join(words)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(
+            f"Expected --dtype to be one of {', '.join(DTYPES)}, found '{dtype}': choose one of "
+            "them."
+        )

@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -519,6 +519,38 @@ def evaluation_windows(
             "other text with --eval-text."
         )
     return _windows(rows, sources, hashes, tokenizer, dropped)
+
+
+def unbroken_windows(name: str, tokenizer: Any, seq_len: int) -> Windows:
+    """All windows of a set's evaluation split, cut as papers on pruning cut them.
+
+    GPTQ, SparseGPT and SliceGPT join the rows of the split by blank lines, empty rows too,
+    tokenize that text at once (a BOS, where the tokenizer adds one, comes at its very beginning
+    only) and cut it into windows that do not overlap. `evaluation_windows` differs: it drops
+    duplicates, knows where documents end, and begins every window with the BOS.
+
+    Raises UserError if the set is unknown, unreadable or shorter than one window.
+    """
+    source = resolve_source(name)
+    if source.dataset and source.evaluation_split:
+        rows = list(_read_hub(replace(source, document_start=None), source.evaluation_split, 0))
+    else:
+        rows = list(read_documents(source, "evaluation"))
+    ids = tokenizer("\n\n".join(rows), verbose=False)["input_ids"]
+    windows = list(cut_windows([ids], seq_len, None))
+    if not windows:
+        raise UserError(
+            f"Evaluation text '{name}' holds {len(ids)} tokens, fewer than one window of "
+            f"{seq_len}: choose other text or shorter windows."
+        )
+    import torch
+
+    return Windows(
+        tokens=torch.tensor(windows, dtype=torch.int64),
+        sources=(source.name,),
+        documents=frozenset(map(content_hash, rows)),
+        begins_with_bos=False,
+    )
 
 
 def _split_names(names: str) -> list[str]:

@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,13 @@ def machine(device: str) -> dict[str, Any]:
 
         found["device_name"] = torch.cuda.get_device_name(device)
     return found
+
+
+def provenance(record: Mapping[str, Any]) -> str:
+    """One line: the machine and the versions that a record names."""
+    hardware = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    software = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    return f"Machine: {hardware}; {software}."
 
 
 def peak_memory() -> int:

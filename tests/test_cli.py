@@ -15,14 +15,22 @@ try:
     main(sys.argv[1:])
 except SystemExit as end:
     assert not end.code, end.code
-heavy = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "jinja2"}
+heavy = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "jinja2", "lm_eval"}
 heavy &= set(sys.modules)
 assert not heavy, heavy
 """
 
 
 @pytest.mark.parametrize(
-    "words", [["compress", "--help"], ["report", "--help"], ["plan", "--keep", "0.5"], ["--help"]]
+    "words",
+    [
+        ["compress", "--help"],
+        ["score", "--help"],
+        ["bench", "--help"],
+        ["report", "--help"],
+        ["plan", "--keep", "0.5"],
+        ["--help"],
+    ],
 )
 def test_help_and_plan_answer_without_importing_torch(words):
     run = subprocess.run([sys.executable, "-c", HEAVY, *words], capture_output=True, text=True)

@@ -23,7 +23,7 @@ from sp3llm.checkpoint import RECORD
 from sp3llm.compress import compress
 from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError, UserError
-from sp3llm.execution import Execution, Ranks, ahead, placed
+from sp3llm.execution import Ranks
 from sp3llm.resume import Journal, open_journal, read_tensors, write_tensors
 
 from .conftest import save_model, tiny_model
@@ -340,54 +340,3 @@ def test_saving_takes_a_tenth_of_the_time_at_most():
     assert Journal(Path(), clock=clock).due()
     clock.saving = 11.0
     assert not Journal(Path(), clock=clock).due()
-
-
-def test_room_on_disk_takes_no_name_and_holds_what_it_is_given(tmp_path):
-    on = Execution(torch.device("cpu"), torch.float32, streams="disk", scratch=tmp_path / "scratch")
-    room = on.room((4, 3, 5), torch.bfloat16)
-    values = torch.randn(4, 3, 5).bfloat16()
-    room.copy_(values)
-    assert torch.equal(room, values)
-    assert list((tmp_path / "scratch").iterdir()) == []
-    assert on.room((0, 3), torch.float32).shape == (0, 3)
-
-
-def test_a_disk_without_room_is_told_before_it_is_written_to(tmp_path, monkeypatch):
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    on = Execution(torch.device("cpu"), torch.float32, streams="disk", scratch=tmp_path)
-    with pytest.raises(OSError, match="No space"):
-        on.room((4, 4), torch.float32)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("cap", "streams"), [(2**40, "host"), (3 * 2**20, "disk"), (2**20, "disk")]
-)
-def test_streams_go_where_there_is_room(cap, streams, tmp_path, monkeypatch):
-    monkeypatch.setattr("sp3llm.execution._host_memory", lambda most: most["cpu"])
-    on = Execution(torch.device("cpu"), torch.float32)
-    found = placed(on, "auto", 2 * 2**20, 2**20, 1000, None, tmp_path, {"cpu": cap})
-    assert found.streams == streams
-    assert found.scratch == tmp_path
-
-
-def test_reading_ahead_gives_every_item_in_order_and_an_error_where_it_belongs():
-    on = Execution(torch.device("cpu"), torch.float32)
-
-    def load(item: int) -> dict[str, torch.Tensor]:
-        if item == 3:
-            raise UserError("three")
-        return {"x": torch.tensor(item)}
-
-    seen = []
-
-    def consume() -> None:
-        for item, tensors in ahead(range(5), load, on):
-            seen.append((item, tensors["x"].item()))
-
-    with pytest.raises(UserError, match="three"):
-        consume()
-    assert seen == [(0, 0), (1, 1), (2, 2)]

@@ -1,0 +1,151 @@
+"""Where things run and lie: room for streams, reading ahead, limits, products on tensor cores."""
+
+import errno
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sp3llm.errors import UserError
+from sp3llm.execution import Execution, ahead, memory_limits, placed
+from sp3llm.measure import measure_dense
+from sp3llm.moments import split_product, symmetric_product
+
+from .conftest import family_of_model, relative_error, save_model, tiny_model
+
+ON = Execution(torch.device("cpu"), torch.float32)
+
+
+def test_room_on_disk_takes_no_name_and_holds_what_it_is_given(tmp_path):
+    on = Execution(torch.device("cpu"), torch.float32, streams="disk", scratch=tmp_path / "scratch")
+    room = on.room((4, 3, 5), torch.bfloat16)
+    values = torch.randn(4, 3, 5).bfloat16()
+    room.copy_(values)
+    assert torch.equal(room, values)
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert on.room((0, 3), torch.float32).shape == (0, 3)
+
+
+def test_a_disk_without_room_is_told_before_it_is_written_to(tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    on = Execution(torch.device("cpu"), torch.float32, streams="disk", scratch=tmp_path)
+    with pytest.raises(OSError, match="No space"):
+        on.room((4, 4), torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("cap", "streams"), [(2**40, "host"), (3 * 2**20, "disk"), (2**20, "disk")]
+)
+def test_streams_go_where_there_is_room(cap, streams, tmp_path, monkeypatch):
+    monkeypatch.setattr("sp3llm.execution._host_memory", lambda most: most["cpu"])
+    on = Execution(torch.device("cpu"), torch.float32)
+    found = placed(on, "auto", 2 * 2**20, 2**20, 1000, None, tmp_path, {"cpu": cap})
+    assert found.streams == streams
+    assert found.scratch == tmp_path
+
+
+def test_reading_ahead_gives_every_item_in_order_and_an_error_where_it_belongs():
+    on = Execution(torch.device("cpu"), torch.float32)
+
+    def load(item: int) -> dict[str, torch.Tensor]:
+        if item == 3:
+            raise UserError("three")
+        return {"x": torch.tensor(item)}
+
+    seen = []
+
+    def consume() -> None:
+        for item, tensors in ahead(range(5), load, on):
+            seen.append((item, tensors["x"].item()))
+
+    with pytest.raises(UserError, match="three"):
+        consume()
+    assert seen == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_batches_are_as_large_as_activations_allow(tmp_path):
+    def tokens(token_bytes: int, asked: int | None = None) -> int:
+        return placed(ON, "host", 1, 1, token_bytes, asked, tmp_path, {}).batch_tokens
+
+    assert tokens(1) == 8192
+    assert tokens(2**20) == 256
+    assert tokens(2**40) == 1
+    assert tokens(1, asked=96) == 96
+    assert replace(ON, batch_tokens=1).windows_a_batch(64) == 1
+
+
+def test_streams_on_a_gpu_need_one(tmp_path):
+    with pytest.raises(UserError, match="Expected a GPU for --streams gpu"):
+        placed(ON, "gpu", 1, 1, 1, None, tmp_path, {})
+
+
+def test_memory_limits_are_read_as_accelerate_writes_them():
+    assert memory_limits(None) == {}
+    assert memory_limits("cpu=3GiB") == {"cpu": 3 * 2**30}
+    assert memory_limits('{"cpu": "200MB"}') == {"cpu": 200 * 10**6}
+
+
+@pytest.mark.parametrize("text", ["cpu", "cpu=much", "{cpu: 3}", "cpu=3GiB,,", "99=1GiB", "x=1GiB"])
+def test_other_memory_limits_are_refused(text):
+    with pytest.raises(UserError, match="--max-memory"):
+        memory_limits(text)
+
+
+def test_layers_take_turns_on_devices():
+    devices = tuple(torch.device("cuda", index) for index in range(3))
+    on = Execution(devices[0], torch.bfloat16, devices)
+    assert [on.turn(layer).device.index for layer in range(5)] == [0, 1, 2, 0, 1]
+    assert ON.turn(7) is ON
+
+
+def emulated(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """What a tensor core makes of bfloat16 operands: exact products, summed in float32."""
+    assert left.dtype == right.dtype == torch.bfloat16
+    return left.float() @ right.float()
+
+
+@pytest.mark.parametrize("dtypes", ["wide", "left", "both"])
+def test_products_split_into_bfloat16_are_float32_products(dtypes):
+    """Gram matrices of activations with a few loud channels, as language models have them: as
+    exact as float32 within an order of magnitude, where plain bfloat16 is far off.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 96, generator=generator) * torch.logspace(-2, 2, 96)
+    y = x @ torch.randn(96, 64, generator=generator) + torch.randn(4096, 64, generator=generator)
+    x = x.bfloat16() if dtypes in ("left", "both") else x
+    y = y.bfloat16() if dtypes == "both" else y
+    exact = x.double().T @ y.double()
+    float32 = relative_error((x.float().T @ y.float()).double(), exact)
+    split = relative_error(split_product(x, y, emulated).double(), exact)
+    assert split < 10 * float32 + 1e-6
+    if dtypes != "both":
+        plain = relative_error(emulated(x.bfloat16().T, y.bfloat16()).double(), exact)
+        assert split < plain / 100
+
+
+def test_symmetric_products_take_half_precision():
+    x = torch.randn(50, 9).bfloat16()
+    found = symmetric_product(x, x)
+    assert found.dtype == torch.float32
+    assert relative_error(found.double(), x.double().T @ x.double()) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["llama", "opt", "qwen2-moe"])
+def test_disk_streams_give_the_same_bits(variant, tokens, tmp_path):
+    checkpoint = save_model(tiny_model(variant, torch.float32), tmp_path / "dense")
+    family = family_of_model(tiny_model(variant))
+    on_disk = replace(ON, streams="disk", scratch=tmp_path / "scratch")
+    found, expected = (
+        measure_dense(checkpoint, family, tokens, tokens, "normalised", "gradient", on)
+        for on in (on_disk, ON)
+    )
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0].total(), expected[0].total())
+    for mine, other in zip(found[0].metrics_DD, expected[0].metrics_DD, strict=True):
+        assert torch.equal(mine, other)
