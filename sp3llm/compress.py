@@ -16,6 +16,7 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
 """
 
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -128,6 +129,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
 
     ranks.from_first(look)  # it may download; the others then find everything there
     job = job or _prepared(settings, ranks, device, console)
+    out = Path(os.path.abspath(job.out))  # where `.` is when it has been replaced
     with disk.run_folder(job.out, settings.fresh, ranks) as folder:
         journal = open_journal(
             folder / f"state-{ranks.index}",
@@ -148,32 +150,34 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
         journal.save(_FINISHED, 0)
     console.print(report.closing_table(record))
     if ranks.is_first:
-        _write_page(job, result, record, console)
-    console.print(report.next_steps(result), highlight=False, markup=False)
+        _write_page(job, out, result, record, console)
+    console.print(report.next_steps(result, settings.report), highlight=False, markup=False)
     if settings.score:
         ranks.from_first(lambda: None)  # the result has its final name when the others go on
         harness.score_compressed(settings, job.out, console)
         if ranks.is_first:
-            record = read_record(job.out)
-            card.write_card(job.out, record, job.folder)
-            _write_page(job, result, record, console)
+            record = read_record(out)
+            card.write_card(out, record, job.folder)
+            _write_page(job, out, result, record, console)
     return result
 
 
-def _write_page(job: Job, result: Result, record: dict[str, Any], console: "Console") -> None:
+def _write_page(
+    job: Job, out: Path, result: Result, record: dict[str, Any], console: "Console"
+) -> None:
     """Write report.html into the result, with samples where memory holds the dense model."""
     from sp3llm import page, samples
 
     if job.settings.report:
         record, why = samples.with_samples(
-            job.out,
+            out,
             record,
             console,
             str(job.on.device),
             dense=job.folder,
             tokens=result.evaluation.tokens,
         )
-        page.write_page(job.out, record, why)
+        page.write_page(out, record, why)
 
 
 def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:

@@ -247,8 +247,8 @@ def plan_line(name: str, plan: "Plan") -> str:
     )
 
 
-def next_steps(result: "Result") -> str:
-    """What was written, and what to do with it."""
+def next_steps(result: "Result", has_page: bool) -> str:
+    """What was written, report.html among it or not, and what to do with it."""
     raised = [fit["name"] for fit in result.fits if fit["raised"]]
     warning = (
         f"{len(raised)} fits had a singular Gram matrix and raised their ridge, {raised[0]} first: "
@@ -256,7 +256,7 @@ def next_steps(result: "Result") -> str:
         if raised
         else ""
     )
-    page = ", report.html" if (result.out / "report.html").is_file() else ""
+    page = ", report.html" if has_page else ""
     return warning + (
         f"Written to {result.out} (stock {result.architecture}; README.md{page}; the record is "
         "sp3llm.json). Next:\n"
