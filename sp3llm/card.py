@@ -4,7 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sp3llm.report import part_rows, rows, score_rows, speed_rows, what_was_done
+from sp3llm.report import (
+    part_rows,
+    recovery_rows,
+    rows,
+    score_rows,
+    speed_rows,
+    what_was_done,
+)
 
 # Metadata that holds for the compressed model because it holds for the dense one.
 _CARRIED = ("license", "license_name", "license_link", "language")
@@ -92,7 +99,7 @@ Perplexity on {evaluation["samples"] * evaluation["seq_len"]:,} tokens of held-o
 {evaluation["samples"]} windows. Calibrated on {calibration["samples"]} windows of
 {calibration["seq_len"]} tokens from {", ".join(calibration["sources"])}. Everything needed to
 repeat it is in `sp3llm.json`.
-{_parts(record)}{_scores(record)}{_speed(record)}
+{_parts(record)}{_recovery(record)}{_scores(record)}{_speed(record)}
 ## How it was made
 
     {record["command"]}
@@ -128,6 +135,18 @@ def _parts(record: dict[str, Any]) -> str:
     parts += [[name, f"{dense:,}", f"{small:,}", kept] for name, dense, small, kept in
               part_rows(record)]  # fmt: skip
     return f"\n{_table(parts)}\n"
+
+
+def _recovery(record: dict[str, Any]) -> str:
+    table = recovery_rows(record)
+    if not table:
+        return ""
+    latest = record["recoveries"][-1]
+    return (
+        f"\n## Recovered\n\nTuned afterwards by distillation from "
+        f"{latest['settings']['teacher']}, {latest['steps']} steps.\n\n{_table(table)}\n\n"
+        f"    {latest['command']}\n"
+    )
 
 
 def _scores(record: dict[str, Any]) -> str:

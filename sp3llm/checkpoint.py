@@ -508,10 +508,6 @@ def _write_group(
     path = folder / _shard_name(shard, len(layout))
     journal.save(SHARD, shard, merged, keep_all=True, path=path)
     journal.drop_steps(WEIGHTS, members)
-    # Like any other file of a model folder, which is shared.
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
 
 
 def _shard_of(layout: list[list[Group]], index: int) -> int:
@@ -544,6 +540,13 @@ def written(
         for name in group.parameters
     }
     return Checkpoint(folder, config, files)
+
+
+def share_file(path: Path) -> None:
+    """Give a file of weights the mode of any other: safetensors writes for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sp3llm import __version__
 from sp3llm.config import (
@@ -14,10 +15,14 @@ from sp3llm.config import (
     COUNTS,
     DTYPES,
     MOMENTS,
+    PRECISIONS,
     STREAMS,
+    TEACHER_DTYPES,
     TIES,
+    TRACKERS,
     BenchConfig,
     CompressConfig,
+    RecoverConfig,
     ScoreConfig,
 )
 from sp3llm.errors import UserError
@@ -34,6 +39,15 @@ _SCORE_EPILOG = """examples:
   sp3llm score ./small --against ./dense --tasks papers,wikitext-token,gsm8k --batch-size 16
   sp3llm score ./small --against ./dense --tasks stdlib    needs no network
   accelerate launch -m sp3llm score ./small --tasks mmlu --num-fewshot 5
+"""
+
+
+_RECOVER_EPILOG = """examples:
+  sp3llm recover small --teacher dense --steps 300           all weights
+  sp3llm recover small --teacher dense --lora 16 --teacher-dtype nf4 --gradient-checkpointing
+  accelerate launch -m sp3llm.recover small --teacher dense  several GPUs, or FSDP
+
+A killed run continues from its last checkpoint when the same command is given again.
 """
 
 
@@ -92,6 +106,16 @@ def parser(prog: str = "sp3llm") -> argparse.ArgumentParser:
             description="Measure prefill and decode speed, time to first token and memory of a "
             "compressed model and its dense one in turns, beside what their FLOPs and bytes "
             "promise.",
+        )
+    )
+    add_recover(
+        commands.add_parser(
+            "recover",
+            help="tune a compressed model against the dense one",
+            description="Tune a compressed model by distillation from the dense one it came from; "
+            "the result is a stock model again.",
+            epilog=_RECOVER_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
     return top
@@ -176,6 +200,14 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         "--fresh",
         action="store_true",
         help="start over instead of continuing a run of the same command that was killed",
+    )
+    add.add_argument(
+        "--recover-steps",
+        type=int,
+        default=default.recover_steps,
+        metavar="N",
+        help="tune the result for N steps against the dense model, on the calibration sets' "
+        "training text, as `sp3llm recover` does (default: 0)",
     )
     add.add_argument(
         "--score",
@@ -285,10 +317,83 @@ def _add_where(add: argparse.ArgumentParser) -> None:
     )
 
 
+def add_recover(add: argparse.ArgumentParser) -> None:
+    """The options of `sp3llm recover`."""
+    default = RecoverConfig(model="")
+
+    def option(name: str, what: str, **kwargs: Any) -> None:
+        value = getattr(default, name.replace("-", "_"))
+        stated = "" if value is None or value is False else f" (default: {value})"
+        add.add_argument(f"--{name}", default=value, help=what + stated, **kwargs)
+
+    whole = {"type": int, "metavar": "N"}
+    number = {"type": _number, "metavar": "X"}
+    sets = {"metavar": "SETS"}
+    add.add_argument("model", help="the compressed model: a folder or a hub id")
+    option("teacher", "the dense model (default: the one that the record of MODEL names)",
+           metavar="MODEL")  # fmt: skip
+    option("out", "output folder (default: ./<model>-recovered)", type=Path, metavar="DIR")
+    option("train", "text to train on, named like compress's --calib (default: the sets that MODEL "
+           "was calibrated on)", **sets)  # fmt: skip
+    option("stop-text", "text to decide on when to stop (default: a sixteenth of the training "
+           "text, kept apart)", **sets)  # fmt: skip
+    option("eval-text", "held-out text for the perplexity (default: as for the compression)",
+           **sets)  # fmt: skip
+    option("eval-samples", "evaluation windows at most", **whole)
+    option("steps", "optimizer steps", **whole)
+    option("batch", "windows a step, over all processes", **whole)
+    option("micro-batch", "windows that a process runs at once (default: 2048 tokens' worth)",
+           **whole)  # fmt: skip
+    option("seq-len", "tokens a window (default: 2048, or the model's positions if fewer)", **whole)
+    option("lr", "peak learning rate (default: by the hidden size)", **number)
+    option("warmup", "fraction of the steps over which it rises", **number)
+    option("weight-decay", "AdamW's, on matrices", **number)
+    option("clip", "largest norm of the gradient", **number)
+    option("temperature", "temperature at which model and teacher are compared", **number)
+    option("kl-weight", "weight of the divergence from the teacher", **number)
+    option("lm-weight", "weight of the language-model loss", **number)
+    option("hidden-weight", "weight of the error of the residual stream, seen through the basis "
+           "that compress stores", **number)  # fmt: skip
+    option("lora", "train adapters of this rank, merged in the end (default: all weights)",
+           type=int, metavar="RANK")  # fmt: skip
+    option("lora-alpha", "scale of the adapters (default: twice the rank)", **number)
+    option("teacher-dtype", f"the teacher's weights: {', '.join(TEACHER_DTYPES)}; auto is as in "
+           "its checkpoint, float32 on a CPU")  # fmt: skip
+    option("teacher-memory", "GB of the device that the teacher may take; the rest is offloaded "
+           "(default: no limit)", **number)  # fmt: skip
+    option("teacher-logits", "compute the teacher's largest logits once into this folder, or use "
+           "those in it", type=Path, metavar="DIR")  # fmt: skip
+    option("top-k", "how many logits a token it holds", **whole)
+    option("precision", f"arithmetic: {', '.join(PRECISIONS)}; auto is bfloat16 on a GPU")
+    option("gradient-checkpointing", "compute activations again instead of keeping them",
+           action="store_true")  # fmt: skip
+    option("stop-windows", "windows that the held-out loss is taken on", **whole)
+    option("check-every", "steps between held-out losses (default: a tenth of all)", **whole)
+    option("patience", "checks without a better loss before training stops", **whole)
+    option("checkpoint-every", "steps between checkpoints (default: a tenth of all)", **whole)
+    option("track", f"follow the run in {' or '.join(TRACKERS)}")
+    option("device", "auto, cuda or cpu")
+    option("seed", "orders the training windows and starts the adapters", **whole)
+
+
 def add_plan(add: argparse.ArgumentParser) -> None:
     """The options of `sp3llm plan`."""
     add_budget(add)
     add.add_argument("--json", action="store_true", help="print JSON for machines")
+    add.add_argument(
+        "--recover",
+        action="store_true",
+        help="estimate the device memory of `sp3llm recover` too; what follows is as there",
+    )
+    default = RecoverConfig(model="")
+    add.add_argument("--lora", type=int, metavar="RANK", help="adapters (default: all weights)")
+    add.add_argument(
+        "--teacher-dtype", default=default.teacher_dtype, help=f"{', '.join(TEACHER_DTYPES)}"
+    )
+    add.add_argument("--teacher-memory", type=_number, metavar="GB", help="the rest is offloaded")
+    for name, value in (("batch", default.batch), ("micro-batch", default.micro_batch)):
+        add.add_argument(f"--{name}", type=int, default=value, metavar="N", help="windows")
+    add.add_argument("--gradient-checkpointing", action="store_true", help="keep less")
 
 
 def add_report(add: argparse.ArgumentParser) -> None:
@@ -416,9 +521,15 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     try:
         command = options.pop("command")
         as_json = options.pop("json", False)
+        recovery = _planned_recovery(options) if command == "plan" else None
         if command == "bench":
             options |= {key: tuple(options[key]) for key in ("batch_sizes", "prompt_lengths")}
-        kinds = {"score": ScoreConfig, "bench": BenchConfig, "report": dict}
+        kinds = {
+            "score": ScoreConfig,
+            "bench": BenchConfig,
+            "recover": RecoverConfig,
+            "report": dict,
+        }
         settings = kinds.get(command, CompressConfig)(**options)
     except UserError as error:
         if rank == 0:
@@ -426,7 +537,9 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
         sys.exit(2)
     try:
         if command == "plan":
-            _run_plan(as_json, settings)
+            _run_plan(as_json, settings, recovery)
+        elif command == "recover":
+            _run_recover(settings)
         elif command == "score":
             _run_score(settings)
         elif command == "bench":
@@ -441,7 +554,8 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
             print(f"sp3llm{where}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        after = "the same command continues where it was" if command == "compress" else "start anew"
+        goes_on = command in ("compress", "recover")
+        after = "the same command continues where it was" if goes_on else "start anew"
         print(f"sp3llm: interrupted; {after}.", file=sys.stderr)
         sys.exit(130)
 
@@ -518,11 +632,51 @@ def _run_bench(settings: BenchConfig) -> None:
     bench(settings, console)
 
 
-def _run_plan(as_json: bool, settings: CompressConfig) -> None:
+def _run_recover(settings: RecoverConfig) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rich.console import Console
+
+    # Of several processes one speaks.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    with console.status("importing torch and transformers"):
+        import torch
+        import transformers
+
+        from sp3llm.recover import recover
+
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        recover(settings, console)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The GPU ran out of memory: use --gradient-checkpointing, a smaller --micro-batch or "
+            "--seq-len, --lora, or --teacher-dtype nf4; the same command then begins anew."
+        ) from error
+
+
+def _planned_recovery(options: dict[str, Any]) -> RecoverConfig | None:
+    """Takes the settings of a recovery out of the options of `plan`; None where none is asked
+    for.
+    """
+    asked = options.pop("recover")
+    names = ("lora", "teacher_dtype", "teacher_memory", "batch", "micro_batch")
+    found = {name: options.pop(name) for name in (*names, "gradient_checkpointing")}
+    settings = RecoverConfig(model="", **found)
+    if not asked and settings != RecoverConfig(model=""):
+        raise UserError(
+            "Expected --recover with the options of a recovery, found them alone: add it, or leave "
+            "them out."
+        )
+    return settings if asked else None
+
+
+def _run_plan(as_json: bool, settings: CompressConfig, recovery: RecoverConfig | None) -> None:
     import json
 
     from sp3llm import families, report
     from sp3llm.plan import candidates, cost_of, limits_of, needs_of
+    from sp3llm.recover_needs import recovery_needs_of
+    from sp3llm.recover_report import recovery_line
     from sp3llm.source import resolve_config
 
     config, name, note = resolve_config(settings.model)
@@ -535,12 +689,17 @@ def _run_plan(as_json: bool, settings: CompressConfig) -> None:
     needs = needs_of(
         family, config, shapes[0], settings.samples, settings.eval_samples, seq_len, itemsize, 4
     )
+    recovery_needs = None
+    if recovery is not None:
+        recovery_needs = recovery_needs_of(family, config, shapes[0], recovery, seq_len, itemsize)
     if as_json:
         rows = [
             {**asdict(shape), **asdict(cost_of(family, config, shape, limits.context, itemsize))}
             for shape in shapes
         ]
         plan = {"model": name, "limits": asdict(limits), "shapes": rows, "needs": asdict(needs)}
+        if recovery_needs is not None:
+            plan["recovery_needs"] = asdict(recovery_needs)
         print(json.dumps(plan, indent=2))
         return
     from rich.console import Console
@@ -550,3 +709,6 @@ def _run_plan(as_json: bool, settings: CompressConfig) -> None:
         console.print(note, markup=False)
     console.print(report.plan_table(name, family, config, limits, shapes))
     console.print(report.needs_line(settings, seq_len, needs), highlight=False, markup=False)
+    if recovery_needs is not None:
+        line = recovery_line(recovery, seq_len, recovery_needs)
+        console.print(line, highlight=False, markup=False)

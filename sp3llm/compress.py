@@ -10,8 +10,9 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 5. choose the shape that loses least, by trial refits on a little of the text;
 6. layer by layer beside the dense model: fold the norms, rotate, cut, refit what is left in closed
    form, write it;
-7. stream the result over the held-out text for the perplexity after; with `--score`, score it and
-   the dense model on tasks of lm-eval.
+7. stream the result over the held-out text for the perplexity after;
+8. with `--recover-steps`, tune it against the dense model; with `--score`, score both on tasks of
+   lm-eval.
 
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
 """
@@ -25,8 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.config import CompressConfig
-from sp3llm.errors import ResumableError, UserError
+from sp3llm.config import CompressConfig, RecoverConfig
+from sp3llm.errors import ResumableError, UserError, reason
 from sp3llm.record import RECORD, read_record
 
 if TYPE_CHECKING:
@@ -152,13 +153,15 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     if ranks.is_first:
         _write_page(job, out, result, record, console)
     console.print(report.next_steps(result, settings.report), highlight=False, markup=False)
+    ranks.from_first(lambda: None)  # the result has its final name when the others go on
+    if settings.recover_steps:
+        _recover(settings, result, console)
     if settings.score:
-        ranks.from_first(lambda: None)  # the result has its final name when the others go on
         harness.score_compressed(settings, job.out, console)
-        if ranks.is_first:
-            record = read_record(out)
-            card.write_card(out, record, job.folder)
-            _write_page(job, out, result, record, console)
+    if (settings.recover_steps or settings.score) and ranks.is_first:
+        record = read_record(out)
+        card.write_card(out, record, job.folder)
+        _write_page(job, out, result, record, console)
     return result
 
 
@@ -178,6 +181,34 @@ def _write_page(
             tokens=result.evaluation.tokens,
         )
         page.write_page(out, record, why)
+
+
+def _recover(settings: CompressConfig, result: Result, console: "Console") -> None:
+    """Tune the result; what is tuned takes its place when it is whole."""
+    import torch
+
+    from sp3llm.recover import recover
+    from sp3llm.source import bundled_model
+
+    recovery = RecoverConfig(
+        model=str(result.out),
+        teacher=settings.model or str(bundled_model()),
+        out=result.out,
+        train=",".join(result.calibration.sources),
+        eval_text=",".join(result.evaluation.sources),
+        eval_samples=settings.eval_samples,
+        steps=settings.recover_steps,
+        seq_len=settings.seq_len,
+        device=settings.device,
+        seed=settings.seed,
+    )
+    try:
+        recover(recovery, console)
+    except (UserError, torch.OutOfMemoryError) as error:
+        raise UserError(
+            f"The compressed model in '{result.out}' stands, but its recovery did not begin or end "
+            f"(mend it and use `sp3llm recover`): {reason(error, 600)}."
+        ) from error
 
 
 def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
@@ -330,8 +361,9 @@ def _run(
     """All stages, and their record; what `journal` has of one is not done again. `model` holds
     everything then.
     """
-    from sp3llm import card, families, report, score
+    from sp3llm import card, execution, families, report, score
     from sp3llm import checkpoint as disk
+    from sp3llm.basis import write_basis
     from sp3llm.measure import measure_dense, measure_losses
     from sp3llm.plan import plan_of, resized_config
 
@@ -354,6 +386,9 @@ def _run(
     small_config = resized_config(family, dense.config, shape)
     small_config = _with_dtype(small_config, job.dtype, job.dense_dtype)
     eigenvalues, projection = final_basis(job, shape, moments, calibration.tokens, journal)
+    energy = _energy_kept(moments, projection)
+    del moments  # at large widths several matrices that nothing needs any more
+    execution.give_back()
     fits = build(job, shape, projection, calibration.tokens, small_config, model, journal, progress)
     small = on.ranks.from_first(lambda: disk.written(family, small_config, job.dtype, model))
     losses = measure_losses(small, family, evaluation.tokens, on, progress, journal)
@@ -366,7 +401,7 @@ def _run(
         trials=trials,
         fits=fits,
         eigenvalues=eigenvalues,
-        energy_kept=_energy_kept(moments, projection),
+        energy_kept=energy,
         dense_bytes=plan.dense_parameters * job.dense_dtype.itemsize,
         weight_bytes=plan.parameters * job.dtype.itemsize,
         calibration=calibration,
@@ -389,6 +424,7 @@ def _run(
         record["files_copied"] = disk.copy_companions(job.folder, model)
         disk.write_json(model / RECORD, record)
         card.write_card(model, record, job.folder)
+        write_basis(model, projection.basis_DK)
         disk.write_json(model / "config.json", small_config)
     return result, record
 

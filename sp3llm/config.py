@@ -16,10 +16,16 @@ CHOICES = ("obs", "energy")
 TIES = ("auto", "keep", "untie")
 STREAMS = ("auto", "gpu", "host", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+TEACHER_DTYPES = ("auto", "float32", "bfloat16", "int8", "nf4")
+PRECISIONS = ("auto", "float32", "bfloat16")
+TRACKERS = ("tensorboard", "wandb")
 
 
 # Where things are computed and put, not what.
-_NOT_OF_RESULT = ("out", "streams", "max_memory", "batch_tokens", "fresh", "report", "score")
+_NOT_OF_RESULT = (
+    *("out", "streams", "max_memory", "batch_tokens", "fresh"),
+    *("recover_steps", "score", "report"),
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class CompressConfig:
     """Tokens that go through a layer at once; None: by the memory there is."""
     fresh: bool = False
     """Start over where a killed run could be continued."""
+    recover_steps: int = 0
+    """Steps of recovery tuning afterwards, with the defaults of `RecoverConfig`."""
     score: str | None = None
     """lm-eval tasks or presets that the result and the dense model are scored on at the end."""
 
@@ -134,6 +142,13 @@ class CompressConfig:
                     f"Expected --{name} to be one of {', '.join(choices)}, found "
                     f"'{getattr(self, name)}': choose one of them."
                 )
+        if self.recover_steps < 0:
+            raise UserError(
+                f"Expected --recover-steps of at least 0, found {self.recover_steps}: give a "
+                "larger number, or leave it out."
+            )
+        if self.recover_steps:
+            _check_recovery_device(self.device)
         if self.allocate not in (None, *ALLOCATIONS):
             raise UserError(
                 f"Expected --allocate to be one of {', '.join(ALLOCATIONS)}, found "
@@ -276,4 +291,158 @@ def _check_dtype(dtype: str) -> None:
         raise UserError(
             f"Expected --dtype to be one of {', '.join(DTYPES)}, found '{dtype}': choose one of "
             "them."
+        )
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """Settings of `sp3llm recover`."""
+
+    model: str
+    """The compressed model: a folder or a hub id."""
+    teacher: str | None = None
+    """The dense model: a folder or a hub id; None: the one that the compressed model's record
+    names."""
+    out: Path | None = None
+    """Where the recovered model goes; None: `./<model>-recovered`."""
+    train: str | None = None
+    """Sets of text to train on; None: those that the model was calibrated on."""
+    stop_text: str | None = None
+    """Text that stopping is decided on; None: a sixteenth of the training documents, which is not
+    trained on."""
+    eval_text: str | None = None
+    """Held-out text for the perplexity; None: as for the compression."""
+    eval_samples: int = 128
+    """Evaluation windows at most."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch: int = 16
+    """Windows a step, over all processes."""
+    micro_batch: int | None = None
+    """Windows that a process runs at once; None: as many as hold 2048 tokens, one at least."""
+    seq_len: int | None = None
+    """Tokens a window; None: 2048, or the model's positions if fewer."""
+    lr: float | None = None
+    """Peak learning rate; None: by the hidden size, see `recover.default_lr`."""
+    warmup: float = 0.05
+    """Fraction of the steps over which the learning rate rises; it then falls as a cosine to 0."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    temperature: float = 1.0
+    """Temperature at which teacher and model are compared."""
+    kl_weight: float = 1.0
+    """Weight of the divergence from the teacher."""
+    lm_weight: float = 0.1
+    """Weight of the language-model loss."""
+    hidden_weight: float = 0.0
+    """Weight of the error of the residual stream, through the basis that `compress` stores."""
+    lora: int | None = None
+    """Rank of the adapters; None: all weights are trained."""
+    lora_alpha: float | None = None
+    """Scale of the adapters; None: twice the rank."""
+    teacher_dtype: str = "auto"
+    """`auto`: as in its checkpoint, on a CPU float32; `float32`, `bfloat16`, or `int8` and `nf4` as
+    bitsandbytes has them."""
+    teacher_memory: float | None = None
+    """GB of the device that the teacher may take; the rest waits on the host, then on disk."""
+    teacher_logits: Path | None = None
+    """Where the teacher's largest logits are kept, computed once; None: it runs beside."""
+    top_k: int = 64
+    """How many logits a token `teacher_logits` keeps."""
+    precision: str = "auto"
+    """Arithmetic: `float32`, `bfloat16` by autocast; `auto`: bfloat16 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    stop_windows: int = 32
+    """Windows that the held-out loss is taken on."""
+    check_every: int | None = None
+    """Steps between held-out losses; None: a tenth of the steps."""
+    patience: int = 5
+    """Checks without a better loss after which training stops; the best weights are kept."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; None: a tenth of the steps."""
+    track: str | None = None
+    """`tensorboard` or `wandb`."""
+    device: str = "auto"
+    """`auto`: what accelerate finds; `cpu`."""
+    seed: int = 0
+    """Orders the training windows and starts the adapters."""
+
+    def __post_init__(self) -> None:
+        whole = ("eval_samples", "steps", "batch", "micro_batch", "lora", "top_k", "stop_windows")
+        for name in (*whole, "check_every", "patience", "checkpoint_every", "seq_len"):
+            value = getattr(self, name)
+            least = 2 if name == "seq_len" else 1
+            if value is not None and value < least:
+                raise UserError(
+                    f"Expected {_option(name)} of at least {least}, found {value}: give a larger "
+                    "number."
+                )
+        for name in ("lr", "clip", "temperature", "lora_alpha", "teacher_memory"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(
+                    f"Expected {_option(name)} above 0, found {value:g}: give a positive number."
+                )
+        for name in ("weight_decay", "kl_weight", "lm_weight", "hidden_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(
+                    f"Expected {_option(name)} of at least 0, found {value:g}: give 0 or more."
+                )
+        if not 0 <= self.warmup < 1:
+            raise UserError(
+                f"Expected --warmup between 0 and 1, the fraction of steps, found {self.warmup:g}: "
+                "give a fraction such as 0.05."
+            )
+        if self.kl_weight == self.lm_weight == self.hidden_weight == 0:
+            raise UserError(
+                "Expected something to learn from, found --kl-weight, --lm-weight and "
+                "--hidden-weight all 0: raise one of them."
+            )
+        if self.lora_alpha is not None and self.lora is None:
+            raise UserError(
+                "Expected --lora with --lora-alpha, which scales adapters, found none: add --lora "
+                "16, or leave it out."
+            )
+        for name, choices in (
+            ("teacher_dtype", TEACHER_DTYPES),
+            ("precision", PRECISIONS),
+            ("track", (None, *TRACKERS)),
+        ):
+            if getattr(self, name) not in choices:
+                known = ", ".join(choice for choice in choices if choice)
+                raise UserError(
+                    f"Expected {_option(name)} to be one of {known}, found "
+                    f"'{getattr(self, name)}': choose one of them."
+                )
+        if self.teacher_logits is not None and self.hidden_weight:
+            raise UserError(
+                "Expected the teacher itself for --hidden-weight, found --teacher-logits, which "
+                "holds no hidden states: leave one out."
+            )
+        _check_recovery_device(self.device)
+
+    @property
+    def checked_every(self) -> int:
+        """`check_every`, resolved."""
+        return self.check_every or max(1, self.steps // 10)
+
+    @property
+    def saved_every(self) -> int:
+        """`checkpoint_every`, resolved."""
+        return self.checkpoint_every or max(1, self.steps // 10)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_recovery_device(device: str) -> None:
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"Expected --device auto, cuda or cpu for recovery, found '{device}': choose GPUs with "
+            "CUDA_VISIBLE_DEVICES or accelerate launch."
         )

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PARTS = ("train", "calibration", "evaluation")
 _TRAIN_PERCENT, _CALIBRATION_PERCENT = 60, 25  # the remaining 15 are for evaluation
+# One training document in this many is not trained on, but decides when to stop.
+_STOPPING_SHARE = 16
 
 # A streamed hub set is shuffled in a buffer of this many documents.
 _SHUFFLE_BUFFER = 10_000
@@ -53,6 +55,15 @@ def part_of(text: str) -> str:
     if percent < _TRAIN_PERCENT:
         return "train"
     return "calibration" if percent < _TRAIN_PERCENT + _CALIBRATION_PERCENT else "evaluation"
+
+
+def is_for_stopping(text: str) -> bool:
+    """Whether a training document is kept apart to decide when to stop: a sixteenth are, by other
+    digits of the hash than `part_of` reads.
+
+    Such text is neither trained on nor what results are reported on.
+    """
+    return int(content_hash(text)[8:16], 16) % _STOPPING_SHARE == 0
 
 
 @dataclass(frozen=True)
@@ -170,8 +181,9 @@ def resolve_source(name: str) -> TextSource:
 def read_documents(source: TextSource, part: str, seed: int = 0) -> Iterator[str]:
     """Yield the source's documents for `part`, deduplicated by content.
 
-    `calibration` reads the source's calibration split and `evaluation` its evaluation split. A
-    hub set without an evaluation split, and `stdlib`, are divided by `part_of`. A local file is
+    `calibration` reads the source's calibration split, `train` too, and `evaluation` its
+    evaluation split. A hub set without an evaluation split (into two), and `stdlib` (into all
+    three), are divided by `part_of`. A local file is
     read whole: what it is for is its owner's choice, and overlap is dropped by content.
     """
     if source.stdlib:
@@ -551,6 +563,56 @@ def unbroken_windows(name: str, tokenizer: Any, seq_len: int) -> Windows:
         documents=frozenset(map(content_hash, rows)),
         begins_with_bos=False,
     )
+
+
+def training_windows(
+    names: str,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    exclude: frozenset[str],
+    stopping: bool = False,
+) -> Windows:
+    """At most `samples` windows to train on from the comma-separated sets `names`, or, with
+    `stopping`, of what is kept apart from that to decide when to stop.
+
+    Sets give equal shares, or all they have. Documents whose content hash is in `exclude` (those
+    of the evaluation) are dropped and counted; the others come in an order drawn from `seed`.
+
+    Raises UserError if a set is unknown or unreadable, or not one window is left.
+    """
+    sources = [resolve_source(name) for name in _split_names(names)]
+    rows: list[list[int]] = []
+    hashes: set[str] = set()
+    dropped = 0
+    for index, source in enumerate(sources):
+        share = samples // len(sources) + (index < samples % len(sources))
+
+        def kept(source: TextSource = source) -> Iterator[str]:
+            nonlocal dropped
+            for document in read_documents(source, "train", seed):
+                if is_for_stopping(document) != stopping:
+                    continue
+                if content_hash(document) in exclude:
+                    dropped += 1
+                else:
+                    yield document
+
+        documents: Iterable[str] = kept()
+        if not (source.dataset and source.streaming):
+            documents = sorted(documents, key=content_hash)
+            random.Random(seed).shuffle(documents)
+        rows.extend(_take(documents, source, tokenizer, share, seq_len, hashes))
+    if not rows:
+        what = "a sixteenth of the training text, kept to decide when to stop," if stopping else ""
+        advice = "name text for it with --stop-text" if stopping else "choose other text"
+        raise UserError(
+            f"Expected at least one window of {seq_len} tokens in {what or 'the training text'} "
+            f"'{names}' after {dropped} documents of the evaluation were dropped, found none: "
+            f"{advice}, or lower --seq-len."
+        )
+    return _windows(rows, sources, hashes, tokenizer, dropped)
 
 
 def _split_names(names: str) -> list[str]:

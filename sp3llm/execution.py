@@ -5,6 +5,8 @@ GPU, on the host, or in files mapped into memory. What a process sums over its s
 is summed over all processes here.
 """
 
+import ctypes
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ Value = TypeVar("Value")
 # Tokens that go through a layer at once, where memory allows: more makes no matrix product faster.
 _TOKENS_A_BATCH = 8192
 # Bytes that the activations of those tokens may take: on a CPU, and as a share of a GPU.
-_ACTIVATIONS = 256 * 2**20
+_ACTIVATIONS = 64 * 2**20
 _SHARE_OF_GPU = 1 / 16
 # What stays free when streams are placed: other programs, fragments, the libraries' own buffers.
 _MARGIN = 0.85
@@ -148,6 +150,20 @@ class Execution:
             return _mapped(self.scratch, shape, dtype)
         device = self.device if self.streams == "gpu" else "cpu"
         return torch.empty(shape, dtype=dtype, device=device)
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps what a layer's activations took, several
+    times what is in use, for whatever comes next.
+    """
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:  # other systems' allocators give back by themselves
+        trim(0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def processes() -> int:

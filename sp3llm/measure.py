@@ -11,7 +11,7 @@ from torch import Tensor
 from sp3llm import families
 from sp3llm.checkpoint import Checkpoint
 from sp3llm.errors import UserError
-from sp3llm.execution import Execution, Ranks, ahead
+from sp3llm.execution import Execution, Ranks, ahead, give_back
 from sp3llm.families import Family, Group
 from sp3llm.moments import (
     add_second_moment,
@@ -206,6 +206,7 @@ def measure_dense(
     losses_saved = {} if losses is None else {"losses": losses}
     journal.save("moments", 0, {**_packed(found), **losses_saved})
     journal.drop("dense", "forward", "gradient", "input")
+    give_back()
     return found, losses
 
 

@@ -11,6 +11,7 @@ from sp3llm.report import (
     human_bytes,
     human_time,
     part_rows,
+    recovery_rows,
     rows,
     score_rows,
     speed_rows,
@@ -50,7 +51,8 @@ def page_content(
     plan, evaluation = record["plan"], record["evaluation"]
     kept = plan["shape"]["hidden_size"] - family.centred
     parts = part_rows(record)
-    mean, sign, error = excess(record).partition("±")
+    present = [record, *record.get("recoveries", [])][-1]
+    mean, sign, error = excess(present).partition("±")
     return {
         "excess": excess(record),
         "name": record["model"],
@@ -66,8 +68,8 @@ def page_content(
             ),
             (
                 "perplexity",
-                f"{record['perplexity']:.2f}",
-                f"dense {record['dense_perplexity']:.2f}",
+                f"{present['perplexity']:.2f}",
+                f"dense {present['dense_perplexity']:.2f}",
             ),
             ("excess log-perplexity", mean, f"{sign} {error} nats a token".strip()),
         ],
@@ -85,6 +87,9 @@ def page_content(
         "trials": _trial_rows(record),
         "evaluation": evaluation,
         "evaluation_tokens": f"{evaluation['samples'] * evaluation['seq_len']:,}",
+        "perplexity": f"{record['perplexity']:.2f}, dense {record['dense_perplexity']:.2f}",
+        "recovery": recovery_rows(record),
+        "recoveries": record.get("recoveries", []),
         "scores": score_rows(record),
         "speed": speed_rows(record),
         "samples": record.get("samples"),

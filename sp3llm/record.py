@@ -12,6 +12,9 @@ of their own, and reports and model cards show whatever there is:
 `speed`, what `sp3llm bench` found (`report --add` of its --output)
     A list of rows, each `{column: text or number}`, shown as the table that they make.
 
+`recoveries`, by `sp3llm recover`
+    What each run did and measured (`recover._entry`); the latest, the last, made the weights.
+
 `samples`, by `sp3llm report`
     `{"new_tokens": int, "texts": [{"prompt": str, "text": str, "dense": str, "small": str}]}`:
     held-out text, how it goes on, and how the two models continue it, greedily.
@@ -25,6 +28,8 @@ from typing import Any
 from sp3llm.errors import UserError, reason
 
 RECORD = "sp3llm.json"
+# Entries about the weights as they are, which no longer hold when those change.
+MEASURED = ("scores", "speed", "samples")
 
 _NEEDED = ("model", "base_model", "plan", "settings", "parameters", "dense_weight_bytes")
 

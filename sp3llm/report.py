@@ -190,6 +190,23 @@ def _figure(value: float | None, form: str = ".4f") -> str:
     return "" if value is None else f"{value:{form}}"
 
 
+def recovery_rows(record: dict[str, Any]) -> list[list[str]]:
+    """The table of the latest of `recoveries`, its head first; nothing where there are none."""
+    if not record.get("recoveries"):
+        return []
+    latest = record["recoveries"][-1]
+    before = {"excess_log_perplexity": latest["excess_log_perplexity_before"]}
+    return [
+        ["", "dense", "before", "recovered"],
+        [
+            f"perplexity ({', '.join(latest['evaluation']['sources'])})",
+            *(f"{latest[key]:.3f}" for key in ("dense_perplexity", "perplexity_before")),
+            f"{latest['perplexity']:.3f}",
+        ],
+        ["excess log-perplexity", "", excess(before), excess(latest)],
+    ]
+
+
 def speed_rows(record: dict[str, Any]) -> list[list[str]]:
     """The table of `speed`, its head first; nothing where there is none."""
     found = record.get("speed") or []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError, reason
-from sp3llm.execution import Execution
+from sp3llm.execution import Execution, give_back
 from sp3llm.families import EACH, Family
 
 Probe = Callable[[slice, Tensor], None]
@@ -239,6 +239,7 @@ def run_layer(
                     hidden[rows] = output.to(hidden.device)
             if until is None:
                 _check_finite(hidden, f"layer {index}")
+    give_back()
 
 
 @torch.no_grad()

@@ -28,7 +28,9 @@ assert not heavy, heavy
         ["score", "--help"],
         ["bench", "--help"],
         ["report", "--help"],
+        ["recover", "--help"],
         ["plan", "--keep", "0.5"],
+        ["plan", "--recover", "--lora", "8"],
         ["--help"],
     ],
 )

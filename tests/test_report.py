@@ -224,6 +224,28 @@ def test_text_that_changed_is_not_passed_off_as_held_out(made):
         samples.held_out_tokens(record, made)
 
 
+def test_a_recovery_shows_in_page_and_card(made):
+    def over(mean):
+        return {"mean": mean, "paired_standard_error": 0.001}
+
+    add_to_record(
+        made,
+        recoveries=[
+            {
+                "command": "sp3llm recover small --steps 7", "steps": 7,
+                "settings": {"teacher": "the-teacher"}, "evaluation": {"sources": ["stdlib"]},
+                "dense_perplexity": 20.111, "perplexity_before": 24.222, "perplexity": 21.333,
+                "excess_log_perplexity_before": over(0.1818), "excess_log_perplexity": over(0.0606),
+            }
+        ],
+    )  # fmt: skip
+    main(["report", str(made)])
+    for text in (opened(made).text, (made / "README.md").read_text()):
+        for shown in ("20.111", "24.222", "21.333", "0.1818", "0.0606", "recover small --steps 7"):
+            assert shown in text
+    assert "21.33 dense 20.11" in opened(made).text  # what the weights are, at the top
+
+
 def test_what_bench_found_becomes_a_table(made, tmp_path):
     """Medians of both models, and ratios beside what the shapes promise."""
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sp3llm.source import bundled_model
 from .conftest import save_model, tiny_model
 
 QUIET = Console(quiet=True)
+EVALUATION = Path(__file__).parent.parent / "eval"
 VARIANTS = [
     "llama-biases",
     "llama-9-heads",
@@ -190,7 +192,8 @@ def test_every_companion_file_comes_along(tmp_path):
     found = {path.name for path in (tmp_path / "small").iterdir()}
     expected = {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",
-        "model.safetensors", "report.html", "sp3llm.json", "special_tokens_map.json",
+        "model.safetensors", "report.html", "sp3llm.basis", "sp3llm.json",
+        "special_tokens_map.json",
         "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     }  # fmt: skip
     assert found == expected
@@ -248,3 +251,33 @@ def test_bundled_model_compresses_and_loses_little(tmp_path):
     assert result.plan.keep_params <= 0.75
     assert 0 < result.excess.mean < 0.2
     assert result.excess.mean > 2 * result.excess.standard_error
+
+
+@pytest.mark.parametrize(
+    ("name", "refit"), [("opt-4m", True), ("opt-4m", False), ("llama-tied-4m", True)]
+)
+def test_trained_tied_models_stay_tied_and_stock(name, refit, tmp_path):
+    """The trained models at 75 % of their tied count: one table, and logits as elsewhere."""
+    out = tmp_path / "small"
+    result = compress(
+        CompressConfig(
+            model=str(EVALUATION / "models" / name), out=out, calib="stdlib", samples=4,
+            eval_samples=2, seq_len=128, keep=0.75, tie="keep", refit=refit, allocate="width",
+            head_dim=40 if name == "opt-4m" else None,
+        ),
+        QUIET,
+    )  # fmt: skip
+    assert result.plan.keep_params <= 0.75
+    tensors = load_file(out / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    assert sum(t.numel() for t in tensors.values()) == result.plan.parameters
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD_ELSEWHERE, str(out)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.num_parameters() == result.plan.parameters
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(3, 27)[None], use_cache=False).logits
+    assert torch.equal(load_file(out / "elsewhere.safetensors")["logits"], logits)

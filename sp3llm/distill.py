@@ -1,0 +1,88 @@
+"""What a compressed model is taught by: losses, tensors only.
+
+B windows, S tokens, V vocabulary, J largest logits kept, D and K residual width before and after.
+Losses are means over tokens, float32.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """A teacher's distribution at a temperature: its largest entries, and how much the others
+    hold together.
+    """
+
+    ids_BSJ: Tensor
+    """Token ids of the largest logits, int64."""
+    log_probs_BSJ: Tensor
+    """Their log-probabilities."""
+    log_rest_BS: Tensor
+    """Log-probability of all others together; minus infinity where there are none."""
+
+
+def divergence(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of the student from the teacher, both logits at a temperature.
+
+    Times the temperature squared, so that its gradients do not shrink with it.
+    """
+    student_BSV = functional.log_softmax(student_BSV.float() / temperature, -1)
+    teacher_BSV = functional.log_softmax(teacher_BSV.float() / temperature, -1)
+    return temperature**2 * (teacher_BSV.exp() * (teacher_BSV - student_BSV)).sum(-1).mean()
+
+
+def top_logits(teacher_BSV: Tensor, count: int, temperature: float) -> TopLogits:
+    """The `count` largest of a teacher's logits, as log-probabilities at a temperature."""
+    scaled_BSV = teacher_BSV.float() / temperature
+    total_BS = scaled_BSV.logsumexp(-1)
+    values_BSJ, ids_BSJ = scaled_BSV.topk(count)
+    return TopLogits(
+        ids_BSJ, values_BSJ - total_BS[..., None], _rest(scaled_BSV, ids_BSJ) - total_BS
+    )
+
+
+def top_divergence(student_BSV: Tensor, teacher: TopLogits, temperature: float) -> Tensor:
+    """`divergence` where all but the teacher's largest logits count as one outcome.
+
+    With every logit kept it is the same; otherwise it is a lower bound.
+    """
+    scaled_BSV = student_BSV.float() / temperature
+    total_BS = scaled_BSV.logsumexp(-1)
+    student_BSJ = scaled_BSV.gather(-1, teacher.ids_BSJ) - total_BS[..., None]
+    log_probs_BSJ = teacher.log_probs_BSJ
+    found_BS = (log_probs_BSJ.exp() * (log_probs_BSJ - student_BSJ)).sum(-1)
+    if teacher.ids_BSJ.shape[-1] < student_BSV.shape[-1]:
+        rest_BS = _rest(scaled_BSV, teacher.ids_BSJ) - total_BS
+        log_rest_BS = teacher.log_rest_BS
+        found_BS = found_BS + log_rest_BS.exp() * (log_rest_BS - rest_BS)
+    return temperature**2 * found_BS.mean()
+
+
+def _rest(scaled_BSV: Tensor, ids_BSJ: Tensor) -> Tensor:
+    """Log of the sum of exponentials over all but the given ids."""
+    return scaled_BSV.scatter(-1, ids_BSJ, -math.inf).logsumexp(-1)
+
+
+def language_model_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Cross-entropy, the logits already those before their labels."""
+    return functional.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten())
+
+
+def stream_error(small: list[Tensor], dense: list[Tensor], target_DK: Tensor) -> Tensor:
+    """How far the small model's stream is from the dense one's seen through the basis.
+
+    `small` and `dense` hold the stream at the same places, `(B, S, K)` and `(B, S, D)`;
+    `target_DK` is `c T` (DESIGN 3.3). Each token's error is relative to what it should be, the
+    scale at which the next norm reads it.
+    """
+    errors = []
+    for x_BSK, x_BSD in zip(small, dense, strict=True):
+        wanted_BSK = x_BSD.float() @ target_DK
+        error_BS = (x_BSK.float() - wanted_BSK).square().mean(-1)
+        errors.append((error_BS / wanted_BSK.square().mean(-1).clamp_min(1e-12)).mean())
+    return torch.stack(errors).mean()

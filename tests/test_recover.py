@@ -1,0 +1,632 @@
+"""Recovery: exact when resumed, the same on two processes, stock in the end, honest about text."""
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sp3llm import data, recover, training
+from sp3llm.basis import BASIS, read_basis, write_basis
+from sp3llm.checkpoint import RECORD, check_tensors, open_checkpoint
+from sp3llm.cli import main
+from sp3llm.compress import compress
+from sp3llm.config import CompressConfig, RecoverConfig
+from sp3llm.distill import divergence, stream_error, top_divergence, top_logits
+from sp3llm.errors import UserError
+from sp3llm.families import family_of
+from sp3llm.plan import Shape
+from sp3llm.project import Projection, stream_scale
+from sp3llm.recover_needs import adapter_parameters, teacher_bytes
+from sp3llm.teacher import StreamTap, load_teacher
+
+from .conftest import (
+    family_of_model,
+    full_width_projection,
+    logits_of,
+    project_checkpoint,
+    save_model,
+    stock_model,
+    tiny_model,
+)
+
+QUIET = Console(quiet=True)
+STEPS = 6
+
+
+def write_texts(path: Path, documents: int, seed: int) -> str:
+    """A file of nonsense that a model can learn something about: few words, often repeated."""
+    draw = random.Random(seed)
+    words = [
+        "the",
+        "stream",
+        "holds",
+        "what",
+        "layers",
+        "read",
+        "and",
+        "write",
+        "while",
+        "norms",
+        "keep",
+        "scale",
+    ]
+    rows = [
+        {"text": " ".join(draw.choices(words, k=30)) + f" {seed} {n}."} for n in range(documents)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("text")
+    return {
+        "train": write_texts(folder / "train.jsonl", 120, 1),
+        "eval_text": write_texts(folder / "eval.jsonl", 20, 2),
+    }
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, texts):
+    """Dense and compressed tiny models by variant, made once."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def pair(variant: str) -> tuple[Path, Path]:
+        if variant not in made:
+            folder = tmp_path_factory.mktemp(variant)
+            settings = {"vocab_size": 4096, "num_hidden_layers": 2}
+            model = tiny_model(variant, torch.float32, **settings)
+            with torch.no_grad():  # tame: what a test trains should have something to win
+                for parameter in model.parameters():
+                    if parameter.ndim >= 2:
+                        parameter.mul_(0.3)
+            save_model(model, folder / "dense", tokenizer=True)
+            keep = {"tie": "keep"} if model.config.tie_word_embeddings else {}
+            if variant == "opt":
+                keep |= {"head_dim": 8, "word_embed_proj_dim": 40}
+            config = CompressConfig(
+                model=str(folder / "dense"),
+                keep=0.85,
+                out=folder / "small",
+                calib=texts["train"],
+                eval_text=texts["eval_text"],
+                samples=8,
+                seq_len=32,
+                allocate="width",
+                **keep,
+            )
+            compress(config, QUIET)
+            made[variant] = folder / "dense", folder / "small"
+        return made[variant]
+
+    return pair
+
+
+@pytest.fixture
+def run(pairs, texts, tmp_path):
+    """Recover a tiny model; returns what came out."""
+
+    def recovered(variant: str = "llama", out: str = "out", **changes):
+        dense, small = pairs(variant)
+        settings = RecoverConfig(
+            **{
+                "model": str(small),
+                "teacher": str(dense),
+                "out": tmp_path / out,
+                **texts,
+                "steps": STEPS,
+                "batch": 4,
+                "micro_batch": 2,
+                "seq_len": 16,
+                "stop_windows": 4,
+                "eval_samples": 2,
+                "lr": 1e-2,
+                "warmup": 0.0,
+                "check_every": 2,
+                "checkpoint_every": 2,
+                "device": "cpu",
+                **changes,
+            }
+        )
+        return recover.recover(settings, QUIET)
+
+    return recovered
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_moved_alike(before, one, other) -> None:
+    """What two runs changed is the same, up to what Adam makes of rounding."""
+    moved = math.sqrt(sum((one[name] - before[name]).square().sum().item() for name in one))
+    apart = math.sqrt(sum((one[name] - other[name]).square().sum().item() for name in one))
+    assert moved > 0.1
+    assert apart < 1e-2 * moved
+
+
+# --------------------------------------------------------------------------- exact
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_a_killed_run_continues_and_gives_the_same_bytes(lora, run, tmp_path, monkeypatch):
+    whole = run(out="whole", lora=lora)
+    step = recover._step
+
+    def killed(lesson, number):
+        if number == 5:  # one step after the checkpoint, which is lost
+            raise KeyboardInterrupt
+        return step(lesson, number)
+
+    monkeypatch.setattr(recover, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(out="killed", lora=lora)
+    assert not (tmp_path / "killed").exists()
+    work = training.work_folder(tmp_path / "killed")
+    assert (work / "step-000004").is_dir()
+    (work / "step-000006.partial").mkdir()  # as a kill while writing would leave it
+    taken = []
+    monkeypatch.setattr(recover, "_step", lambda lesson, n: taken.append(n) or step(lesson, n))
+    again = run(out="killed", lora=lora)
+    assert taken == [4, 5]
+    assert not work.exists()
+    name = "model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert again.state.held_out == whole.state.held_out
+    assert again.state.trained == whole.state.trained
+
+
+def test_checkpoints_of_another_run_are_not_continued(run, monkeypatch, tmp_path):
+    step = recover._step
+
+    def killed(lesson, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(lesson, number)
+
+    monkeypatch.setattr(recover, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with pytest.raises(UserError, match=r"of another run \(lr 0.01 there, 0.02 here\)"):
+        run(lr=2e-2)
+
+
+def test_two_runs_do_not_share_checkpoints(run, tmp_path):
+    with (
+        training.locked(training.work_folder(tmp_path / "out")),
+        pytest.raises(UserError, match="Another sp3llm run holds"),
+    ):
+        run()
+
+
+def test_a_full_disk_is_said_in_one_sentence(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training, "_flush", full)
+    with pytest.raises(UserError, match="free some disk space"):
+        run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_can_be_followed(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    run(track="tensorboard", steps=2)
+    assert list((tmp_path / "out.logs").rglob("events.*"))
+
+
+def test_two_processes_train_what_one_does_with_twice_as_many_windows(run, pairs, texts, tmp_path):
+    run(out="one", steps=3, lr=3e-3)
+    dense, small = pairs("llama")
+    words = ["--out", tmp_path / "two", "--train", texts["train"], "--eval-text"]
+    words += [texts["eval_text"], "--steps", 3, "--batch", 4, "--micro-batch", 2, "--seq-len", 16]
+    words += ["--stop-windows", 4, "--eval-samples", 2, "--lr", 3e-3, "--warmup", 0]
+    words += ["--check-every", 2, "--checkpoint-every", 2, "--device", "cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "sp3llm.recover"]
+    launch += [str(small), "--teacher", str(dense), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "two" / RECORD).read_text())["recoveries"][-1]
+    assert record["processes"] == 2
+    assert_moved_alike(weights(small), weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("windows", [5, 16])
+def test_every_epoch_goes_through_all_windows_whatever_the_batch(windows):
+    whole = training.window_order(windows, 3, 0, 3 * windows)
+    for epoch in whole.chunk(3):
+        assert epoch.sort().values.tolist() == list(range(windows))
+    pieces = [training.window_order(windows, 3, first, 3) for first in range(0, 3 * windows, 3)]
+    assert torch.equal(torch.cat(pieces), whole)
+    assert not torch.equal(training.window_order(windows, 4, 0, windows), whole[:windows])
+
+
+def test_gradient_checkpointing_changes_nothing(run, tmp_path):
+    run(out="kept", steps=2, hidden_weight=0.5)
+    run(out="again", steps=2, hidden_weight=0.5, gradient_checkpointing=True)
+    kept, again = weights(tmp_path / "kept"), weights(tmp_path / "again")
+    assert all(torch.allclose(kept[name], again[name], atol=1e-6) for name in kept)
+
+
+# --------------------------------------------------------------------------- stock, and better
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "opt", "gpt-neox", "mixtral"])
+def test_output_is_stock_and_nearer_to_the_teacher(variant, lora, run, pairs, tmp_path):
+    result = run(variant, lora=lora)
+    out, small = tmp_path / "out", pairs(variant)[1]
+    assert result.state.best_step > 0
+    assert result.state.best_loss < result.state.held_out[0][1]
+    found = open_checkpoint(out)
+    check_tensors(found, family_of(found.config))
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (small / "config.json").read_text()
+    )
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    if model.config.tie_word_embeddings:
+        assert "lm_head.weight" not in found.files
+    changed = [
+        name for name, tensor in weights(out).items() if not tensor.equal(weights(small)[name])
+    ]
+    assert changed
+    record = json.loads((out / RECORD).read_text())
+    assert record["plan"] == json.loads((small / RECORD).read_text())["plan"]
+    (entry,) = record["recoveries"]
+    assert entry["excess_log_perplexity"]["mean"] == result.excess.mean
+    assert (out / BASIS).read_bytes() == (small / BASIS).read_bytes()
+    assert "## Recovered" in (out / "README.md").read_text()
+
+
+def test_merged_adapters_compute_what_unmerged_ones_did(pairs, run, tmp_path, tokens):
+    dense, small = pairs("llama-tied")
+    settings = RecoverConfig(str(small), str(dense), lora=4)
+    pair = recover._pair(settings, QUIET)
+    model, names = recover.load_student(settings, pair, torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.normal_(std=0.2)
+    best = {name: t.clone() for name, t in model.state_dict().items() if name in names}
+    written = recover.export(settings, pair, best, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(dict(written.config)))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = logits_of(AutoModelForCausalLM.from_pretrained(small), tokens)
+    assert (logits_of(model, tokens) - before).abs().max() > 0.1
+    assert torch.allclose(logits_of(merged, tokens), logits_of(model, tokens), atol=1e-4)
+
+
+def test_weights_stay_where_no_step_is_better(run, pairs, tmp_path):
+    result = run(lr=3.0, patience=1)
+    assert result.state.stopped
+    assert result.state.step < STEPS
+    assert result.state.best_step == 0
+    before, after = weights(pairs("llama")[1]), weights(tmp_path / "out")
+    assert all(tensor.equal(before[name]) for name, tensor in after.items())
+
+
+def test_bfloat16_autocast_trains_float32_weights(run, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    try:
+        result = run(precision="bfloat16")
+    finally:
+        AcceleratorState._reset_state()
+    assert result.state.best_loss < result.state.held_out[0][1]
+
+
+def test_compress_can_recover_right_away(pairs, texts, tmp_path, capsys):
+    dense, _ = pairs("llama")
+    out = tmp_path / "small"
+    words = [str(dense), "--keep", "0.85", "--out", str(out), "--calib", texts["train"]]
+    words += ["--eval-text", texts["eval_text"], "--samples", "8", "--seq-len", "32"]
+    words += ["--allocate", "width", "--recover-steps", "1", "--device", "cpu"]
+    main(["compress", *words])
+    record = json.loads((out / RECORD).read_text())
+    assert record["settings"]["recover_steps"] == 1
+    assert record["recoveries"][0]["steps"] == 1
+    assert not training.work_folder(out).exists()
+
+
+def test_a_recovery_that_fails_leaves_what_was_compressed(pairs, tmp_path, capsys):
+    dense, _ = pairs("llama")
+    text = write_texts(tmp_path / "short.jsonl", 4, 5)  # none of it is kept for stopping
+    words = [str(dense), "--keep", "0.85", "--out", str(tmp_path / "small"), "--calib", text]
+    words += ["--eval-text", write_texts(tmp_path / "eval.jsonl", 4, 6), "--samples", "2"]
+    words += ["--seq-len", "32", "--allocate", "width", "--recover-steps", "1"]
+    with pytest.raises(SystemExit) as end:
+        main(["compress", *words])
+    assert end.value.code == 2
+    assert "stands, but its recovery" in capsys.readouterr().err
+    AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+# --------------------------------------------------------------------------- teachers
+
+
+def test_all_logits_kept_teach_what_the_whole_teacher_does():
+    student, teacher = torch.randn(2, 3, 7, 50, generator=torch.Generator().manual_seed(0))
+    for temperature in (1.0, 2.5):
+        whole = divergence(student, teacher, temperature)
+        every = top_divergence(student, top_logits(teacher, 50, temperature), temperature)
+        assert torch.allclose(every, whole, atol=1e-6)
+        some = [
+            top_divergence(student, top_logits(teacher, k, temperature), temperature)
+            for k in (1, 5, 20, 49)
+        ]
+        assert some == sorted(some)
+        assert some[-1] <= whole + 1e-6
+
+
+def test_stored_logits_of_all_tokens_train_like_the_teacher(run, pairs, tmp_path, monkeypatch):
+    run(out="live")
+    run(out="stored", teacher_logits=tmp_path / "logits", top_k=4096)
+    live, stored = weights(tmp_path / "live"), weights(tmp_path / "stored")
+    assert_moved_alike(weights(pairs("llama")[1]), live, stored)
+    monkeypatch.setattr("sp3llm.teacher.load_teacher", lambda *_: pytest.fail("loaded again"))
+    run(out="again", teacher_logits=tmp_path / "logits", top_k=4096)
+    again = weights(tmp_path / "again")
+    assert all(tensor.equal(stored[name]) for name, tensor in again.items())
+    with pytest.raises(UserError, match="of another run"):
+        run(out="other", teacher_logits=tmp_path / "logits", top_k=8)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "nf4"])
+def test_a_teacher_in_fewer_bits_teaches_too(dtype, run):
+    if dtype != "bfloat16":
+        pytest.importorskip("bitsandbytes")
+    result = run(teacher_dtype=dtype)
+    assert result.state.best_loss < result.state.held_out[0][1]
+
+
+def test_an_offloaded_teacher_says_the_same(pairs, tokens, tmp_path):
+    dense, _ = pairs("llama")
+    cpu = torch.device("cpu")
+    here = load_teacher(dense, "auto", cpu, None, tmp_path / "none")
+    size = sum(p.numel() * p.element_size() for p in here.parameters())
+    away = load_teacher(dense, "auto", cpu, 0.6 * size / 1e9, tmp_path / "offload")
+    assert any(parameter.device.type == "meta" for parameter in away.parameters())
+    assert torch.equal(logits_of(here, tokens), logits_of(away, tokens))
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma-untied", "granite", "opt", "gpt-neox"])
+def test_at_full_width_the_stream_is_the_dense_one_through_the_basis(variant, tmp_path, tokens):
+    dense = tiny_model(variant)
+    checkpoint = save_model(dense, tmp_path)
+    family = family_of_model(dense)
+    projection = full_width_projection(
+        checkpoint, family, Shape.of(family, checkpoint.config), rotate=True
+    )
+    if projection.embedding_EJ is not None:  # a table as wide as the stream has no projections
+        projection = Projection(projection.basis_DK)
+    tensors = project_checkpoint(checkpoint, family, projection)
+    config = dict(checkpoint.config) | {"tie_word_embeddings": False}
+    if "lm_head.weight" not in tensors and "embed_out.weight" not in tensors:
+        tensors["lm_head.weight"] = torch.zeros(96, 48).double()
+    small = stock_model(config, tensors, exact=False)
+    taps = [StreamTap(m, family.layers_module, family.final_norm) for m in (small, dense)]
+    for model in (small, dense):
+        logits_of(model, tokens)
+    streams = [tap.take() for tap in taps]
+    assert len(streams[0]) == 4
+    target = (stream_scale(projection.basis_DK) * projection.basis_DK).float()
+    assert stream_error(*streams, target) < 1e-8
+
+
+def test_hidden_states_alone_can_teach(run, pairs, tmp_path):
+    model = shutil.copytree(pairs("llama")[1], tmp_path / "model")
+    off = {name: 1.1 * tensor for name, tensor in weights(model).items()}
+    save_file(off, model / "model.safetensors", metadata={"format": "pt"})
+    result = run(model=str(model), kl_weight=0.0, lm_weight=0.0, hidden_weight=1.0, lr=3e-3)
+    assert result.state.best_loss < 0.9 * result.state.held_out[0][1]
+
+
+# --------------------------------------------------------------------------- text
+
+
+def test_the_three_texts_share_no_document(run, texts):
+    result = run(train=f"{texts['train']},{texts['eval_text']}", steps=60, patience=1, lr=3.0)
+    training_set, stopping, evaluation = result.training, result.stopping, result.evaluation
+    assert not training_set.documents & stopping.documents
+    assert not training_set.documents & evaluation.documents
+    assert not stopping.documents & evaluation.documents
+    assert training_set.dropped_documents == len(evaluation.documents)
+
+
+def test_what_was_calibrated_on_is_not_reported_on(run, texts):
+    result = run(eval_text=texts["train"], steps=1, eval_samples=90)
+    assert result.evaluation.dropped_documents > 0
+    assert not result.training.documents & result.evaluation.documents
+
+
+def test_stdlib_is_trained_on_its_training_part_only():
+    documents = data.stdlib_documents()
+    source = data.resolve_source("stdlib")
+    trained = set(data.read_documents(source, "train"))
+    assert all(data.part_of(document) == "train" for document in trained)
+    kept = sum(map(data.is_for_stopping, documents)) / len(documents)
+    assert abs(kept - 1 / 16) < 0.02
+
+
+# --------------------------------------------------------------------------- needs
+
+
+@pytest.mark.parametrize("variant", ["llama", "opt-projected", "phi3", "gpt-neox", "mixtral"])
+def test_adapters_are_counted_as_peft_makes_them(variant, tmp_path):
+    model = tiny_model(variant, torch.float32)
+    checkpoint = save_model(model, tmp_path)
+    family = family_of_model(model)
+    pair = recover.Pair(checkpoint, family, "", {}, checkpoint, family, "")
+    settings = RecoverConfig(str(tmp_path), lora=4)
+    adapted, names = recover.load_student(settings, pair, torch.float32)
+    trained = sum(p.numel() for name, p in adapted.named_parameters() if name in names)
+    assert trained == adapter_parameters(family, checkpoint.config, 4)
+
+
+def test_a_teacher_in_four_bits_weighs_what_was_said(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    model = tiny_model("llama", torch.bfloat16, **sizes)
+    checkpoint = save_model(model, tmp_path)
+    found = load_teacher(tmp_path, "nf4", torch.device("cpu"), None, tmp_path)
+    layer = found.model.layers[0].mlp.up_proj.weight
+    state = layer.quant_state
+    size = layer.numel() + state.absmax.numel() * state.absmax.element_size()
+    assert size == pytest.approx(256 * 512 * 0.5625, rel=1e-3)
+    whole = teacher_bytes(family_of_model(model), checkpoint.config, "auto", 2)
+    low = teacher_bytes(family_of_model(model), checkpoint.config, "nf4", 2)
+    assert whole / 4 < low < whole / 3
+
+
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float16",
+    "tie_word_embeddings": False,
+}
+
+
+def test_llama_2_7b_recovers_on_one_card_of_24_gb(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    words = ["plan", str(tmp_path), "--keep", "0.75", "--json", "--recover", "--lora", "16"]
+    main([*words, "--teacher-dtype", "nf4", "--gradient-checkpointing"])
+    needs = json.loads(capsys.readouterr().out)["recovery_needs"]
+    parts = sum(value for key, value in needs.items() if key != "total")
+    assert parts < needs["total"] < 24e9
+    main([*words[:-2], "--teacher-dtype", "bfloat16"])
+    assert json.loads(capsys.readouterr().out)["recovery_needs"]["total"] > 100e9
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def refused(pairs, texts, tmp_path, capsys):
+    """Run the command, expect one sentence and no output; returns it."""
+
+    def refuse(*options, model=None, teacher=True) -> str:
+        dense, small = pairs("llama")
+        words = ["recover", str(model or small), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        words += ["--seq-len", "16", "--steps", "2", "--batch", "4", "--stop-windows", "2"]
+        words += ["--train", texts["train"], "--eval-text", texts["eval_text"]]
+        words += ["--teacher", str(dense)] if teacher else []
+        with pytest.raises(SystemExit) as end:
+            main([*words, *map(str, options)])
+        assert end.value.code == 2
+        assert not (tmp_path / "out").exists()
+        assert not training.work_folder(tmp_path / "out").exists()
+        error = capsys.readouterr().err
+        assert error.startswith("sp3llm: ")
+        assert error.count("\n") == 1
+        return error
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--steps", "0"], "--steps of at least 1"),
+        (["--lr", "-1"], "--lr above 0"),
+        (["--warmup", "1"], "--warmup between 0 and 1"),
+        (["--teacher-dtype", "int3"], "--teacher-dtype to be one of auto"),
+        (["--kl-weight", "0", "--lm-weight", "0"], "something to learn from"),
+        (["--lora-alpha", "8"], "--lora with --lora-alpha"),
+        (["--hidden-weight", "1", "--teacher-logits", "x"], "holds no hidden states"),
+        (["--device", "tpu"], "--device auto, cuda or cpu"),
+        (["--device", "cuda"], "Expected a GPU"),
+        (["--track", "banana"], "--track to be one of tensorboard, wandb"),
+        (["--micro-batch", "3"], "--micro-batch to divide"),
+        (["--seq-len", "5000"], "--seq-len of at most"),
+        (["--teacher-logits", "x", "--top-k", "5000"], "--top-k of at most the vocabulary's 4096"),
+        (["--teacher", "no-such-folder"], "no folder here"),
+        (["--train", "no-such.jsonl"], "does not exist"),
+    ],
+)
+def test_bad_settings_get_one_sentence(options, expected, refused, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if options == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert expected in refused(*options)
+
+
+def test_a_loss_that_is_no_number_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(recover, "_loss", lambda *_: torch.tensor(math.nan))
+    assert "Expected a finite loss at step 0" in refused()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(refused, tmp_path):
+    save_model(tiny_model("llama"), tmp_path / "other", tokenizer=True)
+    assert "a teacher with the vocabulary of" in refused("--teacher", tmp_path / "other")
+
+
+def test_without_a_record_the_teacher_must_be_named(refused, pairs, tmp_path):
+    model = shutil.copytree(pairs("llama")[1], tmp_path / "model")
+    (model / RECORD).unlink()
+    assert "Expected --teacher for 'model'" in refused(model=model, teacher=False)
+
+
+def test_hidden_states_need_the_basis_of_this_model(refused, pairs, tmp_path):
+    model = shutil.copytree(pairs("llama")[1], tmp_path / "model")
+    write_basis(model, read_basis(model)[:, 1:])
+    assert "Expected a basis of" in refused("--hidden-weight", 1, model=model)
+    (model / BASIS).unlink()
+    assert "compress the model again" in refused("--hidden-weight", 1, model=model)
+
+
+def test_text_too_short_to_stop_by_is_refused(refused, tmp_path):
+    text = write_texts(tmp_path / "short.jsonl", 3, 5)
+    assert "--stop-text" in refused("--train", text)
+
+
+def test_an_output_that_is_not_ours_is_left_alone(pairs, texts, tmp_path, run):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="was not written by sp3llm"):
+        run()
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_options_of_a_recovery_without_one_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--lora", "4"])
+    assert end.value.code == 2
+    assert "Expected --recover" in capsys.readouterr().err
+
+
+def test_the_learning_rate_falls_with_the_width():
+    assert recover.default_lr(4096, False) < recover.default_lr(256, False)
+    assert math.isfinite(recover.default_lr(256, True))
+
+
+def test_the_recorded_command_gives_the_same_settings():
+    settings = RecoverConfig("small", "dense", out=Path("x"), lora=4, lr=0.1, patience=9)
+    words = recover._command(replace(settings, gradient_checkpointing=True)).split()
+    from sp3llm.cli import parser
+
+    options = vars(parser().parse_args(words[1:]))
+    del options["command"]
+    assert RecoverConfig(**options) == replace(settings, gradient_checkpointing=True)
