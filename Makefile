@@ -1,6 +1,7 @@
 # make demo   installs, compresses the bundled model, shows before and after
 # make test   installs, checks style, runs every test that needs no GPU
 # make style  formats and lints
+# make interop  loads compressed models with other tools, each in its own environment (long)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,14 +10,14 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= demo-output
 
-.PHONY: demo test slow style install clean
+.PHONY: demo test slow style interop install clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eval,recover,plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eval,recover]'
 	touch $@
 
 demo: install
@@ -35,5 +36,8 @@ style: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+interop: install
+	$(BIN)/python eval/interop.py --torch '$(TORCH)'
+
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) .interop build *.egg-info .pytest_cache .ruff_cache

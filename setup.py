@@ -17,10 +17,7 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.12"],
     "quantize": ["bitsandbytes>=0.45"],
     "recover": ["peft>=0.15"],
-    "plot": ["matplotlib>=3.8"],
     "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8"],
-    # Only to train the bundled models anew: eval/train_bundled.py.
-    "train": ["matplotlib>=3.8"],
 }
 EXTRAS["all"] = sorted({need for name in EXTRAS if name != "dev" for need in EXTRAS[name]})
 
@@ -42,7 +39,7 @@ setup(
         "sp3llm.tasks": "eval/tasks",
     },
     package_data={
-        "sp3llm": ["bundled/llama-8m/*", "py.typed"],
+        "sp3llm": ["bundled/llama-8m/*", "templates/*", "py.typed"],
         "sp3llm.calib_data": ["*.json"],
         "sp3llm.presets": ["*.yaml"],
         "sp3llm.tasks": ["*.yaml"],
@@ -60,6 +57,11 @@ setup(
         # Models that ship tokenizer.model alone.
         "sentencepiece>=0.2",
         "protobuf>=4",
+        # report.html, which every run writes: its pictures and its page. torch brings jinja2 too.
+        "matplotlib>=3.8",
+        "jinja2>=3.1",
+        # Whether memory holds the models whose samples it shows. accelerate brings it too.
+        "psutil>=5.9",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["sp3llm = sp3llm.cli:main"]},

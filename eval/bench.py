@@ -104,6 +104,7 @@ def main() -> None:
         samples=options.samples,
         seq_len=options.seq_len,
         seed=options.seed,
+        report=False,
     )
     records = []
     for keep, *values in itertools.product(options.keep, *varied.values()):

@@ -216,6 +216,7 @@ def main() -> None:
         streams=options.streams,
         max_memory=options.max_memory,
         out=options.work / "bench-compress-result",
+        report=False,
     )
     variants = {
         "pca, width": replace(base, allocate="width", basis="pca"),

@@ -37,7 +37,7 @@ def run_course(widths: list[int], samples: int, seq_len: int, folder: Path) -> P
         # The budget does not bind: the width is fixed.
         settings = CompressConfig(
             model=model, hidden_size=width, keep=0.999, allocate="width", samples=samples,
-            seq_len=seq_len, calib="stdlib", out=out,
+            seq_len=seq_len, calib="stdlib", out=out, report=False,
         )  # fmt: skip
         compress(settings, Console(quiet=True))
         model = str(out)

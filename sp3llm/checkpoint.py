@@ -30,10 +30,10 @@ from torch import Tensor
 from sp3llm.errors import ResumableError, UserError, reason
 from sp3llm.execution import Ranks
 from sp3llm.families import Family, Group, groups, is_tied, parameter_shapes
+from sp3llm.record import RECORD
 from sp3llm.resume import Journal
 from sp3llm.source import read_config
 
-RECORD = "sp3llm.json"
 # Inside the folder of a run: what becomes the result. What a journal knows groups and shards as.
 MODEL = "model"
 WEIGHTS, SHARD = "weights", "shard"

@@ -81,6 +81,14 @@ def parser(prog: str = "sp3llm") -> argparse.ArgumentParser:
             "need, from config.json alone: no weights are read.",
         )
     )
+    add_report(
+        commands.add_parser(
+            "report",
+            help="write report.html and the model card of a compressed model, or push it",
+            description="Write report.html and the model card, README.md, of a compressed model "
+            "anew, with all that its record holds by now; --push-to-hub uploads the folder.",
+        )
+    )
     add_score(
         commands.add_parser(
             "score",
@@ -157,6 +165,12 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         "--dtype",
         default=default.dtype,
         help=f"dtype of the weights written: {', '.join(DTYPES)} (default: as in the checkpoint)",
+    )
+    add.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=default.report,
+        help="write report.html into the output folder, with samples of both models (default: yes)",
     )
     add.add_argument(
         "--seed",
@@ -382,6 +396,37 @@ def add_plan(add: argparse.ArgumentParser) -> None:
     add.add_argument("--gradient-checkpointing", action="store_true", help="keep less")
 
 
+def add_report(add: argparse.ArgumentParser) -> None:
+    """The options of `sp3llm report`."""
+    add.add_argument("folder", type=Path, metavar="DIR", help="what sp3llm compress wrote")
+    add.add_argument(
+        "--dense",
+        metavar="MODEL",
+        help="the dense model, to make samples anew with (default: the samples there are, or the "
+        "model that the record names, if it is at hand)",
+    )
+    add.add_argument(
+        "--device", default="auto", help="where samples are made: auto, cpu, cuda, ... "
+        "(default: auto)",
+    )  # fmt: skip
+    add.add_argument(
+        "--add",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="put what sp3llm score (comparison_<date>.json) or sp3llm bench (its --output) found "
+        "into the record",
+    )
+    add.add_argument(
+        "--push-to-hub",
+        metavar="REPO_ID",
+        help="upload the folder to this repository (owner/name) of the Hugging Face hub, which is "
+        "made if it does not exist",
+    )
+    add.add_argument("--private", action="store_true", help="only into a private repository")
+
+
 def add_budget(add: argparse.ArgumentParser) -> None:
     """What `compress` and `plan` share: the model, the budget, and what is fixed by hand."""
     default = CompressConfig()
@@ -419,6 +464,13 @@ def add_budget(add: argparse.ArgumentParser) -> None:
         "word-embed-proj-dim",
     ):
         add.add_argument(f"--{option}", type=int, metavar="N", help=f"fix {option} by hand")
+    add.add_argument(
+        "--square",
+        action="store_true",
+        help="keep hidden_size = heads x head_dim, for tools that derive one from the other "
+        "(CTranslate2): whole heads go in step with the width; OPT, GPT-NeoX and StableLM are "
+        "square without it",
+    )
     add.add_argument(
         "--tensor-parallel",
         type=int,
@@ -472,7 +524,12 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
         recovery = _planned_recovery(options) if command == "plan" else None
         if command == "bench":
             options |= {key: tuple(options[key]) for key in ("batch_sizes", "prompt_lengths")}
-        kinds = {"score": ScoreConfig, "bench": BenchConfig, "recover": RecoverConfig}
+        kinds = {
+            "score": ScoreConfig,
+            "bench": BenchConfig,
+            "recover": RecoverConfig,
+            "report": dict,
+        }
         settings = kinds.get(command, CompressConfig)(**options)
     except UserError as error:
         if rank == 0:
@@ -487,6 +544,8 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
             _run_score(settings)
         elif command == "bench":
             _run_bench(settings)
+        elif command == "report":
+            _run_report(**settings)
         else:
             _run_compress(settings)
     except UserError as error:
@@ -513,6 +572,41 @@ def _run_compress(settings: CompressConfig) -> None:
 
     transformers.utils.logging.set_verbosity_error()
     compress(settings, console)
+
+
+def _run_report(
+    folder: Path,
+    dense: str | None,
+    device: str,
+    add: list[Path],
+    push_to_hub: str | None,
+    private: bool,
+) -> None:
+    from rich.console import Console
+
+    from sp3llm import card, hub, page, samples
+    from sp3llm.record import add_to_record, measured, read_record
+
+    if private and push_to_hub is None:
+        raise UserError(
+            "Expected --push-to-hub with --private, found none: say where to, or leave it out."
+        )
+    console = Console()
+    record = read_record(folder)
+    if push_to_hub is not None:
+        hub.check_login()
+    entries = {key: value for path in add for key, value in measured(path, folder).items()}
+    if entries:
+        record = add_to_record(folder, **entries)
+    record, no_samples = samples.with_samples(folder, record, console, device, dense)
+    card.write_card(folder, record, samples.dense_folder(record, dense))
+    written = page.write_page(folder, record, no_samples)
+    if no_samples:
+        console.print(f"No samples: {no_samples}", markup=False, highlight=False)
+    console.print(f"Written: {written}, {folder / 'README.md'}", markup=False, highlight=False)
+    if push_to_hub is not None:
+        url = hub.push(folder, push_to_hub, private, console)
+        console.print(f"Pushed to {url}", markup=False, highlight=False)
 
 
 def _run_score(settings: ScoreConfig) -> None:

@@ -17,6 +17,7 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
 """
 
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from sp3llm.config import CompressConfig, RecoverConfig
 from sp3llm.errors import ResumableError, UserError, reason
+from sp3llm.record import RECORD, read_record
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +71,8 @@ class Result:
     trials: list[dict[str, Any]]
     fits: list[dict[str, Any]]
     eigenvalues: "Tensor"
+    energy_kept: float
+    """Share of the energy of the dense stream, as its second moments have it, inside the basis."""
     dense_bytes: int
     weight_bytes: int
     calibration: "Windows"
@@ -112,8 +116,8 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     """
     import torch
 
+    from sp3llm import card, execution, harness, report
     from sp3llm import checkpoint as disk
-    from sp3llm import execution, harness, report
     from sp3llm.resume import open_journal
 
     started = time.monotonic()
@@ -126,6 +130,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
 
     ranks.from_first(look)  # it may download; the others then find everything there
     job = job or _prepared(settings, ranks, device, console)
+    out = Path(os.path.abspath(job.out))  # where `.` is when it has been replaced
     with disk.run_folder(job.out, settings.fresh, ranks) as folder:
         journal = open_journal(
             folder / f"state-{ranks.index}",
@@ -140,18 +145,42 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
         with report.progress_bars(console) as progress:
             while result is None:
                 try:
-                    result = _run(job, journal, model, started, progress)
+                    result, record = _run(job, journal, model, started, progress)
                 except torch.OutOfMemoryError as error:
                     job = replace(job, on=_halved(job, journal, error))
         journal.save(_FINISHED, 0)
-    console.print(report.closing_table(result))
-    console.print(report.next_steps(result), highlight=False, markup=False)
+    console.print(report.closing_table(record))
+    if ranks.is_first:
+        _write_page(job, out, result, record, console)
+    console.print(report.next_steps(result, settings.report), highlight=False, markup=False)
     ranks.from_first(lambda: None)  # the result has its final name when the others go on
     if settings.recover_steps:
         _recover(settings, result, console)
     if settings.score:
         harness.score_compressed(settings, job.out, console)
+    if (settings.recover_steps or settings.score) and ranks.is_first:
+        record = read_record(out)
+        card.write_card(out, record, job.folder)
+        _write_page(job, out, result, record, console)
     return result
+
+
+def _write_page(
+    job: Job, out: Path, result: Result, record: dict[str, Any], console: "Console"
+) -> None:
+    """Write report.html into the result, with samples where memory holds the dense model."""
+    from sp3llm import page, samples
+
+    if job.settings.report:
+        record, why = samples.with_samples(
+            out,
+            record,
+            console,
+            str(job.on.device),
+            dense=job.folder,
+            tokens=result.evaluation.tokens,
+        )
+        page.write_page(out, record, why)
 
 
 def _recover(settings: CompressConfig, result: Result, console: "Console") -> None:
@@ -261,10 +290,8 @@ def _take_back(journal: "Journal", out: Path, model: Path) -> None:
     """A run killed between giving its result the final name and clearing up has that to do again:
     its result goes back to where the run finds it.
     """
-    from sp3llm import checkpoint as disk
-
     finished = journal.latest(_FINISHED) is not None  # all processes ask together
-    moved = not any(model.iterdir()) and (out / disk.RECORD).is_file()
+    moved = not any(model.iterdir()) and (out / RECORD).is_file()
     if journal.ranks.is_first and finished and moved:
         model.rmdir()
         out.rename(model)
@@ -328,10 +355,14 @@ def _halved(job: Job, journal: "Journal", error: Exception) -> "Execution":
     return replace(job.on, batch_tokens=fewer * seq_len)
 
 
-def _run(job: Job, journal: "Journal", model: Path, started: float, progress: "Progress") -> Result:
-    """All stages; what `journal` has of one is not done again. `model` holds everything then."""
+def _run(
+    job: Job, journal: "Journal", model: Path, started: float, progress: "Progress"
+) -> tuple[Result, dict[str, Any]]:
+    """All stages, and their record; what `journal` has of one is not done again. `model` holds
+    everything then.
+    """
+    from sp3llm import card, execution, families, report, score
     from sp3llm import checkpoint as disk
-    from sp3llm import execution, report, score
     from sp3llm.basis import write_basis
     from sp3llm.measure import measure_dense, measure_losses
     from sp3llm.plan import plan_of, resized_config
@@ -355,6 +386,7 @@ def _run(job: Job, journal: "Journal", model: Path, started: float, progress: "P
     small_config = resized_config(family, dense.config, shape)
     small_config = _with_dtype(small_config, job.dtype, job.dense_dtype)
     eigenvalues, projection = final_basis(job, shape, moments, calibration.tokens, journal)
+    energy = _energy_kept(moments, projection)
     del moments  # at large widths several matrices that nothing needs any more
     execution.give_back()
     fits = build(job, shape, projection, calibration.tokens, small_config, model, journal, progress)
@@ -369,6 +401,7 @@ def _run(job: Job, journal: "Journal", model: Path, started: float, progress: "P
         trials=trials,
         fits=fits,
         eigenvalues=eigenvalues,
+        energy_kept=energy,
         dense_bytes=plan.dense_parameters * job.dense_dtype.itemsize,
         weight_bytes=plan.parameters * job.dtype.itemsize,
         calibration=calibration,
@@ -380,14 +413,25 @@ def _run(job: Job, journal: "Journal", model: Path, started: float, progress: "P
         peak_memory=report.peak_memory(),
         device_memory=report.device_memory(str(on.device)),
     )
+    record = {
+        **_record(result, settings, on, job.dtype),
+        "parameters": {
+            "dense": families.count_parts(family, dense.config),
+            "small": families.count_parts(family, small_config),
+        },
+    }
     if on.ranks.is_first:
-        companions = disk.copy_companions(job.folder, model)
-        disk.write_json(model / disk.RECORD, _record(result, settings, on, job.dtype, companions))
+        record["files_copied"] = disk.copy_companions(job.folder, model)
+        disk.write_json(model / RECORD, record)
+        card.write_card(model, record, job.folder)
         write_basis(model, projection.basis_DK)
-        card = report.model_card(result, settings, _hub_id(settings, job.name))
-        (model / "README.md").write_text(card, encoding="utf-8")
         disk.write_json(model / "config.json", small_config)
-    return result
+    return result, record
+
+
+def _energy_kept(moments: "Moments", projection: "Projection") -> float:
+    total_DD, basis_DK = moments.total(), projection.basis_DK
+    return (((total_DD @ basis_DK) * basis_DK).sum() / total_DD.trace()).item()
 
 
 def choose_shape(
@@ -630,7 +674,6 @@ def _record(
     settings: CompressConfig,
     on: "Execution",
     dtype: "torch.dtype",
-    companions: list[str],
 ) -> dict[str, Any]:
     """`sp3llm.json`: everything needed to know, and repeat, what was done."""
     from sp3llm import report
@@ -648,6 +691,8 @@ def _record(
     )
     return {
         "model": result.name,
+        "base_model": _hub_id(settings, result.name),
+        "architecture": result.architecture,
         "command": result.command,
         "settings": asdict(resolved),
         "plan": result.plan.describe(),
@@ -659,10 +704,11 @@ def _record(
         "trials": result.trials,
         "fits": result.fits,
         "eigenvalues": result.eigenvalues.tolist(),
+        "energy_kept": result.energy_kept,
         "dtype": str(dtype).removeprefix("torch."),
         "compute_dtype": str(on.dtype).removeprefix("torch."),
+        "dense_weight_bytes": result.dense_bytes,
         "weight_bytes": result.weight_bytes,
-        "files_copied": companions,
         "seconds": round(result.seconds, 2),
         "peak_memory_bytes": result.peak_memory,
         "device_memory_bytes": result.device_memory,

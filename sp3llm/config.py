@@ -22,7 +22,10 @@ TRACKERS = ("tensorboard", "wandb")
 
 
 # Where things are computed and put, not what.
-_NOT_OF_RESULT = ("out", "streams", "max_memory", "batch_tokens", "fresh", "recover_steps", "score")
+_NOT_OF_RESULT = (
+    *("out", "streams", "max_memory", "batch_tokens", "fresh"),
+    *("recover_steps", "score", "report"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class CompressConfig:
     tie: str = "auto"
     """What becomes of tied embeddings: `keep` them tied, `untie` them (the budget holds either
     way), or `auto`, whichever loses less."""
+    square: bool = False
+    """Keeps the hidden size at heads times head size, for tools that derive one from the other:
+    whole heads go in step with the width."""
     tensor_parallel: int = 1
     """Keeps heads and widths divisible by this many devices."""
     multiple_of: int | None = None
@@ -80,6 +86,8 @@ class CompressConfig:
     """Where to compute: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     dtype: str = "auto"
     """Dtype of the weights written; `auto`: as in the checkpoint."""
+    report: bool = True
+    """Write report.html, with samples of both models."""
     seed: int = 0
     """Chooses the calibration windows; everything else is deterministic."""
     streams: str = "auto"
@@ -152,7 +160,10 @@ class CompressConfig:
                 "errors in the normalised stream: add --basis pca, or leave --moments raw out."
             )
         if not self.refit and (
-            self.allocate == "search" or self.intermediate_size or self.num_key_value_heads
+            self.allocate == "search"
+            or self.intermediate_size
+            or self.num_key_value_heads
+            or self.square
         ):
             raise UserError(
                 "Cutting FFN or KV groups needs the refit, which chooses what survives, found "

@@ -864,6 +864,29 @@ def count_parameters(family: Family, config: Mapping[str, Any]) -> int:
     return _count(family, config, experts, matrices_only=False)
 
 
+def count_parts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """True number of parameters of every part of a model, tied weights once: `embeddings`,
+    `attention`, `FFN` (`experts`, router and shared expert among them), `norms` and `head`.
+
+    Projections around the embeddings and learned positions count as embeddings.
+    """
+    parts = dict.fromkeys(("embeddings", "attention", "FFN", "norms", "head"), 0)
+    shapes = parameter_shapes(family, config)
+    for group in groups(family, config):
+        norms = {f"{group.prefix}{site.norm}" for site in group.sites} | {family.final_norm}
+        attention = f"{group.prefix}{family.sites[0].block}."
+        for name in group.parameters:
+            module = name.rpartition(".")[0]
+            if module in norms:
+                part = "norms"
+            elif not group.prefix:
+                part = "head" if module == family.head else "embeddings"
+            else:
+                part = "attention" if name.startswith(attention) else "FFN"
+            parts[part] += math.prod(shapes[name])
+    return parts
+
+
 def count_matrix_parameters(family: Family, config: Mapping[str, Any]) -> int:
     """Those in matrices that a token meets, the embedding table included.
 

@@ -540,9 +540,7 @@ def score_compressed(settings: CompressConfig, out: Path, console: "Console") ->
 
     Raises UserError if scoring fails; the model stays.
     """
-    import json
-
-    from sp3llm.checkpoint import RECORD, write_json
+    from sp3llm.record import add_to_record
 
     scoring = ScoreConfig(
         model=str(out),
@@ -556,5 +554,4 @@ def score_compressed(settings: CompressConfig, out: Path, console: "Console") ->
     except UserError as error:
         raise UserError(f"The model was written to {out}, but not scored. {error}") from error
     if comparison is not None:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-        write_json(out / RECORD, {**record, "scores": comparison.describe()})
+        add_to_record(out, scores=comparison.describe())

@@ -105,6 +105,8 @@ class Limits:
     """Fixed by hand, in families that have it."""
     tie: str = "keep"
     """What becomes of a tied head: `keep`, `untie`, or `auto`, both to choose from."""
+    square: bool = False
+    """Keep `hidden_size = num_attention_heads * head_dim`, where the family does not demand it."""
     only_width: bool = False
     """Spend all of the budget on the hidden size; what is not fixed by hand stays."""
     tensor_parallel: int = 1
@@ -260,6 +262,20 @@ def _multiple(limits: Limits, dense: Shape) -> int:
     )
 
 
+def _stays_square(family: Family, config: Mapping[str, Any], limits: Limits) -> bool:
+    return limits.square or is_square(family, config)
+
+
+def _width_step(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> int:
+    """What the hidden size of a chosen shape is a multiple of."""
+    dense = Shape.of(family, config)
+    if not _stays_square(family, config, limits):
+        return _multiple(limits, dense)
+    if shape.head_dim < dense.head_dim:
+        return dense.num_attention_heads * math.gcd(8, shape.head_dim)
+    return shape.head_dim * dense.num_attention_heads // dense.num_key_value_heads
+
+
 def _cost(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> int:
     return cost_of(family, config, shape, limits.context, limits.itemsize).of(limits.of)
 
@@ -304,7 +320,7 @@ def start_shape(family: Family, config: Mapping[str, Any], limits: Limits) -> Sh
             f"A tied head cannot be kept in a {family.model_type} model, whose LayerNorm leaves no "
             "diagonal to tie through: use --tie untie."
         )
-    square = is_square(family, config)
+    square = _stays_square(family, config, limits)
     if limits.tie == "untie" and not dense.tie_word_embeddings:
         raise UserError(
             "Expected a model with tied embeddings for --tie untie, found one whose head has a "
@@ -375,7 +391,7 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
             raise refusals[0]
         return found
     start = start_shape(family, config, limits)
-    if is_square(family, config):
+    if _stays_square(family, config, limits):
         return _square_candidates(family, config, limits)
     group_counts = [start.num_key_value_heads]
     if limits.num_key_value_heads is None and not limits.only_width:
@@ -409,7 +425,8 @@ def _nothing_fits(
     least = _cost(family, config, limits, smallest) / _cost(family, config, limits, dense)
     least = math.ceil(least * 1e4) / 1e4  # so that the number named is one that works
     return UserError(
-        f"No shape keeps {limits.keep:.4g} of the model's {limits.of}: the smallest that the "
+        f"No {'square ' if limits.square else ''}shape keeps {limits.keep:.4g} of the model's "
+        f"{limits.of}: the smallest that the "
         f"limits allow (hidden_size {smallest.hidden_size}, intermediate_size "
         f"{smallest.intermediate_size}, num_key_value_heads {smallest.num_key_value_heads}) "
         f"keeps {least:.4f}; raise --keep."
@@ -417,7 +434,7 @@ def _nothing_fits(
 
 
 def _square_candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> list[Shape]:
-    """Shapes of a family whose width is heads times head size, the full embedding width first.
+    """Shapes whose width is heads times head size, the full embedding width first.
 
     Heads shrink alike where no rotary embedding forbids it, in steps of 8, or go whole; where
     embeddings have a width of their own, three quarters and half of it are tried too. In each row
@@ -449,9 +466,9 @@ def _square_candidates(family: Family, config: Mapping[str, Any], limits: Limits
         ]
     )  # fmt: skip
     found: list[Shape] = []
-    shapes = [_squared(limits, shape) for row in rows for shape in row]
+    shapes = [_squared(limits, dense, shape) for row in rows for shape in row]
     for row in rows:
-        square = [_squared(limits, shape) for shape in row]
+        square = [_squared(limits, dense, shape) for shape in row]
         found += _filled_row(family, config, limits, [s for s in square if s is not None])
     if not found:
         legal = [shape for shape in shapes if shape is not None]
@@ -464,7 +481,8 @@ def _square_candidates(family: Family, config: Mapping[str, Any], limits: Limits
 
 def _nothing_square(family: Family, dense: Shape, limits: Limits) -> UserError:
     names = ("hidden_size", "head_dim", "num_key_value_heads", "word_embed_proj_dim", "multiple_of")
-    given = [
+    given = ["--square"] if limits.square else []
+    given += [
         f"--{name.replace('_', '-')} {getattr(limits, name)}"
         for name in names
         if getattr(limits, name) is not None
@@ -477,9 +495,9 @@ def _nothing_square(family: Family, dense: Shape, limits: Limits) -> UserError:
         else ""
     )
     return UserError(
-        f"No shape is allowed by {', '.join(given)}: this model's width is heads times head size, "
-        f"so a multiple of {'' if family.rotary else shrunk}{whole} (whole heads){tied}; change or "
-        "leave out one of them."
+        f"No shape is allowed by {', '.join(given)}: the width is to be heads times head size, "
+        f"so a multiple of {'' if family.rotary else shrunk}{whole} (whole heads), and "
+        f"{dense.hidden_size} at most{tied}; change or leave out one of them."
     )
 
 
@@ -499,11 +517,13 @@ def _embedding_widths(
     return [full, *(width for width in dict.fromkeys(narrower) if 0 < width < full)]
 
 
-def _squared(limits: Limits, shape: Shape) -> Shape | None:
+def _squared(limits: Limits, dense: Shape, shape: Shape) -> Shape | None:
     """The shape with the width that its heads make; None where that is not allowed."""
     width = shape.num_attention_heads * shape.head_dim
     asked = limits.hidden_size
     if (asked and asked != width) or width % (limits.multiple_of or 1):
+        return None
+    if width > dense.hidden_size:  # heads may be wider together than the stream, as Qwen3's are
         return None
     # Hugging Face builds the projections only where the widths differ (DESIGN 3.5).
     if shape.tie_word_embeddings and shape.word_embed_proj_dim == width:
@@ -520,7 +540,7 @@ def _filled_row(
     budget = limits.keep * _cost(family, config, limits, dense)
     fitting = [shape for shape in shapes if _cost(family, config, limits, shape) <= budget]
     found = fitting[-1:]
-    if limits.only_width or limits.intermediate_size is not None:
+    if limits.only_width or limits.intermediate_size is not None or family.experts is not None:
         return found
     for shape in shapes[len(fitting) :]:
         filled = _filled(family, config, limits, shape)
@@ -596,7 +616,7 @@ def plan_of(family: Family, config: Mapping[str, Any], limits: Limits, shape: Sh
         parameters=small.params,
         dense_shape=dense_shape,
         shape=shape,
-        multiple_of=_multiple(limits, dense_shape),
+        multiple_of=_width_step(family, config, limits, shape),
         intermediate_multiple_of=intermediate_multiple(
             dense_shape.hidden_size, limits.tensor_parallel
         ),

@@ -822,12 +822,15 @@ def _finish(
     from sp3llm import checkpoint as disk
     from sp3llm import recover_report
     from sp3llm.basis import BASIS
+    from sp3llm.record import MEASURED
 
     disk.copy_companions(pair.small.folder, folder)
     if (pair.small.folder / BASIS).is_file():
         shutil.copyfile(pair.small.folder / BASIS, folder / BASIS)
     record = dict(pair.record)
     earlier = record.pop("recoveries", [])
+    for measured in MEASURED:  # on the weights before
+        record.pop(measured, None)
     entry = _entry(settings, pair, result, device, processes)
     disk.write_json(folder / disk.RECORD, {**record, "recoveries": [*earlier, entry]})
     card = pair.small.folder / "README.md"

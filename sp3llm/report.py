@@ -1,4 +1,4 @@
-"""What a run tells its user: progress, the closing table, the record and the model card."""
+"""What a run tells its user: progress, the closing table, what to do next."""
 
 import os
 import platform
@@ -103,31 +103,45 @@ def human_time(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-def rows(result: "Result") -> list[tuple[str, str, str]]:
+def rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The before/after table: name, dense, compressed."""
-    plan, excess = result.plan, result.excess
+    plan = record["plan"]
     return [
-        ("parameters", f"{plan.dense_parameters:,}", f"{plan.parameters:,}"),
-        ("of the dense model", "100 %", f"{100 * plan.keep_params:.2f} %"),
-        ("weights", human_bytes(result.dense_bytes), human_bytes(result.weight_bytes)),
-        *[(key, str(before), str(after)) for key, before, after in _sizes(plan)],
-        *_tie(result),
+        ("parameters", f"{plan['dense_parameters']:,}", f"{plan['parameters']:,}"),
+        ("of the dense model", "100 %", f"{100 * plan['keep_params']:.2f} %"),
         (
-            f"perplexity ({', '.join(result.evaluation.sources)})",
-            f"{result.dense_perplexity:.3f}",
-            f"{result.perplexity:.3f}",
+            "weights",
+            human_bytes(record["dense_weight_bytes"]),
+            human_bytes(record["weight_bytes"]),
         ),
-        ("excess log-perplexity", "", str(excess)),
+        *[
+            (key, str(before), str(after))
+            for key, before, after in _sizes(plan["dense_shape"], plan["shape"])
+        ],
+        *_tie(record),
+        (
+            f"perplexity ({', '.join(record['evaluation']['sources'])})",
+            f"{record['dense_perplexity']:.3f}",
+            f"{record['perplexity']:.3f}",
+        ),
+        ("excess log-perplexity", "", excess(record)),
     ]
 
 
-def _tie(result: "Result") -> list[tuple[str, str, str]]:
+def excess(record: dict[str, Any]) -> str:
+    """Log-perplexity over the dense model's, with its standard error where that is known."""
+    found = record["excess_log_perplexity"]
+    error = found["paired_standard_error"]
+    return f"{found['mean']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _tie(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What became of tied embeddings, and what the other choice would have lost in the trials."""
-    if not result.plan.dense_shape.tie_word_embeddings:
+    if not record["plan"]["dense_shape"]["tie_word_embeddings"]:
         return []
-    kept = result.plan.shape.tie_word_embeddings
+    kept = record["plan"]["shape"]["tie_word_embeddings"]
     losses = {
-        tied: [t["trial_loss"] for t in result.trials if t["tie_word_embeddings"] == tied]
+        tied: [t["trial_loss"] for t in record["trials"] if t["tie_word_embeddings"] == tied]
         for tied in (True, False)
     }
     chosen = "tied" if kept else "untied"
@@ -138,18 +152,111 @@ def _tie(result: "Result") -> list[tuple[str, str, str]]:
     return [("embeddings and head", "tied", chosen)]
 
 
-def _sizes(plan: "Plan") -> list[tuple[str, Any, Any]]:
-    """Sizes before and after: the main ones, and any other that changes."""
+def _sizes(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Sizes of two shapes: the main ones, and any other that changes."""
     main = ("hidden_size", "intermediate_size", "num_key_value_heads")
-    before, after = asdict(plan.dense_shape), asdict(plan.shape)
     changed = [key for key in after if before[key] != after[key] and key != "tie_word_embeddings"]
     return [(key, before[key], after[key]) for key in after if key in (*main, *changed)]
+
+
+def part_rows(record: dict[str, Any]) -> list[tuple[str, int, int, str]]:
+    """Parameters by part: its name, dense, compressed, and the share kept."""
+    dense, small = record["parameters"]["dense"], record["parameters"]["small"]
+    return [
+        (name, count, small[name], f"{100 * small[name] / count:.1f} %" if count else "new")
+        for name, count in dense.items()
+        if count or small[name]
+    ]
+
+
+def score_rows(record: dict[str, Any]) -> list[list[str]]:
+    """The table of `scores`, its head first; nothing where there are none."""
+    found = [
+        [
+            row["task"],
+            row["metric"].removesuffix(",none"),
+            f"{row['samples']:,}",
+            *(_figure(row.get(key)) for key in ("dense", "small")),
+            _figure(row.get("difference"), "+.4f"),
+            _figure(row.get("paired_standard_error")),
+        ]
+        for row in record.get("scores", {}).get("rows", [])
+    ]
+    head = ["task", "metric", "samples", "dense", "compressed", "difference", "standard error"]
+    return [head, *found] if found else []
+
+
+def _figure(value: float | None, form: str = ".4f") -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def recovery_rows(record: dict[str, Any]) -> list[list[str]]:
+    """The table of the latest of `recoveries`, its head first; nothing where there are none."""
+    if not record.get("recoveries"):
+        return []
+    latest = record["recoveries"][-1]
+    before = {"excess_log_perplexity": latest["excess_log_perplexity_before"]}
+    return [
+        ["", "dense", "before", "recovered"],
+        [
+            f"perplexity ({', '.join(latest['evaluation']['sources'])})",
+            *(f"{latest[key]:.3f}" for key in ("dense_perplexity", "perplexity_before")),
+            f"{latest['perplexity']:.3f}",
+        ],
+        ["excess log-perplexity", "", excess(before), excess(latest)],
+    ]
+
+
+def speed_rows(record: dict[str, Any]) -> list[list[str]]:
+    """The table of `speed`, its head first; nothing where there is none."""
+    found = record.get("speed") or []
+    columns = list(dict.fromkeys(column for row in found for column in row))
+    body = [["" if row.get(name) is None else _shown(row[name]) for name in columns]
+            for row in found]  # fmt: skip
+    return [columns, *body] if found else []
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def what_was_done(record: dict[str, Any]) -> str:
+    """The steps of the compression, in words, separated by commas."""
+    dense, small = record["plan"]["dense_shape"], record["plan"]["shape"]
+    settings = record["settings"]
+    basis = {
+        "pca": "principal components",
+        "readers": "directions that its readers need",
+        "gradient": "directions that the loss depends on",
+    }[settings["basis"]]
+    steps = []
+    if small["hidden_size"] < dense["hidden_size"]:
+        steps.append(
+            f"the residual stream was projected onto {small['hidden_size']} of "
+            f"{dense['hidden_size']} {basis}"
+        )
+    for key, what in (
+        ("intermediate_size", "{} of {} FFN neurons kept"),
+        ("num_key_value_heads", "{} of {} KV groups kept"),
+        ("head_dim", "heads projected onto {} of {} dimensions"),
+    ):
+        if small[key] < dense[key]:
+            steps.append(what.format(small[key], dense[key]))
+    if dense["tie_word_embeddings"] and not small["tie_word_embeddings"]:
+        steps.append("the head untied from the embeddings")
+    if settings["refit"]:
+        steps.append("what is left refitted in closed form")
+    return ", ".join(steps)
 
 
 def plan_line(name: str, plan: "Plan") -> str:
     """One line: what becomes what."""
     changes = [
-        f"{key} {before} -> {after}" for key, before, after in _sizes(plan) if before != after
+        f"{key} {before} -> {after}"
+        for key, before, after in _sizes(asdict(plan.dense_shape), asdict(plan.shape))
+        if before != after
     ]
     return (
         f"{name}: {plan.dense_parameters:,} -> {plan.parameters:,} parameters "
@@ -157,8 +264,8 @@ def plan_line(name: str, plan: "Plan") -> str:
     )
 
 
-def next_steps(result: "Result") -> str:
-    """What was written, and what to do with it."""
+def next_steps(result: "Result", has_page: bool) -> str:
+    """What was written, report.html among it or not, and what to do with it."""
     raised = [fit["name"] for fit in result.fits if fit["raised"]]
     warning = (
         f"{len(raised)} fits had a singular Gram matrix and raised their ridge, {raised[0]} first: "
@@ -166,8 +273,10 @@ def next_steps(result: "Result") -> str:
         if raised
         else ""
     )
+    page = ", report.html" if has_page else ""
     return warning + (
-        f"Written to {result.out} (stock {result.architecture}; the record is sp3llm.json). Next:\n"
+        f"Written to {result.out} (stock {result.architecture}; README.md{page}; the record is "
+        "sp3llm.json). Next:\n"
         f"  AutoModelForCausalLM.from_pretrained({str(result.out)!r})   in transformers\n"
         f"  vllm serve {result.out}"
     )
@@ -220,85 +329,21 @@ def needs_line(settings: "CompressConfig", seq_len: int, needs: "Needs") -> str:
     )
 
 
-def closing_table(result: "Result") -> Table:
+def closing_table(record: dict[str, Any]) -> Table:
     """The table printed at the end of a run."""
-    table = Table(title=Text(f"{result.name}, compressed"))
+    table = Table(title=Text(f"{record['model']}, compressed"))
     table.add_column("")
     table.add_column("dense", justify="right")
     table.add_column("compressed", justify="right")
-    for row in rows(result):
+    for row in rows(record):
         table.add_row(*map(Text, row))
-    evaluated = result.evaluation
+    evaluated, device = record["evaluation"], record["device_memory_bytes"]
     table.caption = (
-        f"{evaluated.tokens.numel():,} held-out tokens in {len(evaluated.tokens)} windows"
-        + f", {evaluated.dropped_documents} documents dropped as calibrated on"
-        + f"\ntime {human_time(result.seconds)}, peak memory {human_bytes(result.peak_memory)}"
-        + (f", GPU {human_bytes(result.device_memory)}" if result.device_memory else "")
+        f"{evaluated['samples'] * evaluated['seq_len']:,} held-out tokens in "
+        f"{evaluated['samples']} windows"
+        + f", {evaluated['dropped_documents']} documents dropped as calibrated on"
+        + f"\ntime {human_time(record['seconds'])}, peak memory "
+        + human_bytes(record["peak_memory_bytes"])
+        + (f", GPU {human_bytes(device)}" if device else "")
     )
     return table
-
-
-def model_card(result: "Result", settings: "CompressConfig", hub_id: str | None) -> str:
-    """README.md of the compressed model."""
-    table = "\n".join(f"| {name} | {dense} | {small} |" for name, dense, small in rows(result))
-    calibration = result.calibration
-    base_model = f"base_model: {hub_id}\n" if hub_id else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-{base_model}tags:
-- sp3llm
-- pruned
----
-
-# {result.name}, compressed to {100 * result.plan.keep_params:.1f} % of its parameters
-
-A stock `{result.architecture}`: it loads with plain transformers, and with every tool that
-loads the original. Made by sp3llm ([the method](https://arxiv.org/abs/2308.16475)):
-{_what_was_done(result, settings)}. The licence and the limits of the original apply.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-| | dense | compressed |
-|---|---|---|
-{table}
-
-Perplexity on {result.evaluation.tokens.numel():,} tokens of held-out text
-({", ".join(result.evaluation.sources)}), the standard error paired over
-{len(result.evaluation.tokens)} windows. Calibrated on {len(calibration.tokens)} windows of
-{calibration.tokens.shape[1]} tokens from {", ".join(calibration.sources)}. Everything needed to
-repeat it is in `sp3llm.json`.
-
-    {result.command}
-"""
-
-
-def _what_was_done(result: "Result", settings: "CompressConfig") -> str:
-    dense, small = result.plan.dense_shape, result.plan.shape
-    basis = {
-        "pca": "principal components",
-        "readers": "directions that its readers need",
-        "gradient": "directions that the loss depends on",
-    }[settings.basis]
-    steps = []
-    if small.hidden_size < dense.hidden_size:
-        steps.append(
-            f"the residual stream was projected onto {small.hidden_size} of {dense.hidden_size} "
-            + basis
-        )
-    if small.intermediate_size < dense.intermediate_size:
-        steps.append(f"{small.intermediate_size} of {dense.intermediate_size} FFN neurons kept")
-    if small.num_key_value_heads < dense.num_key_value_heads:
-        steps.append(f"{small.num_key_value_heads} of {dense.num_key_value_heads} KV groups kept")
-    if small.head_dim < dense.head_dim:
-        steps.append(f"heads projected onto {small.head_dim} of {dense.head_dim} dimensions")
-    if dense.tie_word_embeddings and not small.tie_word_embeddings:
-        steps.append("the head untied from the embeddings")
-    if settings.refit:
-        steps.append("what is left refitted in closed form")
-    return ", ".join(steps)

@@ -336,6 +336,8 @@ def test_scores_land_in_the_record(compressed):
     assert cloze["difference"] == cloze["small"] - cloze["dense"]
     assert ("few_stdlib_next", "acc_mutual_info,none") in rows
     assert set(record["scores"]["sha256"]) == {"few_stdlib_cloze", "few_stdlib_next"}
+    for shown in ("report.html", "README.md"):
+        assert f"{cloze['difference']:+.4f}" in (compressed / shown).read_text()
     AutoModelForCausalLM.from_pretrained(compressed)
 
 

@@ -90,6 +90,7 @@ def compress_tiny(variant, folder, **settings):
     model = tiny_model(variant, torch.float32, vocab_size=4096)
     save_model(model, folder / "dense", tokenizer=True)
     options = {"samples": 4, "seq_len": 32, "eval_samples": 4, "keep": 0.7, "calib": "stdlib"}
+    options["report"] = False  # a second each
     options |= settings
     config = CompressConfig(model=str(folder / "dense"), out=folder / "small", **options)
     return compress(config, QUIET)
@@ -191,7 +192,8 @@ def test_every_companion_file_comes_along(tmp_path):
     found = {path.name for path in (tmp_path / "small").iterdir()}
     expected = {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",
-        "model.safetensors", "sp3llm.basis", "sp3llm.json", "special_tokens_map.json",
+        "model.safetensors", "report.html", "sp3llm.basis", "sp3llm.json",
+        "special_tokens_map.json",
         "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     }  # fmt: skip
     assert found == expected
