@@ -131,7 +131,7 @@ def main() -> None:
         size = write_random_model(folder, {**CONFIG, "num_hidden_layers": layers}, torch.float32)
         words = ["compress", folder, "--out", options.work / f"small-{layers}", "--fresh"]
         words += ["--calib", "stdlib", "--samples", options.samples, "--seq-len", options.seq_len]
-        words += ["--eval-samples", options.samples, "--allocate", options.allocate]
+        words += ["--eval-samples", options.samples, "--allocate", options.allocate, "--no-report"]
         words += ["--basis", options.basis, "--streams", options.streams, "--device", "cpu"]
         found = peak_of([str(word) for word in words])
         rows.append({"layers": layers, "weights": size, **found})
