@@ -344,11 +344,15 @@ def _halved(job: Job, journal: "Journal", error: Exception) -> "Execution":
     windows = job.on.windows_a_batch(seq_len)
     fewer = max(1, windows // 2)
     journal.save(_BATCH, 0, facts={"tokens": fewer * seq_len})
-    if windows == 1 or job.on.ranks.count > 1:
+    if windows == 1:
+        raise ResumableError(
+            "The GPU ran out of memory with a single window: give the same command again with "
+            "--streams host or disk, or close what else uses the GPU."
+        ) from error
+    if job.on.ranks.count > 1:
         raise ResumableError(
             f"The GPU ran out of memory with {windows} windows at once: give the same command "
-            f"again, which goes on with {fewer}, with --streams host or disk, or close what else "
-            "uses the GPU."
+            f"again, which goes on with {fewer}."
         ) from error
     torch.cuda.empty_cache()
     journal.say(f"The GPU ran out of memory; going on with {fewer} windows at once, not {windows}.")

@@ -1,6 +1,7 @@
 """A killed run continues to the same bytes; whatever is torn is found; disk streams are streams."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -18,12 +19,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from sp3llm import resume
+from sp3llm import measure, resume
 from sp3llm.checkpoint import RECORD
 from sp3llm.compress import compress
 from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError, UserError
-from sp3llm.execution import Ranks
+from sp3llm.execution import Execution, Ranks
 from sp3llm.resume import Journal, open_journal, read_tensors, write_tensors
 
 from .conftest import save_model, tiny_model
@@ -91,7 +92,7 @@ def content(folder: Path) -> dict[str, Any]:
         if path.is_file() and path.suffix != ".html"
     }
     card = found["README.md"].decode()
-    found["README.md"] = re.sub(r" (--out|--streams|--max-memory) \S+", "", card)
+    found["README.md"] = re.sub(r" (--out|--streams|--max-memory|--batch-tokens) \S+", "", card)
     record = json.loads(found.pop(RECORD))
     for key in ("seconds", "peak_memory_bytes", "device_memory_bytes", "command", "settings"):
         del record[key]
@@ -269,6 +270,38 @@ def test_full_disk_ends_in_one_sentence_and_the_run_goes_on(dense, expected, tmp
             run(options)
     assert "same command" in str(caught.value)
     assert finish(options) == expected
+
+
+def short_of_memory(monkeypatch, windows: int) -> None:
+    """A GPU that runs out of memory with more than so many windows at once."""
+    run_layer = measure.run_layer
+
+    def limited(*arguments: Any, **kwargs: Any) -> None:
+        on = next(argument for argument in arguments if isinstance(argument, Execution))
+        if on.windows_a_batch(32) > windows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        run_layer(*arguments, **kwargs)
+
+    monkeypatch.setattr(measure, "run_layer", limited)
+
+
+def test_out_of_memory_halves_the_batch_says_so_and_goes_on(dense, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "small"
+    run(settings(dense, whole, batch_tokens=64))
+    short_of_memory(monkeypatch, 2)
+    console = Console(record=True, width=200, file=io.StringIO())
+    compress(settings(dense, out, batch_tokens=256), console)
+    said = console.export_text()
+    assert "going on with 4 windows at once, not 8" in said
+    assert "going on with 2 windows at once, not 4" in said
+    assert content(out) == content(whole)
+
+
+def test_out_of_memory_with_one_window_ends_in_a_sentence(dense, tmp_path, monkeypatch):
+    short_of_memory(monkeypatch, 0)
+    with pytest.raises(ResumableError, match="ran out of memory with a single window"):
+        run(settings(dense, tmp_path / "small", batch_tokens=32))
+    assert (tmp_path / "small.partial").exists()
 
 
 def test_bad_input_found_on_the_way_leaves_nothing(dense, tmp_path):
