@@ -157,7 +157,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     if settings.recover_steps:
         _recover(settings, result, console)
     if settings.score:
-        harness.score_compressed(settings, job.out, console)
+        harness.score_compressed(settings, out, console)
     if (settings.recover_steps or settings.score) and ranks.is_first:
         record = read_record(out)
         card.write_card(out, record, job.folder)

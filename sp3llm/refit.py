@@ -125,7 +125,7 @@ def beside(gram: Gram, kept_P: Tensor, ridge: float) -> Gram:
     others_P[kept_P] = False
     across_OP = gram.inputs_PP[others_P][:, kept_P]
     factor_OO, _, _ = ridged_factor(gram.inputs_PP[others_P][:, others_P], ridge)
-    shares_OP = torch.cholesky_solve(across_OP, factor_OO)
+    shares_OP = solve_(factor_OO, across_OP.clone())
     part = restricted(gram, kept_P)
     return replace(
         part,
@@ -136,9 +136,10 @@ def beside(gram: Gram, kept_P: Tensor, ridge: float) -> Gram:
 
 def squared_error(gram: Gram, solution_PQ: Tensor, intercept_Q: Tensor | None) -> float:
     """`sum w |y - a X - b|^2` over the Gram's tokens, divided by `sum w |y|^2`."""
-    through_PQ = gram.inputs_PP @ solution_PQ
-    through_PQ.sub_(gram.cross_PQ, alpha=2)
-    error = gram.energy + torch.dot(through_PQ.view(-1), solution_PQ.reshape(-1))
+    # `tr X^T (G X - 2 C)`, the product turned so that a solution in columns needs no copy.
+    rest_QP = solution_PQ.mT @ gram.inputs_PP
+    rest_QP.sub_(gram.cross_PQ.mT, alpha=2)
+    error = gram.energy + torch.dot(rest_QP.view(-1), solution_PQ.mT.reshape(-1))
     if intercept_Q is not None:
         mean_Q = gram.input_sum_P @ solution_PQ
         error = error + 2 * intercept_Q @ (mean_Q - gram.target_sum_Q)
@@ -155,7 +156,8 @@ def ridged_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]
     """
     scale = gram_PP.diagonal().mean()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    factor_PP = torch.empty_like(gram_PP)
+    # In columns, as LAPACK has it: in rows it would be copied there and back.
+    factor_PP = torch.empty_like(gram_PP).mT
     info = torch.empty((), dtype=torch.int32, device=gram_PP.device)
     while True:
         factor_PP.copy_(gram_PP)
@@ -164,6 +166,16 @@ def ridged_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]
         if info.item() == 0:
             return factor_PP, scale, ridge
         ridge = max(10 * ridge, 1e-15)
+
+
+def solve_(factor_PP: Tensor, right_PQ: Tensor) -> Tensor:
+    """`(L L^T)^-1 right`; `right` may be overwritten. `cholesky_solve` would copy the factor, which
+    at the largest shapes is gigabytes.
+    """
+    in_columns_PQ = right_PQ.mT.contiguous().mT
+    torch.linalg.solve_triangular(factor_PP, in_columns_PQ, upper=False, out=in_columns_PQ)
+    torch.linalg.solve_triangular(factor_PP.mT, in_columns_PQ, upper=True, out=in_columns_PQ)
+    return in_columns_PQ
 
 
 def ridge_solution(
@@ -183,8 +195,7 @@ def ridge_solution(
         inputs_PP = torch.addr(inputs_PP, gram.input_sum_P, mean_P, alpha=-1)
         cross_PQ = torch.addr(cross_PQ, gram.input_sum_P, mean_Q, alpha=-1)
     factor_PP, scale, ridge = ridged_factor(inputs_PP, ridge)
-    solution_PQ = torch.add(cross_PQ, prior_PQ, alpha=ridge * scale.item())
-    torch.cholesky_solve(solution_PQ, factor_PP, out=solution_PQ)
+    solution_PQ = solve_(factor_PP, torch.add(cross_PQ, prior_PQ, alpha=ridge * scale.item()))
     return solution_PQ, mean_Q - mean_P @ solution_PQ if intercept else None, ridge
 
 

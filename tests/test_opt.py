@@ -155,6 +155,7 @@ def test_the_output_stays_tied_and_counts_the_table_once(tmp_path):
 
 @pytest.mark.parametrize("variant", ["llama-tied", "opt"])
 def test_auto_tries_both_ties_and_says_what_the_other_costs(variant, tmp_path):
+    from sp3llm.record import read_record
     from sp3llm.report import rows
 
     result = compress_tiny(variant, tmp_path, keep=0.8)
@@ -162,7 +163,7 @@ def test_auto_tries_both_ties_and_says_what_the_other_costs(variant, tmp_path):
     shape = result.plan.shape
     best = min(result.trials, key=lambda trial: trial["trial_loss"])
     assert best["tie_word_embeddings"] == shape.tie_word_embeddings
-    said = {name: after for name, _, after in rows(result)}["embeddings and head"]
+    said = {name: after for name, _, after in rows(read_record(result.out))}["embeddings and head"]
     assert said.startswith("tied" if shape.tie_word_embeddings else "untied")
     assert "would lose" in said
     assert result.plan.keep_params <= 0.8
