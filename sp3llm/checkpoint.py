@@ -31,7 +31,7 @@ from sp3llm.errors import ResumableError, UserError, reason
 from sp3llm.execution import Ranks
 from sp3llm.families import Family, Group, groups, is_tied, parameter_shapes
 from sp3llm.record import RECORD
-from sp3llm.resume import Journal
+from sp3llm.resume import MANIFEST, Journal
 from sp3llm.source import read_config
 
 # Inside the folder of a run: what becomes the result. What a journal knows groups and shards as.
@@ -327,19 +327,23 @@ def run_folder(out: Path, fresh: bool, ranks: Ranks) -> Iterator[Path]:
             partial = stack.enter_context(_working_folder(out))
             if fresh:
                 _empty(partial)
+            shutil.rmtree(partial / "scratch", ignore_errors=True)
             (partial / MODEL).mkdir(exist_ok=True)
             return partial
 
         partial = ranks.from_first(begin)
+        continued = any(partial.glob(f"state-*/{MANIFEST}"))
         try:
-            yield partial
+            with _full_disk_told(partial):
+                yield partial
         except UserError as error:
-            if ranks.is_first and not isinstance(error, ResumableError):
-                shutil.rmtree(partial, ignore_errors=True)
+            # What an earlier run has done is not this one's to throw away.
+            if ranks.is_first and not continued and not isinstance(error, ResumableError):
+                _remove(partial)
             raise
         if ranks.is_first:
             _replace_folder(partial / MODEL, out)
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
 
 
 @contextlib.contextmanager
@@ -364,15 +368,34 @@ def _working_folder(out: Path) -> Iterator[Path]:
         ) from error
     with lock:
         _take_lock(lock, out)
-        try:
+        with _full_disk_told(partial):
             yield partial
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ResumableError(
-                f"Cannot write to '{partial}' ({error.strerror}): free some disk space, and give "
-                "the same command again, or choose another --out."
-            ) from error
+
+
+@contextlib.contextmanager
+def _full_disk_told(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResumableError(
+            f"Cannot write to '{partial}' ({error.strerror}): free some disk space, and give the "
+            "same command again, or choose another --out."
+        ) from error
+
+
+def _remove(partial: Path) -> None:
+    """Remove a folder of ours, last of all what says that it is ours."""
+    _empty(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def held_by_run(out: Path) -> int:
+    """Bytes that a run of the same `--out` has on the disk already."""
+    out = Path(os.path.abspath(out))
+    partial = out.with_name(f"{out.name}.partial")
+    return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
 
 
 def _empty(partial: Path) -> None:
@@ -523,7 +546,11 @@ def groups_written(
     count = sum(len(groups) for groups in layout)
     for index in range(count):
         shard = _shard_of(layout, index)
-        if journal.load(SHARD, shard) is None and journal.load(WEIGHTS, index) is None:
+        if journal.load(SHARD, shard) is not None:
+            continue
+        # The last group of a shard is what has the shard written: it must come again.
+        is_last = index + 1 == count or _shard_of(layout, index + 1) != shard
+        if is_last or journal.load(WEIGHTS, index) is None:
             return index
     return count
 
@@ -583,7 +610,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
             copied.append(path.name)
     for folder in ("chat_templates", "additional_chat_templates"):
         if (source / folder).is_dir():
-            shutil.copytree(source / folder, target / folder)
+            shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
             copied.append(folder)
     return copied
 

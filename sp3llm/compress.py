@@ -17,6 +17,8 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
 """
 
+import contextlib
+import gc
 import os
 import shlex
 import time
@@ -144,11 +146,14 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
         result = None
         with report.progress_bars(console) as progress:
             while result is None:
-                try:
+                with contextlib.suppress(torch.OutOfMemoryError):
                     result, record = _run(job, journal, model, started, progress)
-                except torch.OutOfMemoryError as error:
-                    job = replace(job, on=_halved(job, journal, error))
+                if result is None:  # what the attempt held goes with its frames
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                    job = replace(job, on=_halved(job, journal))
         journal.save(_FINISHED, 0)
+        ranks.gathered(None)  # the first process clears up when all have come here
     console.print(report.closing_table(record))
     if ranks.is_first:
         _write_page(job, out, result, record, console)
@@ -250,7 +255,7 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
             "--allocate width, --tie keep and, for OPT, --head-dim."
         )
     largest = max(plan_of(family, dense.config, limits, shape).parameters for shape in shapes)
-    disk.check_disk(out, largest * dtype.itemsize)
+    disk.check_disk(out, largest * dtype.itemsize - disk.held_by_run(out))
     memory = execution.memory_limits(settings.max_memory)
     on = execution.execution(device, torch.promote_types(dense_dtype, dtype), ranks, memory)
     empty_model(dense.config)  # refuses a config that transformers rejects, before any work
@@ -261,7 +266,6 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
 
 def _identity(job: Job) -> dict[str, Any]:
     """Everything that the weights depend on, for a run to be continued by the same one only."""
-    import hashlib
     import json
 
     from sp3llm import checkpoint as disk
@@ -272,11 +276,7 @@ def _identity(job: Job) -> dict[str, Any]:
     identity = {
         **job.settings.of_result(),
         **{f"the model's {name}": found for name, found in disk.fingerprint(job.dense).items()},
-        **{
-            f"the text of {name}": hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
-            for name in texts
-            if Path(name).is_file()
-        },
+        **{f"the text of {name}": _content(Path(name)) for name in texts if Path(name).is_file()},
         "the number of processes": job.on.ranks.count,
         "the kind of device": job.on.device.type,
         **{
@@ -286,13 +286,29 @@ def _identity(job: Job) -> dict[str, Any]:
     return json.loads(json.dumps(identity))
 
 
+def _content(path: Path) -> str:
+    """A hash of a file of text.
+
+    Raises UserError if it cannot be read.
+    """
+    from sp3llm.resume import file_hash
+
+    try:
+        return str(file_hash(path))[:16]
+    except OSError as error:
+        raise UserError(
+            f"Cannot read the text '{path}' ({reason(error)}): name a file that can be read."
+        ) from error
+
+
 def _take_back(journal: "Journal", out: Path, model: Path) -> None:
     """A run killed between giving its result the final name and clearing up has that to do again:
     its result goes back to where the run finds it.
     """
     finished = journal.latest(_FINISHED) is not None  # all processes ask together
-    moved = not any(model.iterdir()) and (out / RECORD).is_file()
-    if journal.ranks.is_first and finished and moved:
+    if not (journal.ranks.is_first and finished):
+        return
+    if not any(model.iterdir()) and (out / RECORD).is_file():
         model.rmdir()
         out.rename(model)
 
@@ -316,45 +332,43 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
         job.on.dtype.itemsize,
     )
     before = journal.latest(_BATCH)
-    found = None if before is None else before.facts["tokens"]
+    found = {} if before is None else before.facts
+    known = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]
     on = execution.placed(
         job.on,
         settings.streams,
         needs.streams,
         needs.working,
         needs.token,
-        settings.batch_tokens or found,
+        (min(known, default=None), found.get("share")),
         folder / "scratch",
         execution.memory_limits(settings.max_memory),
     )
-    journal.save(_BATCH, 0, facts={"tokens": on.batch_tokens})
+    journal.save(_BATCH, 0, facts={"tokens": on.batch_tokens, "share": on.share_tokens})
     return on
 
 
-def _halved(job: Job, journal: "Journal", error: Exception) -> "Execution":
+def _halved(job: Job, journal: "Journal") -> "Execution":
     """Half the tokens at once, after the GPU has run out of memory.
 
     Raises ResumableError where the run cannot go on by itself.
     """
-    import torch
-
     from sp3llm import families
 
     seq_len = families.window_length(job.family, job.dense.config, job.settings.seq_len)
-    windows = job.on.windows_a_batch(seq_len)
+    windows = min(job.on.windows_a_batch(seq_len), job.settings.samples)
     fewer = max(1, windows // 2)
-    journal.save(_BATCH, 0, facts={"tokens": fewer * seq_len})
+    journal.save(_BATCH, 0, facts={"tokens": fewer * seq_len, "share": job.on.share_tokens})
     if windows == 1:
         raise ResumableError(
             "The GPU ran out of memory with a single window: give the same command again with "
             "--streams host or disk, or close what else uses the GPU."
-        ) from error
+        )
     if job.on.ranks.count > 1:
         raise ResumableError(
             f"The GPU ran out of memory with {windows} windows at once: give the same command "
             f"again, which goes on with {fewer}."
-        ) from error
-    torch.cuda.empty_cache()
+        )
     journal.say(f"The GPU ran out of memory; going on with {fewer} windows at once, not {windows}.")
     return replace(job.on, batch_tokens=fewer * seq_len)
 
@@ -493,11 +507,12 @@ def final_basis(
     job: Job, shape: "Shape", moments: "Moments", tokens: "Tensor", journal: "Journal"
 ) -> "tuple[Tensor, Projection]":
     """All eigenvalues, and the projection of the chosen shape."""
-    from sp3llm.measure import choose_basis, narrowing_of
+    from sp3llm import checkpoint as disk
+    from sp3llm.measure import LOSSES, choose_basis, narrowing_of
     from sp3llm.project import Projection
 
     before = journal.latest(_BASIS)
-    if before is not None:
+    if before is not None and before.facts["shape"] == asdict(shape):
         found = {name: tensor.to(job.on.device) for name, tensor in before.tensors.items()}
         eigenvalues = found.pop("eigenvalues")
         narrowing = narrowing_of(job.dense, job.family, moments, shape)
@@ -507,7 +522,8 @@ def final_basis(
     )
     parts = {name: t for name, t in vars(projection).items() if name != "narrowing"}
     named = {name: t for name, t in parts.items() if t is not None}
-    journal.save(_BASIS, 0, {**named, "eigenvalues": eigenvalues})
+    journal.drop(disk.WEIGHTS, disk.SHARD, _REFIT, LOSSES)  # of another basis
+    journal.save(_BASIS, 0, {**named, "eigenvalues": eigenvalues}, {"shape": asdict(shape)})
     return eigenvalues, projection
 
 

@@ -120,6 +120,8 @@ class Execution:
     """Folder for streams on disk; their files vanish with the process."""
     batch_tokens: int = _TOKENS_A_BATCH
     """Tokens that go through a layer at once, in whole windows (one at least)."""
+    share_tokens: int | None = None
+    """Tokens that are dealt out to processes at once, for as long as a run lasts; None: a batch."""
 
     def turn(self, layer: int) -> "Execution":
         """The same, on the device whose turn `layer` is."""
@@ -135,9 +137,11 @@ class Execution:
         """Which windows are this process's, rising.
 
         Whole batches are dealt out: what is computed in one does not depend, to the last bit, on
-        how many processes there are, only the order does in which batches are summed.
+        how many processes there are, only the order does in which batches are summed. Who has
+        which windows never changes in a run, even where batches have to become smaller.
         """
-        size = min(self.windows_a_batch(seq_len), -(-windows // self.ranks.count))
+        size = max(1, (self.share_tokens or self.batch_tokens) // seq_len)
+        size = min(size, -(-windows // self.ranks.count))
         batch = torch.arange(windows) // size
         return (batch % self.ranks.count == self.ranks.index).nonzero()[:, 0]
 
@@ -178,9 +182,12 @@ def joined(device: str) -> tuple[Ranks, str]:
     """
     if processes() == 1:
         return Ranks(), device
+    from datetime import timedelta
+
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    # The others wait while the first one downloads a model; who fails is ended by the launcher.
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     ranks = Ranks(state.process_index, state.num_processes)
     if state.device.type == "cpu":  # it has an index, which no tensor's device has
         return ranks, "cpu"
@@ -218,7 +225,7 @@ def execution(
         found = named or range(torch.cuda.device_count())
         devices = tuple(torch.device("cuda", index) for index in found)
         resolved = devices[0]
-    for index in named:
+    for index in (d.index for d in devices or (resolved,) if str(d.index) in (max_memory or {})):
         total = torch.cuda.get_device_properties(index).total_memory
         share = min(1.0, max_memory[str(index)] / total)
         torch.cuda.set_per_process_memory_fraction(share, index)
@@ -240,15 +247,15 @@ def memory_limits(text: str | None) -> dict[str, int]:
             pairs = json.loads(text).items()
         else:
             pairs = [part.split("=") for part in text.split(",")]
-        found = {str(key).strip(): convert_file_size_to_int(size) for key, size in pairs}
-    except (ValueError, AttributeError) as error:
+        found = {str(key).strip(): convert_file_size_to_int(str(size)) for key, size in pairs}
+    except (ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"Expected --max-memory like 0=10GiB,cpu=30GiB, found '{text}' ({reason(error, 80)}): "
             "give a GPU's number, or cpu, and a size with its unit."
         ) from error
     for key in found:
         gpus = torch.cuda.device_count()
-        if key != "cpu" and not (key.isdigit() and int(key) < gpus):
+        if key != "cpu" and not (key.isdecimal() and int(key) < gpus):
             raise UserError(
                 f"Expected --max-memory to name cpu or one of {gpus} GPUs by its number from 0, "
                 f"found '{key}': leave it out."
@@ -262,20 +269,20 @@ def placed(
     stream_bytes: int,
     working_bytes: int,
     token_bytes: int,
-    batch_tokens: int | None,
+    tokens: tuple[int | None, int | None],
     scratch: Path,
     max_memory: Mapping[str, int],
 ) -> Execution:
     """Decide where streams lie and how many tokens go through a layer at once.
 
     `stream_bytes` are those of all streams together, `working_bytes` those of layers and Gram
-    matrices, `token_bytes` what the activations of one token take in a layer, `batch_tokens` what
-    was asked for. With `auto` streams go where there is room: the GPU, the host, the disk. Under
-    several processes all are placed as the one with least room.
+    matrices, `token_bytes` what the activations of one token take in a layer; `tokens` are those of
+    a batch, at most, and of a share, where they are known. With `auto` streams go where there is
+    room: the GPU, the host, the disk. Several processes are placed as the one with least room.
 
     Raises UserError for streams on a GPU where there is none.
     """
-    on_gpu = on.device.type != "cpu"
+    on_gpu = on.device.type == "cuda"
     if streams == "gpu" and not on_gpu:
         raise UserError("Expected a GPU for --streams gpu, found none: use host, disk or auto.")
     budget = _ACTIVATIONS
@@ -290,10 +297,11 @@ def placed(
             choice = "gpu"
         order = ("gpu", "host", "disk")
         streams = max(on.ranks.gathered(choice), key=order.index)
-    if batch_tokens is None:
-        batch_tokens = min(_TOKENS_A_BATCH, max(1, budget // token_bytes))
-        batch_tokens = min(on.ranks.gathered(batch_tokens))
-    return replace(on, streams=streams, scratch=scratch, batch_tokens=batch_tokens)
+    batch, share = tokens
+    batch = min(on.ranks.gathered(batch or min(_TOKENS_A_BATCH, max(1, budget // token_bytes))))
+    return replace(
+        on, streams=streams, scratch=scratch, batch_tokens=batch, share_tokens=share or batch
+    )
 
 
 def _gpu_memory(device: torch.device, max_memory: Mapping[str, int]) -> int:
@@ -303,9 +311,9 @@ def _gpu_memory(device: torch.device, max_memory: Mapping[str, int]) -> int:
 
 def _host_memory(max_memory: Mapping[str, int]) -> int:
     """Memory that can be had without swapping, by what the kernel and the control group say."""
-    from accelerate.utils import get_max_memory
+    import psutil
 
-    free = get_max_memory()["cpu"]
+    free = psutil.virtual_memory().available
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             free = min(free, int(Path(limit).read_text()))
@@ -322,7 +330,8 @@ def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         # A hole in a mapped file that finds the disk full ends the process: take the blocks now.
-        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
 
@@ -348,6 +357,12 @@ def ahead(
             yield before[0], before[1].result()
 
 
+@functools.cache
+def _copying(device: torch.device) -> "torch.cuda.Stream":
+    """One for all layers: torch keeps freed memory for the stream that it was taken on."""
+    return torch.cuda.Stream(device)
+
+
 def _loaded(
     load: Callable[[Item], Mapping[str, Tensor]], item: Item, device: torch.device
 ) -> Mapping[str, Tensor]:
@@ -355,7 +370,7 @@ def _loaded(
     if device.type != "cuda":
         return tensors
     # A stream of its own, so that the copy does not wait for the layer that is computing.
-    copying = torch.cuda.Stream(device)
+    copying = _copying(device)
     with torch.cuda.stream(copying):
         moved = {
             name: tensor.pin_memory().to(device, non_blocking=True)

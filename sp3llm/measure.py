@@ -44,6 +44,8 @@ Item = TypeVar("Item")
 # Loss gradients are taken on this many tokens, in whole windows: their moments only weigh
 # directions, and every layer's input is kept for them.
 _GRADIENT_TOKENS = 8192
+# What a journal knows the last pass as.
+LOSSES = "losses"
 # Neighbouring read sites are summed into this many, so that what a basis is made from does not
 # grow with depth (eval/NOTES.md: next to nothing is lost).
 _SITES = 4
@@ -439,7 +441,8 @@ def _add_gradient_metrics(
         start, upstream = before.step, before.tensors["upstream"]
         slots.restore(before.tensors)
     downwards = list(enumerate(layers))[::-1]
-    sources = ahead(downwards[start:], lambda pair: dense.read(pair[1].parameters), on)
+    alone = replace(on, devices=())  # a backward pass over so little text takes no turns
+    sources = ahead(downwards[start:], lambda pair: dense.read(pair[1].parameters), alone)
     bar = tracked(progress, "dense model, loss gradients", sources, start, len(layers))
     for done, ((index, group), tensors) in enumerate(bar, start + 1):
         at = Stream(inputs[index], calls)
@@ -465,7 +468,7 @@ def measure_losses(
     embeddings, *layers, _ = families.groups(family, checkpoint.config)
     mine = on.mine(*tokens.shape)
     own = tokens[mine]
-    before = journal.latest("losses")
+    before = journal.latest(LOSSES)
     start, saved = (0, None) if before is None else (before.step, before.tensors["stream"])
     stream = open_stream(model, family, checkpoint.read(embeddings.parameters), own, on, saved)
     sources = ahead(layers[start:], lambda group: checkpoint.read(group.parameters), on, start)
@@ -473,7 +476,7 @@ def measure_losses(
     for index, (_, tensors) in enumerate(bar, start):
         run_layer(model, family, index, tensors, [(stream, {})], on.turn(index))
         if journal.due():
-            journal.save("losses", index + 1, {"stream": stream.hidden})
+            journal.save(LOSSES, index + 1, {"stream": stream.hidden})
     losses = token_losses(model, family, head_tensors(checkpoint, family), stream, own, on)
     return on.ranks.assembled(losses, mine, len(tokens))
 

@@ -660,7 +660,8 @@ def needs_of(
     chosen, and a factor or an inverse, made in place; at the end of a layer products of them. The
     basis takes second moments and metrics of four groups of sites. On disk lie a shard of weights
     twice, every layer's input for the 8192 tokens (one window at least) whose
-    gradients the basis is made from, and the streams as they were after the last two layers saved.
+    gradients the basis is made from, and the streams as they were after two layers, and a third
+    while it is saved.
     """
     dense = Shape.of(family, config)
     wide, narrow = dense.hidden_size, shape.hidden_size
@@ -677,16 +678,17 @@ def needs_of(
     widest_input = max(dense.intermediate_size if is_fitted else 0, heads)
     if is_parallel(family, config):  # all writers in one regression
         widest_input = dense.intermediate_size + heads
-    basis = 8 * 14 * wide**2
-    grams = 8 * (5 * widest_input**2 + 6 * widest_input * narrow)
+    basis = 8 * (24 if family.centred else 14) * wide**2
+    grams = 8 * (7 * widest_input**2 + 6 * widest_input * narrow)
+    # What heads are cut by is kept for all layers.
+    of_heads = 8 * 3 * depth * heads * dense.head_dim if is_square(family, config) else 0
     layers = layer * (3 * itemsize + compute_itemsize)
     weights = count_parameters(family, resized_config(family, config, shape)) * itemsize
-    kept = 2 * (first if first > second else samples * (wide + narrow)) * seq_len
+    kept = 3 * (first if first > second else samples * (wide + narrow)) * seq_len
     return Needs(
         streams=streams,
-        working=max(
-            layers + max(grams, basis, 8 * layer), table * (2 * itemsize + compute_itemsize)
-        ),
+        working=of_heads
+        + max(layers + max(grams, basis, 8 * layer), table * (2 * itemsize + compute_itemsize)),
         disk=weights,
         kept=min(weights, 2 * 10**9)
         + (traced * wide * seq_len + kept) * compute_itemsize

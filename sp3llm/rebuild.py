@@ -625,14 +625,13 @@ def _fit_writer(
     prior_bias_K = None if bias is None else bias.double()
     grams = tuple(empty_gram(*prior_PK.shape, on.device) for _ in range(2))
     inputs: Tensor | None = None
+    if keep_inputs:
+        inputs = on.room((*target.shape[:2], len(prior_PK)), target.dtype)
 
     def see(rows: slice, a: Tensor) -> None:
-        nonlocal inputs
         missing, weight = _missing(refitter, target, small_stream, rows)
         _add(refitter, grams, rows, widen(a), missing, weight)
-        if keep_inputs:
-            if inputs is None:
-                inputs = on.room((*target.shape[:2], a.shape[-1]), a.dtype)
+        if inputs is not None:
             inputs[rows] = a.to(inputs.device)
 
     streams = [(small_stream, {writer: see})]

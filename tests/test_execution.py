@@ -45,7 +45,7 @@ def test_a_disk_without_room_is_told_before_it_is_written_to(tmp_path, monkeypat
 def test_streams_go_where_there_is_room(cap, streams, tmp_path, monkeypatch):
     monkeypatch.setattr("sp3llm.execution._host_memory", lambda most: most["cpu"])
     on = Execution(torch.device("cpu"), torch.float32)
-    found = placed(on, "auto", 2 * 2**20, 2**20, 1000, None, tmp_path, {"cpu": cap})
+    found = placed(on, "auto", 2 * 2**20, 2**20, 1000, (None, None), tmp_path, {"cpu": cap})
     assert found.streams == streams
     assert found.scratch == tmp_path
 
@@ -71,7 +71,7 @@ def test_reading_ahead_gives_every_item_in_order_and_an_error_where_it_belongs()
 
 def test_batches_are_as_large_as_activations_allow(tmp_path):
     def tokens(token_bytes: int, asked: int | None = None) -> int:
-        return placed(ON, "host", 1, 1, token_bytes, asked, tmp_path, {}).batch_tokens
+        return placed(ON, "host", 1, 1, token_bytes, (asked, None), tmp_path, {}).batch_tokens
 
     assert tokens(1) == 8192
     assert tokens(2**20) == 64
@@ -82,7 +82,7 @@ def test_batches_are_as_large_as_activations_allow(tmp_path):
 
 def test_streams_on_a_gpu_need_one(tmp_path):
     with pytest.raises(UserError, match="Expected a GPU for --streams gpu"):
-        placed(ON, "gpu", 1, 1, 1, None, tmp_path, {})
+        placed(ON, "gpu", 1, 1, 1, (None, None), tmp_path, {})
 
 
 def test_memory_limits_are_read_as_accelerate_writes_them():
@@ -91,7 +91,10 @@ def test_memory_limits_are_read_as_accelerate_writes_them():
     assert memory_limits('{"cpu": "200MB"}') == {"cpu": 200 * 10**6}
 
 
-@pytest.mark.parametrize("text", ["cpu", "cpu=much", "{cpu: 3}", "cpu=3GiB,,", "99=1GiB", "x=1GiB"])
+@pytest.mark.parametrize(
+    "text",
+    ["cpu", "cpu=much", "{cpu: 3}", "cpu=3GiB,,", "99=1GiB", "x=1GiB", "²=1GiB", "cpu=infGB"],
+)
 def test_other_memory_limits_are_refused(text):
     with pytest.raises(UserError, match="--max-memory"):
         memory_limits(text)

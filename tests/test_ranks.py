@@ -69,7 +69,7 @@ def close(found: Path, expected: Path) -> bool:
 
 def options_for(dense: Path, out: Path, **changes: Any) -> CompressConfig:  # noqa: F811
     """Twelve windows in batches of two, so that three processes have something to do."""
-    changes = {"samples": 12, "batch_tokens": 64, "device": "cpu", **changes}
+    changes = {"samples": 12, "batch_tokens": 64, "device": "cpu"} | changes
     return settings(dense, out, **changes)
 
 
@@ -110,6 +110,30 @@ def test_a_run_whose_process_was_killed_continues_to_the_same_bytes(dies, dense,
     assert not out.exists()
     assert together(2, options_for(dense, out)) == [0, 0]
     assert content(out) == content(whole)
+
+
+def test_other_batches_do_not_deal_windows_anew(dense, tmp_path):  # noqa: F811
+    """Streams that were saved belong to the windows they were made of."""
+    changes = {"basis": "pca", "allocate": "width", "samples": 16}
+    whole, out = tmp_path / "whole" / "small", tmp_path / "killed" / "small"
+    assert together(2, options_for(dense, whole, **changes)) == [0, 0]
+    together(2, options_for(dense, out, **changes), (1, 34))
+    assert not out.exists()
+    assert together(2, options_for(dense, out, **changes, batch_tokens=32)) == [0, 0]
+    assert close(out, whole)
+    found, expected = (json.loads((at / RECORD).read_text()) for at in (out, whole))
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert found["dense_perplexity"] == pytest.approx(expected["dense_perplexity"], rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_process_without_a_window_of_its_own_takes_part(count, dense, tmp_path):  # noqa: F811
+    alone, out = tmp_path / "alone" / "small", tmp_path / "small"
+    changes = {"basis": "pca", "samples": 4, "allocate": "width"}
+    assert together(1, options_for(dense, alone, **changes)) == [0]
+    assert together(count, options_for(dense, out, **changes)) == [0] * count
+    found, expected = (json.loads((at / RECORD).read_text()) for at in (out, alone))
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
 
 
 def test_another_number_of_processes_is_refused(dense, tmp_path):  # noqa: F811

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from sp3llm import measure, resume
+from sp3llm import checkpoint, measure, resume
 from sp3llm.checkpoint import RECORD
 from sp3llm.compress import compress
 from sp3llm.config import CompressConfig
@@ -59,8 +59,12 @@ def run(options: CompressConfig) -> None:
     compress(options, Console(quiet=True))
 
 
-def run_and_die(options: CompressConfig, writes: int | None) -> None:
+def run_and_die(
+    options: CompressConfig, writes: int | None, shard_bytes: int | None = None
+) -> None:
     """The run, killed before it renames for the `writes`-th time: nothing is written after it."""
+    if shard_bytes is not None:
+        checkpoint._SHARD_BYTES = shard_bytes
     left = writes
     replaced = os.replace
 
@@ -109,8 +113,8 @@ def expected(dense, tmp_path_factory) -> dict[str, Any]:
     return content(out)
 
 
-def finish(options: CompressConfig) -> dict[str, Any]:
-    process = start(run_and_die, options, None)
+def finish(options: CompressConfig, shard_bytes: int | None = None) -> dict[str, Any]:
+    process = start(run_and_die, options, None, shard_bytes)
     process.join()
     assert process.exitcode == 0
     assert [path.name for path in options.out.parent.iterdir()] == [options.out.name]
@@ -133,6 +137,37 @@ def test_killed_run_continues_to_the_same_bytes(writes, dense, expected, tmp_pat
     assert process.exitcode == -signal.SIGKILL
     assert not options.out.exists()
     assert finish(options) == expected
+
+
+# Shards of one to three groups each; without the refit there are no streams to go back to.
+@pytest.mark.parametrize(
+    ("refit", "writes"),
+    [
+        *((False, 45), (True, 69)),
+        *(pytest.param(False, n, marks=pytest.mark.slow) for n in (40, 49, 52, 56, 60, 64)),
+        *(pytest.param(True, n, marks=pytest.mark.slow) for n in (66, 72, 75, 81, 87)),
+    ],
+)
+def test_run_killed_while_it_writes_shards_arrives(refit, writes, dense, tmp_path):
+    changes = {"refit": refit, "samples": 4, "allocate": "width"}
+    whole = settings(dense, tmp_path / "whole" / "small", **changes)
+    killed = settings(dense, tmp_path / "killed" / "small", **changes)
+    expected = finish(whole, 120_000)
+    assert len(list(whole.out.glob("model-*.safetensors"))) > 2
+    process = start(run_and_die, killed, writes, 120_000)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert finish(killed, 120_000) == expected
+
+
+def test_what_was_done_survives_a_mistaken_command(dense, expected, tmp_path):
+    out = tmp_path / "small"
+    state = stopped(dense, out, 60)
+    before = sorted(path.name for path in state.iterdir())
+    with pytest.raises(UserError, match="Expected a GPU for --streams gpu"):
+        run(settings(dense, out, streams="gpu"))
+    assert sorted(path.name for path in state.iterdir()) == before
+    assert finish(settings(dense, out)) == expected
 
 
 @pytest.mark.slow
@@ -158,7 +193,7 @@ def test_run_killed_while_it_clears_up_arrives(dense, expected, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("sp3llm.checkpoint.shutil.rmtree", die)
+        patched.setattr("sp3llm.checkpoint._remove", die)
         with pytest.raises(KeyboardInterrupt):
             run(options)
     assert options.out.exists()
@@ -287,10 +322,10 @@ def short_of_memory(monkeypatch, windows: int) -> None:
 
 def test_out_of_memory_halves_the_batch_says_so_and_goes_on(dense, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "small"
-    run(settings(dense, whole, batch_tokens=64))
+    run(settings(dense, whole, batch_tokens=64, samples=8))
     short_of_memory(monkeypatch, 2)
     console = Console(record=True, width=200, file=io.StringIO())
-    compress(settings(dense, out, batch_tokens=256), console)
+    compress(settings(dense, out, batch_tokens=256, samples=8), console)
     said = console.export_text()
     assert "going on with 4 windows at once, not 8" in said
     assert "going on with 2 windows at once, not 4" in said
