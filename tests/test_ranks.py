@@ -27,6 +27,7 @@ def as_rank(rank: int, count: int, port: int, writes: int | None, options: Compr
     """One process of a run, in the environment that a launcher sets."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate deals out the cores, as if two were one
     run(options) if writes is None else run_and_die(options, writes)
 
 
