@@ -511,26 +511,19 @@ def evaluation_windows(
     sources = [resolve_source(name) for name in _split_names(names)]
     rows: list[list[int]] = []
     hashes: set[str] = set()
-    dropped = 0
+    dropped: list[str] = []
     for index, source in enumerate(sources):
         share = samples // len(sources) + (index < samples % len(sources))
 
-        def kept(source: TextSource = source) -> Iterator[str]:
-            nonlocal dropped
-            for document in read_documents(source, "evaluation"):
-                if content_hash(document) in exclude:
-                    dropped += 1
-                else:
-                    yield document
-
-        rows.extend(_take(kept(), source, tokenizer, share, seq_len, hashes))
+        documents = _without(read_documents(source, "evaluation"), exclude, dropped)
+        rows.extend(_take(documents, source, tokenizer, share, seq_len, hashes))
     if not rows:
         raise UserError(
             f"Evaluation text '{names}' does not fill one window of {seq_len} tokens after "
-            f"{dropped} documents that also occur in the calibration set were dropped: choose "
+            f"{len(dropped)} documents that also occur in the calibration set were dropped: choose "
             "other text with --eval-text."
         )
-    return _windows(rows, sources, hashes, tokenizer, dropped)
+    return _windows(rows, sources, hashes, tokenizer, len(dropped))
 
 
 def unbroken_windows(name: str, tokenizer: Any, seq_len: int) -> Windows:
@@ -585,21 +578,11 @@ def training_windows(
     sources = [resolve_source(name) for name in _split_names(names)]
     rows: list[list[int]] = []
     hashes: set[str] = set()
-    dropped = 0
+    dropped: list[str] = []
     for index, source in enumerate(sources):
         share = samples // len(sources) + (index < samples % len(sources))
-
-        def kept(source: TextSource = source) -> Iterator[str]:
-            nonlocal dropped
-            for document in read_documents(source, "train", seed):
-                if is_for_stopping(document) != stopping:
-                    continue
-                if content_hash(document) in exclude:
-                    dropped += 1
-                else:
-                    yield document
-
-        documents: Iterable[str] = kept()
+        apart = (d for d in read_documents(source, "train", seed) if is_for_stopping(d) == stopping)
+        documents: Iterable[str] = _without(apart, exclude, dropped)
         if not (source.dataset and source.streaming):
             documents = sorted(documents, key=content_hash)
             random.Random(seed).shuffle(documents)
@@ -609,10 +592,22 @@ def training_windows(
         advice = "name text for it with --stop-text" if stopping else "choose other text"
         raise UserError(
             f"Expected at least one window of {seq_len} tokens in {what or 'the training text'} "
-            f"'{names}' after {dropped} documents of the evaluation were dropped, found none: "
+            f"'{names}' after {len(dropped)} documents of the evaluation were dropped, found none: "
             f"{advice}, or lower --seq-len."
         )
-    return _windows(rows, sources, hashes, tokenizer, dropped)
+    return _windows(rows, sources, hashes, tokenizer, len(dropped))
+
+
+def _without(
+    documents: Iterable[str], exclude: frozenset[str], dropped: list[str]
+) -> Iterator[str]:
+    """The documents whose content hash is not in `exclude`; the others' hashes go to `dropped`."""
+    for document in documents:
+        digest = content_hash(document)
+        if digest in exclude:
+            dropped.append(digest)
+        else:
+            yield document
 
 
 def _split_names(names: str) -> list[str]:

@@ -343,8 +343,8 @@ def _unpacked(named: Mapping[str, Tensor], on: Execution) -> Moments:
         found = of(prefix)
         return tuple(found[str(i)] for i in range(len(found)))
 
-    layers = range(1 + max((int(n.split(".")[0]) for n in of("heads")), default=-1))
-    heads = tuple(HeadMoments(**of(f"heads.{layer}")) for layer in layers)
+    layers = {int(name.split(".")[1]) for name in named if name.startswith("heads.")}
+    heads = tuple(HeadMoments(**of(f"heads.{layer}")) for layer in sorted(layers))
     head_DD = named.get("head")
     head_DD = None if head_DD is None else head_DD.to(on.device, copy=True)
     return Moments(listed("sites_DD"), listed("metrics_DD"), head_DD, heads)
