@@ -10,6 +10,7 @@ again. `eval/results/recover.json`, `.md` and `.png` are written anew from all t
 """
 
 import argparse
+import gzip
 import itertools
 import json
 import os
@@ -47,11 +48,10 @@ STEPS = (25, 75, 150, 600)
 # Name: start and settings that differ from the default.
 CONTESTANTS = {
     **{f"{start}-{steps}": (start, {"steps": steps}) for start in STARTS for steps in STEPS},
-    # What the steps do on this text that is no recovery: without the language-model loss, which
-    # also learns the text's own manner; to the dense model by the same recipe, which has nothing
-    # to recover; and to the dense model by that loss alone, which shows what there is to learn.
-    "kl-150": ("refit", {"steps": 150, "lm_weight": 0.0}),
-    "dense-150": ("dense", {"steps": 150}),
+    # What steps on this text do that is no recovery: with a tenth of the language-model loss, which
+    # also learns the text's own manner; and with that loss alone, on the dense model, which has
+    # nothing to recover.
+    "lm-150": ("refit", {"steps": 150, "lm_weight": 0.1}),
     **{
         f"dense-lm-{steps}": (
             "dense",
@@ -64,6 +64,8 @@ CONTESTANTS = {
     "nf4-teacher-150": ("refit", {"steps": 150, "teacher_dtype": "nf4"}),
     "int8-teacher-150": ("refit", {"steps": 150, "teacher_dtype": "int8"}),
     "hidden-150": ("refit", {"steps": 150, "hidden_weight": 0.5}),
+    # Trained on the corpora of --also as well, their evaluation parts left out.
+    "mix-150": ("refit", {"steps": 150, "train": None}),
 }
 
 
@@ -80,24 +82,38 @@ def start_of(name: str, work: Path, seed: int) -> Path:
     return out
 
 
-def run(name: str, work: Path, train: str, seed: int) -> None:
+def run(name: str, work: Path, train: str, also: list[Path], seed: int) -> None:
     """Recover one contestant, unless that is done."""
     start, changes = CONTESTANTS[name]
     out = work / name
     if (out / RECORD).is_file():
         return
-    settings = RecoverConfig(
-        model=str(start_of(start, work, seed)),
-        teacher=str(bundled_model()),
-        out=out,
-        train=train,
-        batch=16,
-        seq_len=256,
-        seed=seed,
-        device="cpu",
-        **changes,
-    )
-    recover(settings, Console())
+    if "train" in changes:
+        changes = {"train": ",".join([train, *(str(seen_part(path, work)) for path in also)])}
+        changes = {**CONTESTANTS[name][1], **changes}
+    settings = {
+        "model": str(start_of(start, work, seed)),
+        "teacher": str(bundled_model()),
+        "out": out,
+        "train": train,
+        "batch": 16,
+        "seq_len": 256,
+        "seed": seed,
+        "device": "cpu",
+    }
+    recover(RecoverConfig(**{**settings, **changes}), Console())
+
+
+def seen_part(path: Path, work: Path) -> Path:
+    """A corpus without its evaluation part."""
+    found = work / f"{path.name.removesuffix('.gz').removesuffix('.jsonl')}.train.jsonl.gz"
+    if not found.is_file():
+        documents = data.read_documents(data.resolve_source(str(path)), "train")
+        with gzip.open(found, "wt", encoding="utf-8") as file:
+            for document in documents:
+                if data.part_of(document) != "evaluation":
+                    file.write(json.dumps({"text": document}) + "\n")
+    return found
 
 
 def other_text(path: Path) -> Tensor:
@@ -279,7 +295,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name them and what is finished")
     parser.add_argument(
         "--also", nargs="*", type=Path, default=[], metavar="FILE",
-        help="corpora whose evaluation part is scored too; not to be trained on",
+        help="corpora whose evaluation part is scored too; but for mix-150, not trained on",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -291,7 +307,7 @@ def main() -> None:
             print(name, "finished" if (options.work / name / RECORD).is_file() else "")
         return
     for name in options.run:
-        run(name, options.work, options.train, options.seed)
+        run(name, options.work, options.train, options.also, options.seed)
         score_elsewhere(name, options.work, options.also, options.seed)
         found = (record_of(name, options.work) for name in CONTESTANTS)
         records = [record for record in found if record is not None]

@@ -334,8 +334,8 @@ class RecoverConfig:
     """Temperature at which teacher and model are compared."""
     kl_weight: float = 1.0
     """Weight of the divergence from the teacher."""
-    lm_weight: float = 0.1
-    """Weight of the language-model loss."""
+    lm_weight: float = 0.0
+    """Weight of the language-model loss, which also learns the text's own manner."""
     hidden_weight: float = 0.0
     """Weight of the error of the residual stream, through the basis that `compress` stores."""
     lora: int | None = None
