@@ -25,12 +25,12 @@ from sp3llm import data, report
 from sp3llm.checkpoint import RECORD, open_checkpoint
 from sp3llm.compress import compress
 from sp3llm.config import CompressConfig, RecoverConfig
+from sp3llm.execution import execution
 from sp3llm.families import family_of
 from sp3llm.measure import measure_losses
 from sp3llm.recover import recover
 from sp3llm.score import excess_log_perplexity
 from sp3llm.source import bundled_model
-from sp3llm.stream import execution
 
 RESULTS = Path(__file__).parent / "results"
 STARTS = {
