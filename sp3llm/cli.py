@@ -14,6 +14,7 @@ from sp3llm.config import (
     CHOICES,
     COUNTS,
     DTYPES,
+    MASKS,
     MOMENTS,
     PRECISIONS,
     STREAMS,
@@ -153,10 +154,19 @@ def add_compress(add: argparse.ArgumentParser) -> None:
          "read, or what the loss would miss"),
         ("choose", CHOICES, "how FFN neurons and KV groups are chosen: by the loss of the refit, "
          "or by their own energy"),
+        ("mask", MASKS, "who decides what is kept: trial refits and moments, or gates that learn "
+         "it against the dense model, which memory must hold whole"),
     ):  # fmt: skip
         value = getattr(default, option)
         add.add_argument(
             f"--{option}", default=value, help=f"{what}: {', '.join(choices)} (default: {value})"
+        )
+    for option, value, what in (
+        ("mask-steps", default.mask_steps, "steps of the learned mask"),
+        ("mask-batch", default.mask_batch, "windows a step of the learned mask"),
+    ):
+        add.add_argument(
+            f"--{option}", type=int, default=value, metavar="N", help=f"{what} (default: {value})"
         )
     add.add_argument(
         "--device", default=default.device, help="auto, cpu, cuda, ... (default: auto)"

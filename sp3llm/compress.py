@@ -7,7 +7,8 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 3. stream the dense model over calibration text, layer by layer, and sum the second moments of the
    normalised residual stream; held-out text goes along for the perplexity before;
 4. take one global basis of the stream;
-5. choose the shape that loses least, by trial refits on a little of the text;
+5. choose the shape that loses least, by trial refits on a little of the text; or with `--mask
+   learned` let gates learn what to keep, and the shape with it;
 6. layer by layer beside the dense model: fold the norms, rotate, cut, refit what is left in closed
    form, write it;
 7. stream the result over the held-out text for the perplexity after;
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from sp3llm.data import Windows
     from sp3llm.execution import Execution, Ranks
     from sp3llm.families import Family
+    from sp3llm.learn import Learned
     from sp3llm.measure import Moments
     from sp3llm.plan import Limits, Plan, Shape
     from sp3llm.project import Projection
@@ -59,6 +61,8 @@ _FEWEST_TRIAL_WINDOWS = 4
 _BATCH, _TEXT, _TRIALS, _BASIS, _REFIT, _FINISHED = (
     "batch", "text", "trials", "basis", "refit", "finished",
 )  # fmt: skip
+# A mask is learned on the whole model, its activations apart: it and its largest table twice.
+_ROOM_TO_LEARN = 1.25
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,7 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
     import torch
 
     from sp3llm import checkpoint as disk
-    from sp3llm import execution, families, harness, source
+    from sp3llm import execution, families, harness, report, source
     from sp3llm.plan import candidates, limits_of, plan_of
     from sp3llm.rebuild import held_back_from
     from sp3llm.stream import empty_model
@@ -241,14 +245,15 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
             f"Expected --moments normalised for a {family.model_type} model, whose heads are cut "
             "by what they read, found raw: leave it out."
         )
-    if not settings.refit:
+    learned = settings.mask == "learned"
+    if not settings.refit and not learned:
         shapes = shapes[:1]  # there are no trials to choose by
 
     out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
     disk.check_output(out)
     if settings.refit:
         held_back_from(settings.samples)
-    if len(shapes) > 1 and settings.samples < _FEWEST_TRIAL_WINDOWS:
+    if not learned and len(shapes) > 1 and settings.samples < _FEWEST_TRIAL_WINDOWS:
         raise UserError(
             f"The search for a shape needs at least {_FEWEST_TRIAL_WINDOWS} calibration windows, "
             f"found {settings.samples}: raise --samples, or leave nothing to search for with "
@@ -259,6 +264,15 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
     memory = execution.memory_limits(settings.max_memory)
     on = execution.execution(device, torch.promote_types(dense_dtype, dtype), ranks, memory)
     empty_model(dense.config)  # refuses a config that transformers rejects, before any work
+    if learned:
+        dense_bytes = families.count_parameters(family, dense.config) * on.dtype.itemsize
+        room = execution.free_memory(on, memory)
+        if dense_bytes * _ROOM_TO_LEARN > room:
+            raise UserError(
+                "Expected room for the whole dense model for --mask learned, "
+                f"{report.human_bytes(dense_bytes * _ROOM_TO_LEARN)} on {on.device}, found "
+                f"{report.human_bytes(room)}: use --mask closed-form, which streams it."
+            )
     if settings.score:
         harness.check_scoring(settings)
     return Job(settings, folder, name, dense, family, dense_dtype, dtype, limits, shapes, out, on)
@@ -398,12 +412,17 @@ def _run(
         progress,
         journal,
     )
-    shape, trials = choose_shape(job, moments, calibration.tokens, journal, progress)
+    if settings.mask == "learned":
+        mask, about_mask = learn_mask(job, moments, evaluation, journal, progress)
+        shape, trials = mask.shape, []
+    else:
+        mask, about_mask = None, {}
+        shape, trials = choose_shape(job, moments, calibration.tokens, journal, progress)
     plan = plan_of(family, dense.config, job.limits, shape)
     progress.console.print(report.plan_line(job.name, plan), highlight=False, markup=False)
     small_config = resized_config(family, dense.config, shape)
     small_config = _with_dtype(small_config, job.dtype, job.dense_dtype)
-    eigenvalues, projection = final_basis(job, shape, moments, calibration.tokens, journal)
+    eigenvalues, projection = final_basis(job, shape, moments, calibration.tokens, journal, mask)
     energy = _energy_kept(moments, projection)
     del moments  # at large widths several matrices that nothing needs any more
     execution.give_back()
@@ -433,6 +452,7 @@ def _run(
     )
     record = {
         **_record(result, settings, on, job.dtype),
+        **about_mask,
         "parameters": {
             "dense": families.count_parts(family, dense.config),
             "small": families.count_parts(family, small_config),
@@ -442,7 +462,7 @@ def _run(
         record["files_copied"] = disk.copy_companions(job.folder, model)
         disk.write_json(model / RECORD, record)
         card.write_card(model, record, job.folder)
-        write_basis(model, projection.basis_DK)
+        write_basis(model, projection.writes())
         disk.write_json(model / "config.json", small_config)
     return result, record
 
@@ -503,25 +523,76 @@ def choose_shape(
     return best, [{**asdict(shape), "trial_loss": loss} for shape, loss in losses.items()]
 
 
+def learn_mask(
+    job: Job, moments: "Moments", evaluation: "Windows", journal: "Journal", progress: "Progress"
+) -> "tuple[Learned, dict[str, Any]]":
+    """What gates on the dense model find is to be kept, and what the record says of it.
+
+    They learn on the training part of the calibration sets.
+    """
+    from sp3llm import data, families, learn, measure
+
+    settings, family, config = job.settings, job.family, job.dense.config
+
+    def read() -> "Windows":
+        return data.training_windows(
+            _calibration_sets(settings),
+            data.load_tokenizer(job.dense.folder),
+            settings.mask_steps * settings.mask_batch,
+            families.window_length(family, config, settings.seq_len),
+            settings.seed,
+            evaluation.documents,
+        )
+
+    windows = job.on.ranks.from_first(read)
+    budget = learn.budget_of(family, config, job.limits, job.shapes)
+    frame_DC = measure.nested_frame(family, moments, [s.hidden_size for s in budget.shapes])
+    mask = learn.learn(
+        job.dense,
+        family,
+        job.folder,
+        budget,
+        frame_DC,
+        windows.tokens,
+        settings.mask_batch,
+        settings.mask_steps,
+        settings.seed,
+        job.on,
+        progress,
+        journal,
+    )
+    return mask, {"mask": {**mask.describe(), "training": windows.describe()}}
+
+
 def final_basis(
-    job: Job, shape: "Shape", moments: "Moments", tokens: "Tensor", journal: "Journal"
+    job: Job,
+    shape: "Shape",
+    moments: "Moments",
+    tokens: "Tensor",
+    journal: "Journal",
+    mask: "Learned | None" = None,
 ) -> "tuple[Tensor, Projection]":
-    """All eigenvalues, and the projection of the chosen shape."""
+    """All eigenvalues, and the projection of the chosen shape; what a learned mask keeps, if there
+    is one.
+    """
     from sp3llm import checkpoint as disk
-    from sp3llm.measure import LOSSES, choose_basis, narrowing_of
+    from sp3llm.measure import LOSSES, choose_basis, learned_basis, narrowing_of
     from sp3llm.project import Projection
 
+    winners = None if mask is None else mask.winners()
     before = journal.latest(_BASIS)
     if before is not None and before.facts["shape"] == asdict(shape):
         found = {name: tensor.to(job.on.device) for name, tensor in before.tensors.items()}
         eigenvalues = found.pop("eigenvalues")
         narrowing = narrowing_of(job.dense, job.family, moments, shape)
-        return eigenvalues, Projection(**found, narrowing=narrowing)
-    eigenvalues, projection = _same_for_all(
-        job, choose_basis(job.dense, job.family, moments, shape, tokens)
-    )
-    parts = {name: t for name, t in vars(projection).items() if name != "narrowing"}
-    named = {name: t for name, t in parts.items() if t is not None}
+        return eigenvalues, Projection(**found, narrowing=narrowing, winners=winners)
+    if mask is None:
+        found = choose_basis(job.dense, job.family, moments, shape, tokens)
+    else:
+        found = learned_basis(job.dense, job.family, moments, shape, tokens, *mask.stream())
+    eigenvalues, projection = _same_for_all(job, found)
+    projection = replace(projection, winners=winners)
+    named = {name: t for name, t in projection.tensors().items() if t is not None}
     journal.drop(disk.WEIGHTS, disk.SHARD, _REFIT, LOSSES)  # of another basis
     journal.save(_BASIS, 0, {**named, "eigenvalues": eigenvalues}, {"shape": asdict(shape)})
     return eigenvalues, projection
@@ -530,8 +601,7 @@ def final_basis(
 def _same_for_all(job: Job, found: "tuple[Tensor, Projection]") -> "tuple[Tensor, Projection]":
     """The first process's basis: a last bit more or less can turn an eigenvector around."""
     eigenvalues, projection = found
-    basis = (projection.basis_DK, projection.tied_scale_K, projection.embedding_EJ)
-    job.on.ranks.copy_(eigenvalues, *basis)
+    job.on.ranks.copy_(eigenvalues, *projection.tensors().values())
     return found
 
 
@@ -662,13 +732,17 @@ def _windows(job: Job, journal: "Journal") -> "tuple[Windows, Windows]":
     return calibration, evaluation
 
 
+def _calibration_sets(settings: CompressConfig) -> str:
+    return settings.calib or ("stdlib" if settings.model is None else "wikitext2")
+
+
 def _read_windows(job: Job) -> "tuple[Windows, Windows]":
     from sp3llm import data, families
 
     settings, dense, family = job.settings, job.dense, job.family
     seq_len = families.window_length(family, dense.config, settings.seq_len)
     tokenizer = data.load_tokenizer(dense.folder)
-    calib = settings.calib or ("stdlib" if settings.model is None else "wikitext2")
+    calib = _calibration_sets(settings)
     calibration = data.calibration_windows(
         calib, tokenizer, settings.samples, seq_len, settings.seed
     )

@@ -13,6 +13,7 @@ BASES = ("pca", "readers", "gradient")
 ALLOCATIONS = ("search", "width")
 COUNTS = ("params", "bytes", "flops", "kv-cache")
 CHOICES = ("obs", "energy")
+MASKS = ("closed-form", "learned")
 TIES = ("auto", "keep", "untie")
 STREAMS = ("auto", "gpu", "host", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -56,12 +57,19 @@ class CompressConfig:
     """Refit what is left in closed form, layer by layer (a second pass over the calibration)."""
     choose: str = "obs"
     """How neurons and KV groups are chosen: by the loss of the refit, or by their own energy."""
+    mask: str = "closed-form"
+    """Who decides what is kept: trial refits and the moments, or gates that are `learned` against
+    the dense model."""
+    mask_steps: int = 300
+    """Steps of the learned mask."""
+    mask_batch: int = 16
+    """Windows a step of the learned mask, over all processes."""
     basis: str = "gradient"
     """What the basis keeps: what is large (`pca`), what the weights read (`readers`), or what the
     loss would miss (`gradient`)."""
     allocate: str | None = None
     """`search`: the mix of width, FFN and KV groups that loses least; `width`: all on the hidden
-    size. None: `search` with the refit, `width` without."""
+    size. None: `search` with the refit or a learned mask, `width` without."""
     hidden_size: int | None = None
     """Fixes the hidden size."""
     intermediate_size: int | None = None
@@ -119,7 +127,7 @@ class CompressConfig:
             )
         for name in (
             *("samples", "eval_samples", "seq_len", "multiple_of", "tensor_parallel"),
-            "batch_tokens",
+            *("batch_tokens", "mask_steps", "mask_batch"),
         ):
             value = getattr(self, name)
             least = 2 if name == "seq_len" else 1
@@ -133,6 +141,7 @@ class CompressConfig:
             ("moments", MOMENTS),
             ("basis", BASES),
             ("choose", CHOICES),
+            ("mask", MASKS),
             ("tie", TIES),
             ("streams", STREAMS),
             ("dtype", DTYPES),
@@ -159,7 +168,7 @@ class CompressConfig:
                 f"Expected --basis pca with --moments raw, found '{self.basis}', which weighs "
                 "errors in the normalised stream: add --basis pca, or leave --moments raw out."
             )
-        if not self.refit and (
+        if not (self.refit or self.mask == "learned") and (
             self.allocate == "search"
             or self.intermediate_size
             or self.num_key_value_heads
@@ -173,7 +182,8 @@ class CompressConfig:
     @property
     def allocation(self) -> str:
         """`allocate`, resolved."""
-        return self.allocate or ("search" if self.refit else "width")
+        chosen = self.refit or self.mask == "learned"
+        return self.allocate or ("search" if chosen else "width")
 
 
 @dataclass(frozen=True)

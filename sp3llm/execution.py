@@ -304,6 +304,13 @@ def placed(
     )
 
 
+def free_memory(on: Execution, max_memory: Mapping[str, int]) -> int:
+    """Bytes that can be had of the device that computes, by every process on a host."""
+    if on.device.type == "cuda":
+        return _gpu_memory(on.device, max_memory)
+    return _host_memory(max_memory) // on.ranks.count
+
+
 def _gpu_memory(device: torch.device, max_memory: Mapping[str, int]) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     return min(free, max_memory.get(str(device.index or 0), free))

@@ -1,6 +1,6 @@
 """Streaming measurements: what the basis is made from, and the losses before and after."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -487,35 +487,110 @@ def choose_basis(
     """The global basis: top principal components, or the projector of that rank that costs least.
 
     Under LayerNorm it is taken in the mean-free frame and turned into another one (DESIGN 3.4).
-    For tied models without projections it is turned so that the tie holds (3.5); where embeddings
-    keep a width of their own, a narrower one gets a basis from the calibration `tokens`.
 
     Returns all eigenvalues of the summed moments, falling, and the projection.
     """
-    kept = shape.hidden_size
-    total_DD, sites_DD, metrics_DD = moments.total(), moments.sites_DD, moments.metrics_DD
-    device = total_DD.device
+    inside = _inside(family, moments)
+    eigenvalues_C, vectors_CC = eigenbasis(inside.total())
+    kept = shape.hidden_size - family.centred
+    basis_CK = vectors_CC[:, :kept]
+    if inside.metrics_DD:
+        basis_CK = metric_basis(inside.sites_DD, inside.metrics_DD, vectors_CC, kept)
+    basis_DK = _outside(family, basis_CK)
+    return eigenvalues_C, projection_of(dense, family, moments, shape, tokens, basis_DK)
+
+
+def learned_basis(
+    dense: Checkpoint,
+    family: Family,
+    moments: Moments,
+    shape: Shape,
+    tokens: Tensor,
+    columns_DK: Tensor,
+    gates_K: Tensor | None,
+) -> tuple[Tensor, Projection]:
+    """As `choose_basis`, of the columns and gates that a mask has learned."""
+    eigenvalues_C, _ = eigenbasis(_inside(family, moments).total())
+    return eigenvalues_C, projection_of(dense, family, moments, shape, tokens, columns_DK, gates_K)
+
+
+def nested_frame(family: Family, moments: Moments, widths: Sequence[int]) -> Tensor:
+    """All coordinates of the stream, those first that a narrower one of `widths` needs too.
+
+    Of each width the subspace that costs least, within that of the next wider one. What a learned
+    mask chooses from.
+
+    Returns orthonormal columns, `(D, D)`, or under LayerNorm `(D, D - 1)` and mean-free.
+    """
+    inside = _inside(family, moments)
+    _, frame_CC = eigenbasis(inside.total())
+    bands, inner_CW = [], frame_CC
+    for width in sorted({width - family.centred for width in widths}, reverse=True):
+        if width >= inner_CW.shape[1] or not inside.metrics_DD:
+            continue
+        within = tuple(
+            tuple(inner_CW.T @ one_CC @ inner_CW for one_CC in those_CC)
+            for those_CC in (inside.sites_DD, inside.metrics_DD)
+        )
+        start_WW = torch.eye(inner_CW.shape[1], dtype=inner_CW.dtype, device=inner_CW.device)
+        kept_WK = metric_basis(*within, start_WW, width)
+        given_up_WR = torch.linalg.qr(kept_WK, mode="complete")[0][:, width:]
+        bands.append(inner_CW @ given_up_WR)
+        inner_CW = inner_CW @ kept_WK
+    return _outside(family, torch.cat([inner_CW, *bands[::-1]], 1))
+
+
+def projection_of(
+    dense: Checkpoint,
+    family: Family,
+    moments: Moments,
+    shape: Shape,
+    tokens: Tensor | None,
+    basis_DK: Tensor,
+    gates_K: Tensor | None = None,
+) -> Projection:
+    """The projection of a shape along orthonormal columns, `(D, K)`; under LayerNorm `(D, K - 1)`,
+    which are turned into another mean-free frame.
+
+    For tied models without projections the basis is turned so that the tie holds (DESIGN 3.5),
+    which leaves gates of the stream no place: they count as open. Where embeddings keep a width of
+    their own, a narrower one gets a basis from the calibration `tokens`.
+    """
+    gated_DK = None if gates_K is None else basis_DK * gates_K
     if family.centred:
-        frame_DF = mean_free_frame(len(total_DD), device)
-        kept -= 1
-        total_DD = frame_DF.T @ total_DD @ frame_DF
-        sites_DD = tuple(frame_DF.T @ site_DD @ frame_DF for site_DD in sites_DD)
-        metrics_DD = tuple(frame_DF.T @ metric_DD @ frame_DF for metric_DD in metrics_DD)
-    eigenvalues_D, vectors_DD = eigenbasis(total_DD)
-    basis_DK = vectors_DD[:, :kept]
-    if metrics_DD:
-        basis_DK = metric_basis(sites_DD, metrics_DD, vectors_DD, kept)
-    if family.centred:
-        basis_DK = frame_DF @ basis_DK @ mean_free_frame(shape.hidden_size, device).T
+        turn_KK = mean_free_frame(shape.hidden_size, basis_DK.device).T
+        basis_DK = basis_DK @ turn_KK
+        gated_DK = None if gated_DK is None else gated_DK @ turn_KK
     narrowing = narrowing_of(dense, family, moments, shape)
     tied_scale_K, embedding_EJ = None, None
     if shape.tie_word_embeddings and family.projections is None:
         norm = f"{family.final_norm}.weight"
         norm_D, _ = norm_of(family, family.final_norm, dense.read([norm]), basis_DK)
         basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_D)
+        gated_DK = None
     elif shape.tie_word_embeddings:
         embedding_EJ = _embedding_basis(dense, family, moments, shape, tokens, basis_DK)
-    return eigenvalues_D, Projection(basis_DK, tied_scale_K, embedding_EJ, narrowing)
+    return Projection(basis_DK, tied_scale_K, embedding_EJ, gated_DK, narrowing)
+
+
+def _inside(family: Family, moments: Moments) -> Moments:
+    """Moments in the coordinates that a basis is taken in: under LayerNorm the mean-free frame."""
+    if not family.centred:
+        return moments
+    width, device = len(moments.sites_DD[0]), moments.sites_DD[0].device
+    frame_DC = mean_free_frame(width, device)
+
+    def inside(those_DD: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(frame_DC.T @ one_DD @ frame_DC for one_DD in those_DD)
+
+    return Moments(inside(moments.sites_DD), inside(moments.metrics_DD))
+
+
+def _outside(family: Family, basis_CK: Tensor) -> Tensor:
+    """Columns in the stream's own coordinates."""
+    if not family.centred:
+        return basis_CK
+    return mean_free_frame(len(basis_CK) + 1, basis_CK.device) @ basis_CK
 
 
 def narrowing_of(

@@ -601,6 +601,36 @@ def _filled(
     return replace(start, intermediate_size=widths[fitting - 1])
 
 
+def shrinks_heads(family: Family, config: Mapping[str, Any], limits: Limits) -> bool:
+    """Whether heads lose dimensions in step with the width, and none goes whole."""
+    return _stays_square(family, config, limits) and not family.rotary
+
+
+def learnable(family: Family, config: Mapping[str, Any], shapes: list[Shape]) -> list[Shape]:
+    """Of the candidates those that a learned mask chooses from: which width, FFN and number of KV
+    groups it finds; ties and embedding widths are as in the first.
+    """
+    first, dense = shapes[0], Shape.of(family, config)
+    heads_shrink = any(shape.head_dim != dense.head_dim for shape in shapes)
+    return [
+        shape
+        for shape in shapes
+        if shape.tie_word_embeddings == first.tie_word_embeddings
+        and (shape.word_embed_proj_dim == first.word_embed_proj_dim or not family.projections
+             or not first.tie_word_embeddings)
+        and not (heads_shrink and shape.num_key_value_heads != dense.num_key_value_heads)
+    ]  # fmt: skip
+
+
+def nearest(shapes: list[Shape], sizes: Mapping[str, float]) -> Shape:
+    """The shape whose sizes, `sizes` by field, are off by the smallest factors."""
+
+    def distance(shape: Shape) -> float:
+        return sum(math.log(getattr(shape, name) / size) ** 2 for name, size in sizes.items())
+
+    return min(shapes, key=distance)
+
+
 def plan_of(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> Plan:
     """The plan that a chosen shape makes."""
     dense_shape = Shape.of(family, config)

@@ -18,7 +18,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sp3llm.families import INTERLEAVED, KEY_VALUE, QUERY, Axis, Family, Group, embedding_scale
+from sp3llm.families import (
+    FFN,
+    INTERLEAVED,
+    KEY_VALUE,
+    QUERY,
+    Axis,
+    Family,
+    Group,
+    embedding_scale,
+)
 from sp3llm.heads import (
     join_writer,
     project_heads,
@@ -61,6 +70,32 @@ class Narrowing:
 
 
 @dataclass(frozen=True)
+class Winners:
+    """What a learned mask keeps of every layer, and the gates it leaves there: 0 for the others.
+
+    None: nothing was learned there.
+    """
+
+    neurons_LF: Tensor | None = None
+    """Of the FFN's neurons."""
+    groups_LG: Tensor | None = None
+    """Of the KV groups."""
+
+    def gates(self, axis: str) -> Tensor | None:
+        """Those of the units that a writer reads, by the axis it reads along, `(L, units)`."""
+        return self.neurons_LF if axis == FFN else self.groups_LG
+
+    def kept(self, axis: str, layer: int) -> Tensor | None:
+        """Numbers of the units that stay, rising."""
+        gates_LU = self.gates(axis)
+        return None if gates_LU is None else gates_LU[layer].nonzero()[:, 0]
+
+    def to(self, device: torch.device) -> "Winners":
+        """The same on another device."""
+        return Winners(*(None if g is None else g.to(device) for g in vars(self).values()))
+
+
+@dataclass(frozen=True)
 class Projection:
     """How the small model's coordinates come from the dense one's."""
 
@@ -71,22 +106,34 @@ class Projection:
     embedding_EJ: Tensor | None = None
     """Old to new embedding coordinates, orthonormal columns, where the small model has
     projections between embeddings and stream."""
+    gated_DK: Tensor | None = None
+    """`T` with the gates that a learned mask leaves on the stream: `T diag(z)`. What writes into
+    the stream writes through it, what reads from it does not."""
     narrowing: Narrowing | None = None
     """For families whose width is heads times head size."""
+    winners: Winners | None = None
+    """Of a learned mask; None: neurons and groups are chosen by the refit."""
+
+    def writes(self) -> Tensor:
+        """What the dense stream goes through to become the small one, but for `c`."""
+        return self.basis_DK if self.gated_DK is None else self.gated_DK
 
     def to(self, device: torch.device) -> "Projection":
         """The same on another device."""
         if device == self.basis_DK.device:
             return self
-        scale, embedding = (
-            None if tensor is None else tensor.to(device)
-            for tensor in (self.tied_scale_K, self.embedding_EJ)
-        )
-        narrowing = self.narrowing
+        moved = {name: None if t is None else t.to(device) for name, t in self.tensors().items()}
+        narrowing, winners = self.narrowing, self.winners
         if narrowing is not None:
             heads = tuple(moments.to(device) for moments in narrowing.heads)
             narrowing = replace(narrowing, heads=heads)
-        return Projection(self.basis_DK.to(device), scale, embedding, narrowing)
+        if winners is not None:
+            winners = winners.to(device)
+        return Projection(**moved, narrowing=narrowing, winners=winners)
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Its matrices, by name."""
+        return {n: t for n, t in vars(self).items() if n not in ("narrowing", "winners")}
 
 
 def stream_scale(basis_DK: Tensor) -> float:
@@ -102,7 +149,7 @@ def project_group(
         return _project_embeddings(family, tensors, projection)
     if group.name == "head":
         return _project_head(family, tensors, projection)
-    return _project_layer(family, group, tensors, projection.basis_DK)
+    return _project_layer(family, group, tensors, projection)
 
 
 def project_table(table_VD: Tensor, basis_DK: Tensor) -> Tensor:
@@ -212,18 +259,61 @@ def narrow_attention(
     else:
         groups = narrowing.groups
         kept_G, gone_G = _strongest(output_HEE, writer_HDE, groups, narrowing.num_key_value_heads)
+        learned_G = projection.winners and projection.winners.kept(KEY_VALUE, group.layer)
+        if learned_G is not None:
+            kept_G, gone_G = learned_G, _others(learned_G, groups)
         unit = heads // groups * full
         units = {QUERY: unit, KEY_VALUE: full, INTERLEAVED: 3 * unit}
         sizes = {QUERY: heads * full, KEY_VALUE: groups * full, INTERLEAVED: 3 * heads * full}
-        for name, axes in group.parameters.items():
-            for dim, axis in enumerate(axes):
-                index = kept_rows(axis, kept_G, units, sizes)
-                if index is not None:
-                    found[name] = found[name].index_select(dim, index.to(tensors[name].device))
+        found = cut_units(group, found, kept_G, units, sizes)
         gone_H = _members(gone_G, heads // groups)
         constant_D = (writer_HDE[gone_H] @ mean_HE[gone_H][..., None]).sum((0, 2))
     if has_bias:
         found[f"{writer}.bias"] = tensors[f"{writer}.bias"].to(constant_D) + constant_D
+    return found
+
+
+def gate_writers(
+    family: Family, group: Group, tensors: Mapping[str, Tensor], winners: Winners | None
+) -> dict[str, Tensor]:
+    """The same layer with the gates of a learned mask folded into what its writers read."""
+    found = dict(tensors)
+    for writer, axis in gated_writers(family, group):
+        gates_LU = None if winners is None else winners.gates(axis)
+        name = f"{group.prefix}{writer}.weight"
+        if gates_LU is not None:
+            gates_U = gates_LU[group.layer]
+            gates_P = gates_U.repeat_interleave(tensors[name].shape[1] // len(gates_U))
+            found[name] = tensors[name].to(gates_P) * gates_P
+    return found
+
+
+def gated_writers(family: Family, group: Group) -> list[tuple[str, str]]:
+    """Writers of a layer whose inputs a mask may cut, with the axis that they read; a block of
+    experts has none.
+    """
+    if not group.prefix:
+        return []
+    count = len(family.writers) - group.sparse
+    return [(writer, family.layer[f"{writer}.weight"][1]) for writer in family.writers[:count]]
+
+
+def cut_units(
+    group: Group,
+    tensors: Mapping[str, Tensor],
+    kept_U: Tensor,
+    units: Mapping[str, int],
+    sizes: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Keep some units only of the tensors given, of `units` members along every axis that goes
+    with them; `sizes` are the axes' lengths before.
+    """
+    found = dict(tensors)
+    for name, axes in group.parameters.items():
+        for dim, axis in enumerate(axes):
+            rows = kept_rows(axis, kept_U, units, sizes)
+            if rows is not None and name in found:
+                found[name] = found[name].index_select(dim, rows.to(found[name].device))
     return found
 
 
@@ -249,6 +339,13 @@ def kept_rows(
 def _members(units_U: Tensor, size: int) -> Tensor:
     """Indices of the members of units of one size."""
     return (units_U[:, None] * size + torch.arange(size, device=units_U.device)).reshape(-1)
+
+
+def _others(units_U: Tensor, count: int) -> Tensor:
+    """Numbers below `count` that are not among those given, rising."""
+    is_left = torch.ones(count, dtype=torch.bool, device=units_U.device)
+    is_left[units_U] = False
+    return is_left.nonzero()[:, 0]
 
 
 def _strongest(
@@ -278,30 +375,30 @@ def _unembedding(table_VE: Tensor, projection: Projection) -> Tensor:
 def _project_embeddings(
     family: Family, tensors: Mapping[str, Tensor], projection: Projection
 ) -> dict[str, Tensor]:
-    basis_DK = projection.basis_DK
-    width, kept = basis_DK.shape
+    writes_DK = projection.writes()
+    width, kept = writes_DK.shape
     into_DE = tensors.get(f"{(family.projections or ('',))[0]}.weight")
     projected = {}
     for name in family.embeddings:
-        table = tensors[name].to(basis_DK)
+        table = tensors[name].to(writes_DK)
         if name != family.embedding:
-            projected[name] = project_table(table, basis_DK)
+            projected[name] = project_table(table, writes_DK)
         elif projection.embedding_EJ is not None:
             embedding_EJ = projection.embedding_EJ
             into_JD = embedding_EJ.T if into_DE is None else embedding_EJ.T @ into_DE.to(table).T
             projected[name] = table @ embedding_EJ
-            projected[f"{family.projections[0]}.weight"] = project_table(into_JD, basis_DK).T
+            projected[f"{family.projections[0]}.weight"] = project_table(into_JD, writes_DK).T
         else:
             table = table if into_DE is None else table @ into_DE.to(table).T
             scale = embedding_scale(family, width) / embedding_scale(family, kept)
-            projected[name] = scale * project_table(table, basis_DK)
+            projected[name] = scale * project_table(table, writes_DK)
     return projected
 
 
 def _project_layer(
-    family: Family, group: Group, tensors: Mapping[str, Tensor], basis_DK: Tensor
+    family: Family, group: Group, tensors: Mapping[str, Tensor], projection: Projection
 ) -> dict[str, Tensor]:
-    projected = dict(tensors)
+    basis_DK, projected = projection.basis_DK, dict(tensors)
     for site in group.sites:
         norm = f"{group.prefix}{site.norm}"
         readers = [f"{group.prefix}{reader}" for reader in site.readers]
@@ -316,7 +413,7 @@ def _project_layer(
         for part in ("weight", "bias"):
             name = f"{group.prefix}{writer}.{part}"
             if name in tensors:
-                projected[name] = project_writer(tensors[name], basis_DK)
+                projected[name] = project_writer(tensors[name], projection.writes())
     return projected
 
 

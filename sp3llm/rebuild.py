@@ -22,6 +22,9 @@ from sp3llm.moments import normalise, widen
 from sp3llm.plan import Shape, resized_config
 from sp3llm.project import (
     Projection,
+    cut_units,
+    gate_writers,
+    gated_writers,
     head_reader,
     kept_rows,
     narrow_attention,
@@ -118,9 +121,35 @@ def plain_groups(
     groups = families.groups(family, dense.config)[start:]
     for index, (group, source) in enumerate(_sources(dense, family, groups, on, start), start):
         device = on.turn(index).device
-        yield Built(
-            index, group, _projected(family, projection.to(device), dtype, device, group, source)
-        )
+        here = projection.to(device)
+        tensors = _projected(family, here, dtype, device, group, source)
+        yield Built(index, group, _without_losers(dense, family, here, group, tensors))
+
+
+def _without_losers(
+    dense: Checkpoint,
+    family: Family,
+    projection: Projection,
+    group: Group,
+    tensors: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """A layer without what a learned mask does not keep, where no refit cuts it away."""
+    sizes = families.axis_sizes(family, dense.config)
+    for _, axis in gated_writers(family, group) if projection.winners else ():
+        kept_U = projection.winners.kept(axis, group.layer)
+        narrowed = axis == families.QUERY and projection.narrowing is not None
+        if kept_U is not None and not narrowed:
+            units = _units(Shape.of(family, dense.config), axis)
+            tensors = cut_units(group, tensors, kept_U, units, sizes)
+    return tensors
+
+
+def _units(dense: Shape, axis: str) -> dict[str, int]:
+    """Length of a unit along every axis that goes with it."""
+    if axis == families.FFN:
+        return {families.FFN: 1}
+    unit = dense.num_attention_heads // dense.num_key_value_heads * dense.head_dim
+    return {families.QUERY: unit, families.KEY_VALUE: dense.head_dim}
 
 
 def _sources(
@@ -148,6 +177,7 @@ def _projected(
     for piece in _pieces(family, projection, group, source):
         tensors = {name: tensor.to(device) for name, tensor in piece.items()}
         if group.prefix:
+            tensors = gate_writers(family, group, tensors, projection.winners)
             tensors = narrow_attention(family, group, tensors, projection)
         projected = project_group(family, group, tensors, projection)
         for name, tensor in projected.items():
@@ -652,9 +682,9 @@ def _missing(
     refitter: Refitter, target: Tensor, small_stream: Stream, rows: slice
 ) -> tuple[Tensor, Tensor]:
     """What a writer has to add, `(c X_out T - X') / r`, and what each token weighs."""
-    family, on, basis_DK = refitter.family, refitter.on, refitter.projection.basis_DK
+    family, on, writes_DK = refitter.family, refitter.on, refitter.projection.writes()
     wanted = widen(target[rows].to(on.device))
-    scaled_DK = (stream_scale(basis_DK) * basis_DK).to(wanted)
+    scaled_DK = (stream_scale(writes_DK) * writes_DK).to(wanted)
     missing = wanted @ scaled_DK - widen(small_stream.hidden[rows].to(on.device))
     if family.centred:
         wanted = wanted - wanted.mean(-1, keepdim=True)
@@ -662,21 +692,20 @@ def _missing(
     return missing / refitter.multiplier, weight
 
 
-def _units_of(refitter: Refitter, writer: str) -> tuple[int, int, dict[str, int]] | None:
-    """Units of a writer's inputs to keep, the size of one, and of one along every axis that goes
-    with it; None: all are kept.
+def _units_of(refitter: Refitter, writer: str) -> tuple[int, dict[str, int]] | None:
+    """How many units of a writer's inputs are kept, and the length of one along every axis that
+    goes with it; None: all are kept.
     """
     family, shape = refitter.family, refitter.shape
     dense = Shape.of(family, refitter.dense.config)
-    if family.layer[f"{writer}.weight"][1] == families.FFN:
-        if shape.intermediate_size == dense.intermediate_size:
-            return None
-        return shape.intermediate_size, 1, {families.FFN: 1}
-    keep, total = shape.num_key_value_heads, dense.num_key_value_heads
-    if keep == total or refitter.projection.narrowing is not None:
+    axis = family.layer[f"{writer}.weight"][1]
+    if axis == families.FFN:
+        keep, total = shape.intermediate_size, dense.intermediate_size
+    else:
+        keep, total = shape.num_key_value_heads, dense.num_key_value_heads
+    if keep == total or (axis != families.FFN and refitter.projection.narrowing is not None):
         return None
-    unit = dense.num_attention_heads // total * dense.head_dim
-    return keep, unit, {families.QUERY: unit, families.KEY_VALUE: dense.head_dim}
+    return keep, _units(dense, axis)
 
 
 def _survivors(
@@ -687,19 +716,27 @@ def _survivors(
     prior_PK: Tensor,
     tensors: dict[str, Tensor],
 ) -> Tensor:
-    """Kept inputs of a writer that is to be cut, and everything that feeds the others cut away."""
-    family = refitter.family
-    keep, unit, cut_axes = _units_of(refitter, writer)
-    weight_PK, _, used = ridge_solution(gram, prior_PK, _CHOICE_RIDGE, intercept=False)
-    kept_P = choose_units(gram.inputs_PP, weight_PK, keep, unit, refitter.choose, used)
-    refitter.on.ranks.copy_(kept_P)
-    kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
+    """Kept inputs of a writer that is to be cut, and everything that feeds the others cut away.
+
+    They are those of a learned mask, where there is one, and those without which the refit loses
+    least elsewhere.
+    """
+    family, winners = refitter.family, refitter.projection.winners
+    keep, units = _units_of(refitter, writer)
     sizes = families.axis_sizes(family, refitter.dense.config)
-    for name, axes in group.parameters.items():
-        for dim, axis in enumerate(axes):
-            rows = kept_rows(axis, kept_U, cut_axes, sizes)
-            if rows is not None and name != f"{group.prefix}{writer}.weight":
-                tensors[name] = tensors[name].index_select(dim, rows.to(tensors[name].device))
+    axis = family.layer[f"{writer}.weight"][1]
+    unit = units[axis]
+    kept_U = None if winners is None else winners.kept(axis, group.layer)
+    if kept_U is None:
+        weight_PK, _, used = ridge_solution(gram, prior_PK, _CHOICE_RIDGE, intercept=False)
+        kept_P = choose_units(gram.inputs_PP, weight_PK, keep, unit, refitter.choose, used)
+        refitter.on.ranks.copy_(kept_P)
+        kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
+    else:
+        kept_P = kept_rows(axis, kept_U, units, sizes)
+    name = f"{group.prefix}{writer}.weight"
+    others = {other: tensor for other, tensor in tensors.items() if other != name}
+    tensors |= cut_units(group, others, kept_U, units, sizes)
     return kept_P
 
 

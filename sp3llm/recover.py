@@ -50,10 +50,6 @@ _FREE = (
     *("model", "teacher", "out", "train", "stop_text", "eval_text", "eval_samples", "track"),
     *("checkpoint_every", "teacher_memory", "device"),
 )
-# Config keys of dropout. There are a few hundred steps and the teacher's answer to every token:
-# noise only costs, and without it two processes train what one does.
-_DROPOUT = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop",
-            "resid_pdrop", "embd_pdrop", "attn_pdrop")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -417,15 +413,12 @@ def load_student(
 
     Raises UserError if peft is asked for and missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from sp3llm.recover_needs import linear_modules
+    from sp3llm.training import training_config
 
-    config = AutoConfig.from_pretrained(pair.small.folder)
-    config.use_cache = False
-    for key in _DROPOUT:
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
+    config = training_config(pair.small.folder)
     model = AutoModelForCausalLM.from_pretrained(pair.small.folder, config=config, dtype=dtype)
     if settings.lora is not None:
         modules = list(linear_modules(pair.family, pair.small.config))

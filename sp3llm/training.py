@@ -33,6 +33,11 @@ _IDENTITY, _STATE, _BEST, _TRAINED = (
 )
 
 
+# Config keys of dropout.
+_DROPOUT = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop",
+            "resid_pdrop", "embd_pdrop", "attn_pdrop")  # fmt: skip
+
+
 @dataclass
 class State:
     """How far a run is, and what it has decided."""
@@ -110,6 +115,22 @@ def share_of_step(
     """Numbers of the windows that one of several processes takes in a step."""
     order = window_order(windows, settings.seed, step * settings.batch, settings.batch)
     return order.chunk(processes)[process]
+
+
+def training_config(folder: Path) -> Any:
+    """The stock config of a checkpoint, without cache and dropout.
+
+    There are a few hundred steps and the teacher's answer to every token: noise only costs, and
+    without it two processes train what one does.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    config.use_cache = False
+    for key in _DROPOUT:
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    return config
 
 
 # --------------------------------------------------------------------------- on disk

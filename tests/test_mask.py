@@ -1,0 +1,437 @@
+"""Learned masks: what a gated model computes is what is written in the end."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from sp3llm import learn, mask, measure
+from sp3llm.checkpoint import RECORD
+from sp3llm.compress import compress
+from sp3llm.config import COUNTS, CompressConfig
+from sp3llm.errors import UserError
+from sp3llm.execution import Execution
+from sp3llm.families import FAMILIES, axis_sizes, count_parameters, family_of, is_square
+from sp3llm.gated import GatedModel
+from sp3llm.mask import Gates
+from sp3llm.plan import Limits, Shape, candidates, cost_of, learnable, nearest, resized_config
+from sp3llm.project import gated_writers
+from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
+from sp3llm.resume import NOTHING_KEPT, open_journal
+
+from .conftest import (
+    TINY,
+    disk_tensors,
+    family_of_model,
+    logits_of,
+    relative_error,
+    save_model,
+    stock_model,
+    tiny_model,
+    written_model,
+)
+
+ON = Execution(torch.device("cpu"), torch.float64)
+QUIET = Console(quiet=True)
+
+
+def gated_and_checkpoint(variant, folder, tokens):
+    """A tiny model in float64 with gates in it, its checkpoint, moments and frame."""
+    model = tiny_model(variant)
+    checkpoint, family = save_model(model, folder), family_of_model(model)
+    stock = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
+    moments, _ = measure.measure_dense(
+        checkpoint, family, tokens, None, "normalised", "readers", ON
+    )
+    shape = Shape.of(family, checkpoint.config)
+    frame = measure.nested_frame(family, moments, [shape.hidden_size // 2])
+    return GatedModel(stock, family, checkpoint.config, frame), checkpoint, family, moments, frame
+
+
+def open_gates(checkpoint, family, frame, windows, seed=None):
+    """Gates of a mask over everything that may go: all 1, or drawn."""
+    generator = torch.Generator().manual_seed(seed or 0)
+    shape = Shape.of(family, checkpoint.config)
+    layers = checkpoint.config["num_hidden_layers"]
+    sizes = {
+        "stream_C": (frame.shape[1],),
+        "neurons_LF": (layers, shape.intermediate_size),
+        "groups_LG": (layers, shape.num_key_value_heads),
+    }
+    return Gates(
+        **{
+            name: torch.ones(windows, *size, dtype=torch.float64)
+            if seed is None
+            else torch.rand(windows, *size, dtype=torch.float64, generator=generator)
+            for name, size in sizes.items()
+        }
+    )
+
+
+@pytest.mark.parametrize("variant", list(TINY))
+def test_open_gates_leave_logits_unchanged(variant, tokens, tmp_path):
+    gated, checkpoint, family, _, frame = gated_and_checkpoint(variant, tmp_path, tokens)
+    dense = logits_of(gated.model, tokens)
+    with gated.through(open_gates(checkpoint, family, frame, len(tokens))) as model:
+        found = logits_of(model, tokens)
+    assert not torch.equal(found, dense)  # the gates are there
+    assert relative_error(found, dense) < 1e-12
+    assert torch.equal(logits_of(gated.model, tokens), dense)
+
+
+def test_every_window_has_gates_of_its_own(tokens, tmp_path):
+    for variant in ("llama", "opt"):
+        folder = tmp_path / variant
+        gated, checkpoint, family, _, frame = gated_and_checkpoint(variant, folder, tokens)
+        gates = open_gates(checkpoint, family, frame, len(tokens), seed=5)
+        with gated.through(gates) as model:
+            together = logits_of(model, tokens)
+        for row in range(len(tokens)):
+            with gated.through(gates.map(lambda value, row=row: value[row : row + 1])) as model:
+                alone = logits_of(model, tokens[row : row + 1])
+            assert relative_error(together[row : row + 1], alone) < 1e-12
+
+
+def small_shape(family, config):
+    """Half of the stream, some of the neurons, and where the class lets them go, of the groups."""
+    shape = Shape.of(family, config)
+    heads = shape.num_attention_heads
+    if is_square(family, config) and not family.rotary:
+        return replace(shape, intermediate_size=24).untied()  # heads are not the mask's there
+    small = shape.with_groups(shape.num_key_value_heads // 2)
+    small = small.with_width(shape.hidden_size // 2 // heads * heads)
+    if is_square(family, config):
+        small = small.with_width(small.num_attention_heads * shape.head_dim)
+    if family.experts is None:
+        small = replace(small, intermediate_size=24)
+    return small.untied() if shape.tie_word_embeddings else small
+
+
+@pytest.mark.parametrize("variant", list(TINY))
+def test_winners_with_gates_folded_are_the_gated_model(variant, tokens, tmp_path):
+    """Soft gates and all: what was learned is exactly what is written without a refit."""
+    gated, checkpoint, family, moments, frame = gated_and_checkpoint(
+        variant, tmp_path / "dense", tokens
+    )
+    shape = small_shape(family, checkpoint.config)
+    dense = Shape.of(family, checkpoint.config)
+    if is_square(family, checkpoint.config) and any(
+        f"{writer}.bias" in family.layer or family.optional for writer in family.writers[:1]
+    ):
+        shape = replace(shape, hidden_size=dense.hidden_size).with_groups(dense.num_key_value_heads)
+    generator = torch.Generator().manual_seed(1)
+    whole = open_gates(checkpoint, family, frame, 1)
+    log_alpha = whole.map(
+        lambda value: torch.randn(value.shape[1:], generator=generator).float() + 0.5
+    )
+    is_cut = {
+        "stream_C": shape.hidden_size != dense.hidden_size,
+        "neurons_LF": shape.intermediate_size != dense.intermediate_size,
+        "groups_LG": shape.num_key_value_heads != dense.num_key_value_heads,
+    }
+    log_alpha = Gates(**{n: a for n, a in log_alpha.named().items() if is_cut[n]})
+    learned = learn.Learned(frame, log_alpha, shape, {}, [])
+    columns, stream_gates = learned.stream()
+    winners = learned.winners()
+    _, projection = measure.learned_basis(
+        checkpoint, family, moments, shape, tokens, columns, stream_gates
+    )
+    projection = replace(projection, winners=winners)
+    config = resized_config(family, checkpoint.config, shape)
+    built = plain_groups(checkpoint, family, projection, torch.float64, ON)
+    small = written_model(family, config, built, torch.float64, tmp_path / "small")
+    found = logits_of(stock_model(config, disk_tensors(small, family), exact=True), tokens)
+
+    stream = None
+    if log_alpha.stream_C is not None:
+        kept = mask.winners(log_alpha.stream_C, columns.shape[1])
+        stream = torch.zeros(frame.shape[1], dtype=torch.float64)
+        stream[kept] = stream_gates
+    gates = Gates(stream, winners.neurons_LF, winners.groups_LG)
+    gates = gates.map(lambda value: value.expand(len(tokens), *value.shape))
+    with gated.through(gates) as model:
+        expected = logits_of(model, tokens)
+    soft = [g for g in gates.named().values() if ((g > 0) & (g < 1)).any()]
+    assert len(soft) == sum(is_cut.values())
+    assert relative_error(found, expected) < 1e-10
+
+
+def test_the_refit_keeps_the_winners_of_every_layer(tokens, tmp_path):
+    """At full width the readers' map is the identity, so rows that are kept can be recognised."""
+    _, checkpoint, family, moments, frame = gated_and_checkpoint("llama", tmp_path, tokens)
+    shape = replace(Shape.of(family, checkpoint.config), intermediate_size=24).with_groups(1)
+    generator = torch.Generator().manual_seed(1)
+    log_alpha = Gates(
+        neurons_LF=torch.randn(3, 40, generator=generator),
+        groups_LG=torch.randn(3, 2, generator=generator),
+    )
+    winners = learn.Learned(frame, log_alpha, shape, {}, []).winners()
+    _, projection = measure.learned_basis(
+        checkpoint, family, moments, shape, tokens, torch.eye(48).double(), None
+    )
+    refitter = Refitter(
+        checkpoint, family, shape, replace(projection, winners=winners), torch.float64, ON, "obs",
+        3, 4, [],
+    )  # fmt: skip
+    dense, norm = disk_tensors(checkpoint, family), "post_attention_layernorm.weight"
+    first = next(itertools.islice(refitted_groups(refitter, tokens), 1, None))
+    found = first.tensors["model.layers.0.mlp.gate_proj.weight"]
+    whole = dense["model.layers.0.mlp.gate_proj.weight"] * dense[f"model.layers.0.{norm}"]
+    kept = log_alpha.neurons_LF[0].topk(24).indices.sort().values
+    nearest_rows = torch.cdist(found, whole).argmin(1)
+    assert torch.equal(nearest_rows, kept)
+    group = log_alpha.groups_LG[0].argmax()
+    rows = (
+        dense["model.layers.0.self_attn.k_proj.weight"]
+        * dense["model.layers.0.input_layernorm.weight"]
+    )
+    found = first.tensors["model.layers.0.self_attn.k_proj.weight"]
+    assert relative_error(found, rows[12 * group : 12 * (group + 1)]) < 1e-5
+
+
+@pytest.mark.parametrize("of", COUNTS)
+@pytest.mark.parametrize("variant", list(TINY))
+def test_the_expected_count_is_the_count(variant, of):
+    """At sizes that are whole numbers the polynomial is what a plan counts."""
+    config = tiny_model(variant).config.to_dict()
+    family = FAMILIES[config["model_type"]]
+    for tie in ("keep", "untie"):
+        try:
+            shapes = candidates(family, config, Limits(keep=0.85, of=of, tie=tie))
+        except UserError:
+            continue
+        limits = Limits(keep=0.85, of=of)
+        budget = learn.budget_of(family, config, limits, shapes)
+        dense = cost_of(family, config, budget.dense).of(of)
+        for shape in budget.shapes:
+            sizes = {
+                name: torch.tensor(float(getattr(shape, name)), dtype=torch.float64)
+                for name in ("hidden_size", "intermediate_size", "num_key_value_heads")
+            }
+            counted = cost_of(family, config, shape).of(of) / dense
+            assert budget.cost(sizes).item() == pytest.approx(counted, abs=1e-12)
+
+
+def test_a_mask_chooses_among_shapes_of_one_kind():
+    config = tiny_model("opt").config.to_dict()
+    family = FAMILIES["opt"]
+    shapes = candidates(family, config, Limits(keep=0.85, tie="auto"))
+    found = learnable(family, config, shapes)
+    assert len({shape.tie_word_embeddings for shape in found}) == 1
+    assert len({shape.word_embed_proj_dim for shape in found}) == 1
+    sizes = {"hidden_size": found[-1].hidden_size + 0.3}
+    sizes["intermediate_size"] = found[-1].intermediate_size * 1.01
+    assert nearest(found, sizes) == found[-1]
+
+
+def test_gates_are_what_their_probabilities_say():
+    log_alpha = torch.linspace(-4, 4, 9)
+    uniform = torch.rand(40000, 9, generator=torch.Generator().manual_seed(0))
+    gates = mask.sampled(log_alpha, uniform.clamp(1e-6, 1 - 1e-6))
+    assert gates.min() == 0
+    assert gates.max() == 1
+    opened = (gates > 0).double().mean(0)
+    assert torch.allclose(opened, mask.open_probability(log_alpha).double(), atol=0.01)
+
+
+def test_layers_are_brought_to_the_same_number():
+    uneven = mask.unevenness(torch.tensor([[1.0, 1.0], [0.5, 0.0]]))
+    assert torch.allclose(uneven, torch.tensor([0.375, -0.375]))
+
+
+# --------------------------------------------------------------------------- learning
+
+
+def lesson(tmp_path, tokens, variant="llama", keep=0.6, **changes):
+    """Arguments of `learn.learn` for a tiny model."""
+    model = tiny_model(variant, torch.float32)
+    checkpoint, family = save_model(model, tmp_path / variant), family_of_model(model)
+    on = Execution(torch.device("cpu"), torch.float32)
+    moments, _ = measure.measure_dense(
+        checkpoint, family, tokens, None, "normalised", "readers", on
+    )
+    shapes = candidates(family, checkpoint.config, Limits(keep=keep))
+    budget = learn.budget_of(family, checkpoint.config, Limits(keep=keep), shapes)
+    frame = measure.nested_frame(family, moments, [shape.hidden_size for shape in shapes])
+    return {
+        "dense": checkpoint, "family": family, "folder": tmp_path / variant, "budget": budget,
+        "frame_DC": frame, "tokens": tokens, "batch": 4, "steps": 60, "seed": 0, "on": on,
+        "progress": None, "journal": NOTHING_KEPT,
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["llama", "stablelm", "opt-projected", "gpt-neox"])
+def test_a_mask_comes_down_to_the_budget_in_every_layer(variant, tokens, tmp_path):
+    options = lesson(tmp_path, tokens, variant, keep=0.7, steps=40)
+    learned, budget = learn.learn(**options), options["budget"]
+    opened = learned.log_alpha.map(lambda alpha: mask.open_probability(alpha.double()))
+    for entry in learned.history:
+        assert entry["expected"] == pytest.approx(entry["target"], abs=2e-3)
+    assert learned.history[-1]["target"] == pytest.approx(budget.keep, abs=1e-9)
+    assert budget.keep <= 0.7
+    for open_LU in (opened.neurons_LF, opened.groups_LG):
+        if open_LU is not None:
+            assert mask.unevenness(open_LU).abs().max() < 2e-3
+    _, sizes = budget.violated(opened, 1.0)
+    if budget.square and "num_key_value_heads" in sizes:
+        share = sizes["num_key_value_heads"] / budget.dense.num_key_value_heads
+        width = sizes["hidden_size"] / budget.dense.hidden_size
+        assert share == pytest.approx(width.item(), abs=2e-3)  # groups go in step with the width
+    assert learned.shape in budget.shapes
+
+
+def test_sizes_fixed_by_hand_are_met(tokens, tmp_path):
+    options = lesson(tmp_path, tokens)
+    family, config = options["family"], options["dense"].config
+    limits = Limits(keep=0.8, hidden_size=40, num_key_value_heads=1)
+    budget = learn.budget_of(family, config, limits, candidates(family, config, limits))
+    learned = learn.learn(**options | {"budget": budget, "steps": 30})
+    assert learned.shape.hidden_size == 40
+    assert learned.expected["hidden_size"] == pytest.approx(40, abs=0.1)
+
+
+def test_what_is_at_once_in_memory_does_not_matter(tokens, tmp_path):
+    options = lesson(tmp_path, tokens, steps=3)
+    at_once = learn.learn(**options)
+    one_by_one = learn.learn(**options | {"on": replace(options["on"], batch_tokens=1)})
+    for name, alpha in at_once.log_alpha.named().items():
+        difference = (alpha - one_by_one.log_alpha.named()[name]).abs().max()
+        assert difference < 1e-5 * learn._WAY  # of how far they can move
+
+
+def test_a_resumed_mask_is_the_uninterrupted_one(tokens, tmp_path, monkeypatch):
+    options = lesson(tmp_path, tokens, steps=10)
+    whole = learn.learn(**options)
+
+    def begun():
+        journal = open_journal(tmp_path / "state", {}, options["on"].ranks, lambda line: None)
+        monkeypatch.setattr(type(journal), "due", lambda self: True)
+        return journal
+
+    real, taken = learn._step, []
+
+    def dying(run, step):
+        if step == 6 and len(taken) == 6:
+            raise KeyboardInterrupt
+        taken.append(step)
+        return real(run, step)
+
+    monkeypatch.setattr(learn, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        learn.learn(**options | {"journal": begun()})
+    taken.append(-1)
+    resumed = learn.learn(**options | {"journal": begun()})
+    assert taken == [*range(6), -1, *range(6, 10)]
+    again = learn.learn(**options | {"journal": begun()})  # from what it came to
+    assert len(taken) == 11
+    for found in (resumed, again):
+        assert found.shape == whole.shape
+        assert found.history == whole.history
+        for name, alpha in whole.log_alpha.named().items():
+            assert torch.equal(found.log_alpha.named()[name], alpha)
+
+
+def test_learning_finds_what_is_dead(tokens, tmp_path):
+    """Half of the neurons write nothing: gates on them cost nothing, so they go first."""
+    options = lesson(tmp_path, tokens)
+    model = tiny_model("llama", torch.float32)
+    dead = torch.arange(40) % 2 == 0
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, dead] = 0
+    folder = tmp_path / "dead"
+    checkpoint, family = save_model(model, folder), family_of_model(model)
+    limits = Limits(keep=0.95, hidden_size=48, num_key_value_heads=2, intermediate_size=24)
+    budget = learn.budget_of(
+        family, checkpoint.config, limits, candidates(family, checkpoint.config, limits)
+    )
+    learned = learn.learn(
+        **options | {"dense": checkpoint, "folder": folder, "budget": budget, "steps": 40}
+    )
+    kept = learned.winners().neurons_LF > 0
+    assert learned.shape.intermediate_size == 24
+    assert kept[:, ~dead].all()
+
+
+# --------------------------------------------------------------------------- the whole run
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """The tiny Llama by a learned mask, through everything."""
+    folder = tmp_path_factory.mktemp("mask")
+    save_model(tiny_llama(), folder / "dense", tokenizer=True)
+    settings = settings_for(folder / "dense", folder / "small")
+    compress(settings, QUIET)
+    return folder
+
+
+def tiny_llama():
+    return tiny_model("llama", torch.float32, vocab_size=4096)
+
+
+def settings_for(dense: Path, out: Path, **changes) -> CompressConfig:
+    options = {
+        "keep": 0.85, "out": out, "calib": "stdlib", "samples": 8, "seq_len": 32,
+        "eval_samples": 8, "mask": "learned", "mask_steps": 20, "mask_batch": 4, "device": "cpu",
+        "report": False,
+    } | changes  # fmt: skip
+    return CompressConfig(model=str(dense), **options)
+
+
+def test_the_record_says_what_was_learned(result):
+    record = json.loads((result / "small" / RECORD).read_text())
+    config = json.loads((result / "small" / "config.json").read_text())
+    family = family_of(config)
+    assert count_parameters(family, config) == record["plan"]["parameters"]
+    assert record["plan"]["keep"] <= 0.85
+    assert record["mask"]["history"][-1]["step"] == 20
+    assert record["mask"]["training"]["samples"] == 80
+    assert "--mask learned" in record["command"]
+    expected = record["mask"]["expected"]
+    assert expected["hidden_size"] > 0
+
+
+def test_without_a_refit_the_mask_cuts_by_itself(result, tmp_path):
+    found = compress(
+        settings_for(result / "dense", tmp_path / "plain", refit=False, mask_steps=4), QUIET
+    )
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    sizes = axis_sizes(FAMILIES["llama"], config)
+    assert found.plan.shape.intermediate_size == sizes["intermediate_size"]
+    assert found.fits == []
+
+
+def test_too_little_memory_is_said_before_any_work(result, tmp_path):
+    with pytest.raises(UserError, match="room for the whole dense model for --mask learned"):
+        compress(settings_for(result / "dense", tmp_path / "no", max_memory="cpu=1MB"), QUIET)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mask": "guessed"}, "--mask to be one of closed-form, learned, found 'guessed'"),
+        ({"mask_steps": 0}, "--mask-steps of at least 1, found 0"),
+        ({"mask_batch": -1}, "--mask-batch of at least 1, found -1"),
+    ],
+)
+def test_bad_settings_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        settings_for(Path("x"), Path("y"), **changes)
+
+
+def test_every_family_says_which_writers_are_gated():
+    for variant in TINY:
+        config = tiny_model(variant).config.to_dict()
+        family = FAMILIES[config["model_type"]]
+        from sp3llm.families import groups
+
+        for group in groups(family, config):
+            writers = [writer for writer, _ in gated_writers(family, group)]
+            assert set(writers) <= set(group.writers)
+            assert bool(group.prefix) == bool(writers)
