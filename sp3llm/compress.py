@@ -401,6 +401,9 @@ def _run(
 
     settings, dense, family, on = job.settings, job.dense, job.family, job.on
     calibration, evaluation = _windows(job, journal)
+    lessons = None
+    if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
+        lessons = on.ranks.from_first(lambda: _read_lessons(job, evaluation))
     moments, dense_losses = measure_dense(
         dense,
         family,
@@ -412,8 +415,8 @@ def _run(
         progress,
         journal,
     )
-    if settings.mask == "learned":
-        mask, about_mask = learn_mask(job, moments, evaluation, journal, progress)
+    if lessons is not None:
+        mask, about_mask = learn_mask(job, moments, lessons, journal, progress)
         shape, trials = mask.shape, []
     else:
         mask, about_mask = None, {}
@@ -524,36 +527,20 @@ def choose_shape(
 
 
 def learn_mask(
-    job: Job, moments: "Moments", evaluation: "Windows", journal: "Journal", progress: "Progress"
+    job: Job, moments: "Moments", lessons: "Windows", journal: "Journal", progress: "Progress"
 ) -> "tuple[Learned, dict[str, Any]]":
-    """What gates on the dense model find is to be kept, and what the record says of it.
+    """What gates on the dense model find is to be kept, and what the record says of it."""
+    from sp3llm import learn, measure
 
-    They learn on the training part of the calibration sets.
-    """
-    from sp3llm import data, families, learn, measure
-
-    settings, family, config = job.settings, job.family, job.dense.config
-
-    def read() -> "Windows":
-        return data.training_windows(
-            _calibration_sets(settings),
-            data.load_tokenizer(job.dense.folder),
-            settings.mask_steps * settings.mask_batch,
-            families.window_length(family, config, settings.seq_len),
-            settings.seed,
-            evaluation.documents,
-        )
-
-    windows = job.on.ranks.from_first(read)
-    budget = learn.budget_of(family, config, job.limits, job.shapes)
-    frame_DC = measure.nested_frame(family, moments, [s.hidden_size for s in budget.shapes])
+    settings, family = job.settings, job.family
+    budget = learn.budget_of(family, job.dense.config, job.limits, job.shapes)
     mask = learn.learn(
         job.dense,
         family,
         job.folder,
         budget,
-        frame_DC,
-        windows.tokens,
+        partial(measure.nested_frame, family, moments),
+        lessons.tokens,
         settings.mask_batch,
         settings.mask_steps,
         settings.seed,
@@ -561,7 +548,7 @@ def learn_mask(
         progress,
         journal,
     )
-    return mask, {"mask": {**mask.describe(), "training": windows.describe()}}
+    return mask, {"mask": {**mask.describe(), "training": lessons.describe()}}
 
 
 def final_basis(
@@ -761,6 +748,21 @@ def _read_windows(job: Job) -> "tuple[Windows, Windows]":
             f"tokenizer in '{dense.folder}' belongs to another model."
         )
     return calibration, evaluation
+
+
+def _read_lessons(job: Job, evaluation: "Windows") -> "Windows":
+    """What a mask learns on: the training part of the calibration sets."""
+    from sp3llm import data, families
+
+    settings = job.settings
+    return data.training_windows(
+        _calibration_sets(settings),
+        data.load_tokenizer(job.dense.folder),
+        settings.mask_steps * settings.mask_batch,
+        families.window_length(job.family, job.dense.config, settings.seq_len),
+        settings.seed,
+        evaluation.documents,
+    )
 
 
 def _record(

@@ -43,6 +43,10 @@ class GatedModel:
                 layer.get_submodule(writer).register_forward_pre_hook(gate)
         model.get_submodule(family.final_norm).register_forward_pre_hook(self._stream_gate)
 
+    def turn(self, frame_DC: Tensor) -> None:
+        """Let stream gates be about other coordinates from now on."""
+        self._frame_DC = frame_DC
+
     @contextmanager
     def through(self, gates: Gates) -> Iterator[nn.Module]:
         """The model with these gates for the duration of the block, those of every window by

@@ -7,8 +7,9 @@ The story, top-down:
 2. for some hundred steps, draw the gates, ask the dense model, which is the same one without
    gates, and descend the divergence from it; a Lagrangian keeps what is expected to stay open on
    a target, which falls linearly to the budget, and at the same number in every layer;
-3. take the shape within the budget that is nearest to what stayed open, and the gates that are
-   open most: the winners.
+3. take the shape within the budget that is nearest to what stayed open, and spend the steps that
+   are left at exactly its sizes;
+4. take the gates that are open most: the winners.
 
 The multipliers are solved for in every step and not ascended: within a few hundred steps ascent
 lags, then overshoots, and a model that has lost its sense has no gradient that leads back
@@ -43,10 +44,10 @@ from sp3llm.resume import Journal
 # As a journal knows the steps, and what came out.
 _STEPS, _LEARNED = "mask", "learned"
 # Log-alphas begin where 98 gates of 100 are open, and stay within reach of the other end: in all
-# steps together they can move by _WAY.
+# steps together they could move by _WAY.
 _START, _BOUND, _WAY = 2.5, 4.0, 40.0
-# The target reaches the budget after this part of the steps.
-_FALL = 0.7
+# The target reaches the budget after this part of the steps; then the shape is fixed.
+_FALL = 0.6
 # Corrections after a step, each to first order, until no constraint is violated by more than this.
 _CORRECTIONS, _MET = 20, 1e-3
 # A gradient is kept for as many of a batch's tokens at once as of a streamed batch, by this factor.
@@ -114,7 +115,8 @@ class Budget:
     keep: float
     """Share of the dense count that the largest of them has."""
     cost: Callable[[dict[str, Tensor]], Tensor]
-    """Share of it that expected sizes make, by field of a shape."""
+    """Share of it that expected sizes make, by field of a shape; those of the dense model where
+    none is given."""
     square: bool
     """The width is heads times head size."""
 
@@ -231,7 +233,8 @@ def budget_of(
     values = {point: count(shape_at(point)) / whole for point in _grid(nodes)}
 
     def cost(sizes: dict[str, Tensor]) -> Tensor:
-        return mask.interpolated(nodes, values, [sizes[name] for name in names])
+        whole = {name: torch.tensor(float(getattr(dense, name))) for name in names}
+        return mask.interpolated(nodes, values, [{**whole, **sizes}[name] for name in names])
 
     return Budget(dense, shapes, max(map(count, shapes)) / whole, cost, square)
 
@@ -255,7 +258,7 @@ def learn(
     family: Family,
     folder: Path,
     budget: Budget,
-    frame_DC: Tensor,
+    frame_of: Callable[[list[int]], Tensor],
     tokens: Tensor,
     batch: int,
     steps: int,
@@ -265,7 +268,8 @@ def learn(
     journal: Journal,
 ) -> Learned:
     """Learn a mask on `tokens`, `(windows, tokens)`, in `steps` of `batch` windows over all
-    processes.
+    processes. `frame_of` widths are all coordinates of the stream, `(D, C)`, those first that the
+    narrower of the widths need too.
 
     What `journal` has of it is not done again. Raises UserError if the divergence is no number.
     """
@@ -274,10 +278,12 @@ def learn(
         facts, tensors = dict(before.facts), dict(before.tensors)
         frame_DC = tensors.pop("frame").to(on.device)
         return Learned(frame_DC, Gates(**tensors), Shape(**facts.pop("shape")), **facts)
-    on.ranks.copy_(frame_DC)
-    run = _begin(family, folder, budget, frame_DC, dense.config, tokens, batch, steps, seed, on)
+    run = _begin(dense, family, folder, budget, frame_of, tokens, batch, steps, seed, on, journal)
     bar = None if progress is None else progress.add_task("learned mask", total=steps)
-    for step in range(_restore(run, journal), steps):
+    turn = int(_FALL * steps)
+    for step in range(run.done, steps):
+        if step == turn:
+            run = _at_one_shape(run, frame_of)
         entry = _step(run, step)
         if not math.isfinite(entry["divergence"]):
             raise UserError(
@@ -291,18 +297,15 @@ def learn(
             progress.update(bar, completed=step + 1, description=what)
         if step + 1 < steps and journal.due():
             _save(run, step + 1, journal)
-    opened = run.log_alpha.map(mask.open_probability)
-    _, sizes = budget.violated(_detached(opened), 1.0)
-    expected = {name: round(size.item(), 2) for name, size in sizes.items()}
-    shape = nearest(budget.shapes, expected)
-    log_alpha = _detached(run.log_alpha)
-    facts = {"shape": vars(shape), "expected": expected, "history": run.history}
-    journal.save(_LEARNED, 0, {**log_alpha.named(), "frame": frame_DC}, facts)
+    found = Learned(
+        run.frame_DC, _detached(run.log_alpha), run.budget.shapes[0], run.expected, run.history
+    )
+    facts = {"shape": vars(found.shape), "expected": run.expected, "history": run.history}
+    journal.save(_LEARNED, 0, {**found.log_alpha.named(), "frame": run.frame_DC}, facts)
     journal.drop(_STEPS)
-    history = run.history
     del run
     give_back()
-    return Learned(frame_DC, log_alpha, shape, expected, history)
+    return found
 
 
 @dataclass(frozen=True)
@@ -310,45 +313,112 @@ class _Run:
     """Everything that changes, and what it is changed by."""
 
     gated: GatedModel
+    frame_DC: Tensor
     budget: Budget
     log_alpha: Gates
     optimizer: torch.optim.Adam
+    expected: dict[str, float]
+    """Sizes that were open when the shape was fixed; nothing before."""
     history: list[dict[str, float]]
     tokens: Tensor
     batch: int
     steps: int
     seed: int
     on: Execution
+    done: int = 0
+    """Steps taken by a run before."""
 
 
 def _begin(
+    dense: Checkpoint,
     family: Family,
     folder: Path,
     budget: Budget,
-    frame_DC: Tensor,
-    config: Mapping[str, Any],
+    frame_of: Callable[[list[int]], Tensor],
     tokens: Tensor,
     batch: int,
     steps: int,
     seed: int,
     on: Execution,
+    journal: Journal,
 ) -> _Run:
-    gated = GatedModel(load_frozen(folder, on.dtype, on.device), family, config, frame_DC)
-    layers, dense = len(gated.model.get_submodule(family.layers_module)), budget.dense
+    """All gates open, or as a run before has left them."""
+    before = journal.latest(_STEPS)
+    facts: dict[str, Any] = {"expected": {}, "history": []}
+    if before is None:
+        frame_DC = frame_of([shape.hidden_size for shape in budget.shapes])
+        on.ranks.copy_(frame_DC)
+        log_alpha = _all_at(budget, dense.config, frame_DC, on)
+    else:
+        facts = before.facts
+        if facts["expected"]:
+            budget = replace(budget, shapes=[Shape(**facts["shape"])])
+        kept = {name: t.to(on.device, copy=True) for name, t in before.tensors.items()}
+        frame_DC = kept["frame"]
+        log_alpha = Gates(**{n: kept[n] for n in vars(Gates()) if n in kept})
+    log_alpha = log_alpha.map(torch.Tensor.requires_grad_)
+    optimizer = _optimizer(log_alpha, steps)
+    for name, alpha in log_alpha.named().items() if before else ():
+        moments = {moment: kept[f"{name}.{moment}"] for moment in _MOMENTS}
+        optimizer.state[alpha] = {"step": torch.tensor(float(facts["updates"])), **moments}
+    gated = GatedModel(load_frozen(folder, on.dtype, on.device), family, dense.config, frame_DC)
+    return _Run(
+        gated, frame_DC, budget, log_alpha, optimizer, facts["expected"], facts["history"], tokens,
+        batch, steps, seed, on, before.step if before else 0,
+    )  # fmt: skip
+
+
+def _all_at(
+    budget: Budget,
+    config: Mapping[str, Any],
+    frame_DC: Tensor,
+    on: Execution,
+    start: float = _START,
+) -> Gates:
+    """The same log-alpha for everything that the budget lets go."""
+    dense, layers = budget.dense, config["num_hidden_layers"]
     sizes = {
         "stream_C": budget.varies("hidden_size") and (frame_DC.shape[1],),
         "neurons_LF": budget.varies("intermediate_size") and (layers, dense.intermediate_size),
         "groups_LG": budget.learns_groups() and (layers, dense.num_key_value_heads),
     }
-    log_alpha = Gates(
-        **{
-            name: torch.full(size, _START, device=on.device, requires_grad=True)
-            for name, size in sizes.items()
-            if size
-        }
-    )
-    optimizer = torch.optim.Adam(log_alpha.named().values(), lr=_WAY / steps, betas=(0.9, 0.95))
-    return _Run(gated, budget, log_alpha, optimizer, [], tokens, batch, steps, seed, on)
+    filled = {n: torch.full(size, start, device=on.device) for n, size in sizes.items() if size}
+    return Gates(**filled)
+
+
+def _optimizer(log_alpha: Gates, steps: int) -> torch.optim.Adam:
+    return torch.optim.Adam(log_alpha.named().values(), lr=_WAY / steps, betas=(0.9, 0.95))
+
+
+def _at_one_shape(run: _Run, frame_of: Callable[[list[int]], Tensor]) -> _Run:
+    """Fix the shape nearest to what is open, and start its stream from what its width keeps best.
+
+    Gates of what the shape keeps whole go; of the others those of neurons and groups stay.
+    """
+    opened = run.log_alpha.map(lambda a: mask.open_probability(a.detach().double().cpu()))
+    _, sizes = run.budget.violated(opened, 1.0)
+    expected = {name: round(size.item(), 2) for name, size in sizes.items()}
+    budget = replace(run.budget, shapes=[nearest(run.budget.shapes, expected)])
+    frame_DC, kept = run.frame_DC, run.log_alpha.map(torch.Tensor.detach).named()
+    if budget.varies("hidden_size"):
+        width = budget.shapes[0].hidden_size
+        frame_DC = frame_of([width])
+        run.on.ranks.copy_(frame_DC)
+        first_C = torch.arange(frame_DC.shape[1], device=run.on.device) < width
+        kept["stream_C"] = torch.where(first_C, _BOUND, -_BOUND)
+    else:
+        kept.pop("stream_C", None)
+    if not budget.varies("intermediate_size"):
+        kept.pop("neurons_LF", None)
+    if not budget.learns_groups():
+        kept.pop("groups_LG", None)
+    log_alpha = Gates(**kept).map(torch.Tensor.requires_grad_)
+    run.gated.turn(frame_DC)
+    optimizer = _optimizer(log_alpha, run.steps)
+    return replace(
+        run, frame_DC=frame_DC, budget=budget, log_alpha=log_alpha, optimizer=optimizer,
+        expected=expected,
+    )  # fmt: skip
 
 
 def _step(run: _Run, step: int) -> dict[str, float]:
@@ -380,7 +450,12 @@ def _step(run: _Run, step: int) -> dict[str, float]:
         alpha.grad = torch.zeros_like(alpha) if alpha.grad is None else alpha.grad
     on.ranks.add_(total, *(alpha.grad for alpha in alphas))
 
-    fallen = min(1.0, (step + 1) / (_FALL * run.steps))
+    turn = int(_FALL * run.steps)
+    fallen = min(1.0, (step + 1) / max(1, turn))
+    if step >= turn:  # gates come to rest
+        run.optimizer.param_groups[0]["lr"] = (
+            _WAY / run.steps * (run.steps - step) / (run.steps - turn)
+        )
     _, jacobian_EN, _ = _constraints(run, fallen)
     gradient_N = torch.cat([alpha.grad.flatten() for alpha in alphas]).to(jacobian_EN)
     prices_E = mask.multipliers(jacobian_EN, gradient_N)
@@ -456,21 +531,11 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def _save(run: _Run, step: int, journal: Journal) -> None:
     """Everything that the steps to come depend on."""
-    tensors = {}
+    tensors, updates = {"frame": run.frame_DC}, 0.0
     for name, alpha in run.log_alpha.named().items():
         state = run.optimizer.state[alpha]
         tensors |= {name: alpha.detach(), **{f"{name}.{m}": state[m] for m in _MOMENTS}}
-    journal.save(_STEPS, step, tensors, {"history": run.history})
-
-
-def _restore(run: _Run, journal: Journal) -> int:
-    """Steps that were taken before."""
-    before = journal.latest(_STEPS)
-    if before is None:
-        return 0
-    run.history.extend(before.facts["history"])
-    for name, alpha in run.log_alpha.named().items():
-        alpha.data.copy_(before.tensors[name])
-        moments = {m: before.tensors[f"{name}.{m}"].to(alpha.device, copy=True) for m in _MOMENTS}
-        run.optimizer.state[alpha] = {"step": torch.tensor(float(before.step)), **moments}
-    return before.step
+        updates = state["step"].item()
+    facts = {"expected": run.expected, "history": run.history, "updates": updates}
+    facts["shape"] = vars(run.budget.shapes[0])
+    journal.save(_STEPS, step, tensors, facts)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -256,11 +257,10 @@ def lesson(tmp_path, tokens, variant="llama", keep=0.6, **changes):
     )
     shapes = candidates(family, checkpoint.config, Limits(keep=keep))
     budget = learn.budget_of(family, checkpoint.config, Limits(keep=keep), shapes)
-    frame = measure.nested_frame(family, moments, [shape.hidden_size for shape in shapes])
     return {
         "dense": checkpoint, "family": family, "folder": tmp_path / variant, "budget": budget,
-        "frame_DC": frame, "tokens": tokens, "batch": 4, "steps": 60, "seed": 0, "on": on,
-        "progress": None, "journal": NOTHING_KEPT,
+        "frame_of": partial(measure.nested_frame, family, moments), "tokens": tokens, "batch": 4,
+        "steps": 60, "seed": 0, "on": on, "progress": None, "journal": NOTHING_KEPT,
     } | changes  # fmt: skip
 
 
@@ -271,12 +271,15 @@ def test_a_mask_comes_down_to_the_budget_in_every_layer(variant, tokens, tmp_pat
     opened = learned.log_alpha.map(lambda alpha: mask.open_probability(alpha.double()))
     for entry in learned.history:
         assert entry["expected"] == pytest.approx(entry["target"], abs=2e-3)
-    assert learned.history[-1]["target"] == pytest.approx(budget.keep, abs=1e-9)
+    falling = [entry["target"] for entry in learned.history if entry["step"] <= 24]
+    assert falling[-1] == pytest.approx(budget.keep, abs=1e-9)
     assert budget.keep <= 0.7
     for open_LU in (opened.neurons_LF, opened.groups_LG):
         if open_LU is not None:
             assert mask.unevenness(open_LU).abs().max() < 2e-3
-    _, sizes = budget.violated(opened, 1.0)
+    _, sizes = replace(budget, shapes=[learned.shape]).violated(opened, 1.0)
+    for name, size in sizes.items():  # in the end at exactly the shape's sizes
+        assert size.item() == pytest.approx(getattr(learned.shape, name), rel=2e-3)
     if budget.square and "num_key_value_heads" in sizes:
         share = sizes["num_key_value_heads"] / budget.dense.num_key_value_heads
         width = sizes["hidden_size"] / budget.dense.hidden_size
@@ -291,7 +294,6 @@ def test_sizes_fixed_by_hand_are_met(tokens, tmp_path):
     budget = learn.budget_of(family, config, limits, candidates(family, config, limits))
     learned = learn.learn(**options | {"budget": budget, "steps": 30})
     assert learned.shape.hidden_size == 40
-    assert learned.expected["hidden_size"] == pytest.approx(40, abs=0.1)
 
 
 def test_what_is_at_once_in_memory_does_not_matter(tokens, tmp_path):

@@ -18,7 +18,7 @@ from sp3llm.errors import ResumableError
 from sp3llm.execution import Execution, Ranks
 
 from .conftest import relative_error, save_model, tiny_model
-from .test_resume import FORKS, content, dense, run, run_and_die, settings  # noqa: F401
+from .test_resume import FORKS, content, dense, learned, run, run_and_die, settings  # noqa: F401
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -98,6 +98,19 @@ def test_processes_make_what_one_makes(count, dense, alone, tmp_path):  # noqa: 
     assert found["eigenvalues"] == pytest.approx(expected["eigenvalues"], rel=1e-9)
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
     assert [fit["ridge"] for fit in found["fits"]] == [fit["ridge"] for fit in expected["fits"]]
+
+
+def test_processes_learn_the_mask_that_one_learns(dense, tmp_path):  # noqa: F811
+    alone, out = tmp_path / "alone" / "small", tmp_path / "small"
+    changes = learned(tmp_path, mask_steps=4, mask_batch=6)
+    assert together(1, options_for(dense, alone, **changes)) == [0]
+    assert together(2, options_for(dense, out, **changes)) == [0, 0]
+    found, expected = (json.loads((at / RECORD).read_text()) for at in (out, alone))
+    assert found["plan"] == expected["plan"]
+    # A step moves a log-alpha by 10 here, and by what rounding leaves of a gradient near 0 too.
+    for mine, other in zip(found["mask"]["history"], expected["mask"]["history"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-3)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

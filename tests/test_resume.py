@@ -144,6 +144,30 @@ def test_killed_run_continues_to_the_same_bytes(writes, dense, expected, tmp_pat
     assert finish(options) == expected
 
 
+def learned(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Changes to `settings` for a learned mask, on documents enough to keep some apart."""
+    words, path = random.Random(1), folder / "documents.txt"
+    documents = (
+        " ".join(words.choice(string.ascii_lowercase) * 3 for _ in range(100)) for _ in range(40)
+    )
+    path.write_text("\n\n".join(documents))
+    return {"mask": "learned", "basis": "pca", "calib": str(path), **changes}
+
+
+@pytest.mark.parametrize(
+    "writes", [33, *(pytest.param(n, marks=pytest.mark.slow) for n in (28, 31, 36, 38, 40, 44))]
+)
+def test_learned_mask_killed_continues_to_the_same_bytes(writes, dense, tmp_path):
+    changes = learned(tmp_path, mask_steps=5, mask_batch=2)
+    whole = settings(dense, tmp_path / "whole" / "small", **changes)
+    killed = settings(dense, tmp_path / "killed" / "small", **changes)
+    expected = finish(whole)
+    process = start(run_and_die, killed, writes)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert finish(killed) == expected
+
+
 # Shards of one to three groups each; without the refit there are no streams to go back to.
 @pytest.mark.parametrize(
     ("refit", "writes"),

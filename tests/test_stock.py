@@ -40,6 +40,11 @@ VARIANTS = [
     "mixtral",
     "qwen2-moe",
     "qwen3-moe",
+    "llama-biases learned",
+    "qwen2-tied learned",
+    "stablelm learned",
+    "opt-projected learned",
+    "qwen2-moe learned",
 ]
 # Small OPTs with a vocabulary like this keep little else: heads of 12 do not shrink by eights.
 SETTINGS = {
@@ -87,8 +92,11 @@ for folder in sys.argv[1:]:
 
 def compress_tiny(variant, folder, **settings):
     """A tiny model through the whole pipeline, with the bundled model's vocabulary."""
+    variant, _, mask = variant.partition(" ")
     model = tiny_model(variant, torch.float32, vocab_size=4096)
     save_model(model, folder / "dense", tokenizer=True)
+    if mask:
+        settings = {"mask": mask, "mask_steps": 4, "mask_batch": 2, **settings}
     options = {"samples": 4, "seq_len": 32, "eval_samples": 4, "keep": 0.7, "calib": "stdlib"}
     options["report"] = False  # a second each
     options |= settings
@@ -101,7 +109,7 @@ def outputs(tmp_path_factory):
     """Compressed models, each loaded and run in one fresh process that cannot import sp3llm."""
     folders = {variant: tmp_path_factory.mktemp(variant) for variant in VARIANTS}
     for variant, folder in folders.items():
-        compress_tiny(variant, folder, **SETTINGS.get(variant, {}))
+        compress_tiny(variant, folder, **SETTINGS.get(variant.split()[0], {}))
     small = [str(folder / "small") for folder in folders.values()]
     run = subprocess.run(
         [sys.executable, "-c", LOAD_ELSEWHERE, *small], capture_output=True, text=True
