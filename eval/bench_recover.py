@@ -296,8 +296,9 @@ Machine: {hardware}; torch {first["versions"]["torch"]}, transformers
 tenth of the language-model loss (`lm-150`) a contestant can fall below the dense model on text
 like the training text by learning that text's manner, which is no recovery; `dense-lm-50` shows
 what the dense model itself gains by that loss alone. The columns of other text, which nobody but
-`mix-150` was tuned on, show what carries over. A learned mask's {_LEARNED["mask_steps"]} steps see as many tokens
-as {_LEARNED["mask_steps"]} steps of recovery: compare `learned-150` with `refit-300`.
+`mix-150` was tuned on, show what carries over. A learned mask's {_LEARNED["mask_steps"]} steps see
+as many tokens as {_LEARNED["mask_steps"]} steps of recovery: compare `learned-150` with
+`refit-300`.
 
 {table(records)}
 """

@@ -488,8 +488,8 @@ def _constraints(run: _Run, fallen: float) -> tuple[Tensor, Tensor, float]:
 
 
 def _meet(run: _Run, fallen: float) -> float:
-    """Move the log-alphas, those of undecided gates most, until all constraints are met; the share
-    that is then expected to stay open.
+    """Move the log-alphas until all constraints are met; the share that is then expected to stay
+    open.
     """
     alphas = list(run.log_alpha.named().values())
     for _ in range(_CORRECTIONS):

@@ -89,20 +89,31 @@ def interpolated(
 def multipliers(jacobian_EN: Tensor, gradient_N: Tensor) -> Tensor:
     """Those with which the Lagrangian `f + sum_e l_e v_e` is flattest, `(E,)`.
 
-    `gradient_N` is that of `f`, the rows of `jacobian_EN` are those of constraints `v = 0`. With
-    them the gradient of the Lagrangian is the part of `f`'s that no constraint forbids.
+    `gradient_N` is that of `f`, the rows of `jacobian_EN` are those of constraints `v = 0`. Gates
+    count by what they move, not by its square, or the few that cost much would set the price for
+    all the others.
     """
-    return torch.linalg.solve(_inner(jacobian_EN), -(jacobian_EN @ gradient_N))
+    weighted_EN = _weighted(jacobian_EN)
+    return torch.linalg.solve(_inner(jacobian_EN, weighted_EN), -(weighted_EN @ gradient_N))
 
 
 def correction(jacobian_EN: Tensor, violated_E: Tensor) -> Tensor:
-    """The smallest change that undoes violations, to first order, `(N,)`."""
-    return -jacobian_EN.T @ torch.linalg.solve(_inner(jacobian_EN), violated_E)
+    """A change that undoes violations to first order, `(N,)`: the same for all gates of which a
+    constraint wants the same, whatever each of them costs, as if a threshold were moved.
+    """
+    weighted_EN = _weighted(jacobian_EN)
+    return -weighted_EN.T @ torch.linalg.solve(_inner(jacobian_EN, weighted_EN), violated_E)
 
 
-def _inner(jacobian_EN: Tensor) -> Tensor:
+def _weighted(jacobian_EN: Tensor) -> Tensor:
+    """Every gate's part over the largest it has in a constraint."""
+    largest_N = jacobian_EN.abs().amax(0)
+    return jacobian_EN / largest_N.clamp_min(1e-9 * largest_N.max() + 1e-30)
+
+
+def _inner(jacobian_EN: Tensor, weighted_EN: Tensor) -> Tensor:
     """Products of constraints' gradients; what depends on others, or on nothing, is let be."""
-    inner_EE = jacobian_EN @ jacobian_EN.T
+    inner_EE = jacobian_EN @ weighted_EN.T
     inner_EE.diagonal().add_(1e-9 * inner_EE.diagonal().max() + 1e-30)
     return inner_EE
 

@@ -1,14 +1,19 @@
 """The command line: quick to answer, the same under both names, readable by machines."""
 
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from sp3llm.cli import main
 
+SCRIPTS = sorted((Path(__file__).parent.parent / "eval").glob("*.py"))
+
 HEAVY = """
+import runpy
 import sys
 from sp3llm.cli import main
 try:
@@ -101,3 +106,10 @@ def test_options_that_contradict_each_other_are_refused(words, capsys, tmp_path)
     assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_finds_what_it_imports(script, monkeypatch):
+    """They are run by hand, months apart, while what they import moves."""
+    monkeypatch.syspath_prepend(str(script.parent))
+    runpy.run_path(str(script), run_name="imported")
