@@ -530,15 +530,15 @@ def learn_mask(
     job: Job, moments: "Moments", lessons: "Windows", journal: "Journal", progress: "Progress"
 ) -> "tuple[Learned, dict[str, Any]]":
     """What gates on the dense model find is to be kept, and what the record says of it."""
-    from sp3llm import learn, measure
+    from sp3llm import budget, learn, measure
 
     settings, family = job.settings, job.family
-    budget = learn.budget_of(family, job.dense.config, job.limits, job.shapes)
+    found = budget.budget_of(family, job.dense.config, job.limits, job.shapes)
     mask = learn.learn(
         job.dense,
         family,
         job.folder,
-        budget,
+        found,
         partial(measure.nested_frame, family, moments),
         lessons.tokens,
         settings.mask_batch,

@@ -20,7 +20,7 @@ those of the dense model.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,15 @@ from rich.progress import Progress
 from torch import Tensor
 
 from sp3llm import mask, training
+from sp3llm.budget import Budget
 from sp3llm.checkpoint import Checkpoint
 from sp3llm.distill import divergence
 from sp3llm.errors import UserError
 from sp3llm.execution import Execution, give_back
-from sp3llm.families import Family, is_square
+from sp3llm.families import Family, setting
 from sp3llm.gated import GatedModel, load_frozen
 from sp3llm.mask import Gates
-from sp3llm.plan import Limits, Shape, cost_of, learnable, nearest
+from sp3llm.plan import Shape, nearest
 from sp3llm.project import Winners
 from sp3llm.resume import Journal
 
@@ -103,154 +104,6 @@ class Learned:
             of(self.log_alpha.neurons_LF, self.shape.intermediate_size),
             of(self.log_alpha.groups_LG, self.shape.num_key_value_heads),
         )
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may go, what it counts, and what is demanded of it."""
-
-    dense: Shape
-    shapes: list[Shape]
-    """To choose from in the end."""
-    keep: float
-    """Share of the dense count that the largest of them has."""
-    cost: Callable[[dict[str, Tensor]], Tensor]
-    """Share of it that expected sizes make, by field of a shape; those of the dense model where
-    none is given."""
-    square: bool
-    """The width is heads times head size."""
-
-    def varies(self, name: str) -> bool:
-        """Whether any candidate is smaller there."""
-        return any(getattr(shape, name) != getattr(self.dense, name) for shape in self.shapes)
-
-    def fixed(self, name: str) -> int | None:
-        """The size that all candidates have."""
-        sizes = {getattr(shape, name) for shape in self.shapes}
-        return sizes.pop() if len(sizes) == 1 else None
-
-    def learns_groups(self) -> bool:
-        """Whether KV groups go whole."""
-        return self.varies("num_key_value_heads")
-
-    def target(self, fallen: float) -> float:
-        """What is to be left when the target has `fallen` from all there is to the budget."""
-        # More than 1 where a narrower stream brings projections that the dense model has not.
-        start = self.cost(self._sizes(0.0)).item()
-        if self.is_fixed():
-            return self.cost(self._sizes(fallen)).item()
-        return start + fallen * (self.keep - start)
-
-    def is_fixed(self) -> bool:
-        """Whether there is nothing to trade."""
-        return len(set(self.shapes)) == 1
-
-    def _sizes(self, fallen: float) -> dict[str, Tensor]:
-        """Those of the dense model, on the way to what is fixed."""
-        found = {}
-        for name in _SIZES:
-            whole = getattr(self.dense, name)
-            size = whole + fallen * ((self.fixed(name) or whole) - whole)
-            found[name] = torch.tensor(size, dtype=torch.float64)
-        return found
-
-    def violated(self, opened: Gates, fallen: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is over the target, `(E,)`, and the expected sizes."""
-        dense, sizes = self.dense, {}
-        per_layer = (opened.neurons_LF, opened.groups_LG)
-        if opened.stream_C is not None:
-            # Under LayerNorm the stream has a coordinate more, which no gate is on.
-            missing = dense.hidden_size - len(opened.stream_C)
-            sizes["hidden_size"] = opened.stream_C.sum() + missing
-        for name, open_LU in zip(_UNITS, per_layer, strict=True):
-            if open_LU is not None:
-                sizes[name] = open_LU.sum(1).mean()
-        found = []
-        if not self.is_fixed():
-            found.append((self.cost(sizes) - self.target(fallen))[None])
-        found += [mask.unevenness(open_LU) for open_LU in per_layer if open_LU is not None]
-        for name, size in sizes.items():
-            if self.fixed(name) is not None:
-                over = (size - self._sizes(fallen)[name]) / getattr(dense, name)
-                found.append(over[None])
-        in_step = self.square and self.fixed("num_key_value_heads") is None
-        if in_step and "num_key_value_heads" in sizes:
-            groups = sizes["num_key_value_heads"] / dense.num_key_value_heads
-            found.append((groups - sizes["hidden_size"] / dense.hidden_size)[None])
-        return torch.cat(found), sizes
-
-
-_UNITS = ("intermediate_size", "num_key_value_heads")
-_SIZES = ("hidden_size", *_UNITS)
-
-
-def budget_of(
-    family: Family, config: Mapping[str, Any], limits: Limits, candidates: list[Shape]
-) -> Budget:
-    """What a mask may take of a model, by the candidates of its plan."""
-    shapes, dense = learnable(family, config, candidates), Shape.of(family, config)
-    square = limits.square or is_square(family, config)
-    base = dense if shapes[0].tie_word_embeddings == dense.tie_word_embeddings else dense.untied()
-    if family.projections and base.tie_word_embeddings:
-        base = replace(base, word_embed_proj_dim=shapes[0].word_embed_proj_dim)
-    shrinks = any(shape.head_dim != dense.head_dim for shape in shapes)
-    unit = dense.num_attention_heads
-    if square and not shrinks:  # a width is a number of groups
-        unit = dense.hidden_size // dense.num_key_value_heads
-    names = [
-        name
-        for name in _SIZES
-        if len({getattr(shape, name) for shape in (dense, *shapes)}) > 1
-        and not (square and name == "num_key_value_heads")
-    ]
-    steps = {"hidden_size": unit, "intermediate_size": 1, "num_key_value_heads": 1}
-    # A count is of second degree in the width at most, where heads go with it, of first in others.
-    # The class has projections around a table only where it is not as wide as the stream.
-    table = base.word_embed_proj_dim if base.tie_word_embeddings else None
-    nodes = [
-        _spread(steps[name], getattr(dense, name), table if name == "hidden_size" else None)
-        for name in names
-    ]
-
-    def shape_at(point: tuple[int, ...]) -> Shape:
-        sizes = dict(zip(names, point, strict=True))
-        width = sizes.get("hidden_size", dense.hidden_size)
-        groups = sizes.get("num_key_value_heads", dense.num_key_value_heads)
-        if square and not shrinks:
-            groups = dense.num_key_value_heads * width // dense.hidden_size
-        found = base.with_groups(groups).with_width(width)
-        if shrinks:
-            found = replace(found, head_dim=width // dense.num_attention_heads)
-        if not found.tie_word_embeddings:
-            found = found.untied()
-        ffn = sizes.get("intermediate_size", dense.intermediate_size)
-        return replace(found, intermediate_size=ffn)
-
-    def count(shape: Shape) -> int:
-        return cost_of(family, config, shape, limits.context, limits.itemsize).of(limits.of)
-
-    whole = count(dense)
-    values = {point: count(shape_at(point)) / whole for point in _grid(nodes)}
-
-    def cost(sizes: dict[str, Tensor]) -> Tensor:
-        whole = {name: torch.tensor(float(getattr(dense, name))) for name in names}
-        return mask.interpolated(nodes, values, [{**whole, **sizes}[name] for name in names])
-
-    return Budget(dense, shapes, max(map(count, shapes)) / whole, cost, square)
-
-
-def _spread(step: int, most: int, but: int | None) -> list[int]:
-    """Three sizes up to `most`, or as many as there are, all multiples of `step`, far from one
-    another, none of them `but`.
-    """
-    sizes = [size for size in range(step, most + 1, step) if size != but]
-    return sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
-
-
-def _grid(nodes: list[list[int]]) -> list[tuple[int, ...]]:
-    import itertools
-
-    return list(itertools.product(*nodes))
 
 
 def learn(
@@ -348,7 +201,8 @@ def _begin(
     if before is None:
         frame_DC = frame_of([shape.hidden_size for shape in budget.shapes])
         on.ranks.copy_(frame_DC)
-        log_alpha = _all_at(budget, dense.config, frame_DC, on)
+        layers = setting(family, dense.config, "num_hidden_layers")
+        log_alpha = _all_open(budget, layers, frame_DC)
     else:
         facts = before.facts
         if facts["expected"]:
@@ -368,22 +222,18 @@ def _begin(
     )  # fmt: skip
 
 
-def _all_at(
-    budget: Budget,
-    config: Mapping[str, Any],
-    frame_DC: Tensor,
-    on: Execution,
-    start: float = _START,
-) -> Gates:
-    """The same log-alpha for everything that the budget lets go."""
-    dense, layers = budget.dense, config["num_hidden_layers"]
+def _all_open(budget: Budget, layers: int, frame_DC: Tensor) -> Gates:
+    """Log-alphas of everything that the budget lets go."""
+    dense = budget.dense
     sizes = {
         "stream_C": budget.varies("hidden_size") and (frame_DC.shape[1],),
         "neurons_LF": budget.varies("intermediate_size") and (layers, dense.intermediate_size),
         "groups_LG": budget.learns_groups() and (layers, dense.num_key_value_heads),
     }
-    filled = {n: torch.full(size, start, device=on.device) for n, size in sizes.items() if size}
-    return Gates(**filled)
+    device = frame_DC.device
+    return Gates(
+        **{n: torch.full(size, _START, device=device) for n, size in sizes.items() if size}
+    )
 
 
 def _optimizer(log_alpha: Gates, steps: int) -> torch.optim.Adam:

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from sp3llm import learn, mask, measure
+from sp3llm.budget import budget_of
 from sp3llm.checkpoint import RECORD
 from sp3llm.compress import compress
 from sp3llm.config import COUNTS, CompressConfig
@@ -206,7 +207,7 @@ def test_the_expected_count_is_the_count(variant, of):
         except UserError:
             continue
         limits = Limits(keep=0.85, of=of)
-        budget = learn.budget_of(family, config, limits, shapes)
+        budget = budget_of(family, config, limits, shapes)
         dense = cost_of(family, config, budget.dense).of(of)
         for shape in budget.shapes:
             sizes = {
@@ -256,7 +257,7 @@ def lesson(tmp_path, tokens, variant="llama", keep=0.6, **changes):
         checkpoint, family, tokens, None, "normalised", "readers", on
     )
     shapes = candidates(family, checkpoint.config, Limits(keep=keep))
-    budget = learn.budget_of(family, checkpoint.config, Limits(keep=keep), shapes)
+    budget = budget_of(family, checkpoint.config, Limits(keep=keep), shapes)
     return {
         "dense": checkpoint, "family": family, "folder": tmp_path / variant, "budget": budget,
         "frame_of": partial(measure.nested_frame, family, moments), "tokens": tokens, "batch": 4,
@@ -292,7 +293,7 @@ def test_sizes_fixed_by_hand_are_met(tokens, tmp_path):
     options = lesson(tmp_path, tokens)
     family, config = options["family"], options["dense"].config
     limits = Limits(keep=0.8, hidden_size=40, num_key_value_heads=1)
-    budget = learn.budget_of(family, config, limits, candidates(family, config, limits))
+    budget = budget_of(family, config, limits, candidates(family, config, limits))
     learned = learn.learn(**options | {"budget": budget, "steps": 30})
     assert learned.shape.hidden_size == 40
 
@@ -349,7 +350,7 @@ def test_learning_finds_what_is_dead(tokens, tmp_path):
     folder = tmp_path / "dead"
     checkpoint, family = save_model(model, folder), family_of_model(model)
     limits = Limits(keep=0.95, hidden_size=48, num_key_value_heads=2, intermediate_size=24)
-    budget = learn.budget_of(
+    budget = budget_of(
         family, checkpoint.config, limits, candidates(family, checkpoint.config, limits)
     )
     learned = learn.learn(
