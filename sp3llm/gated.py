@@ -5,8 +5,10 @@ is what gating everything that writes into it comes to; so the model's own weigh
 are, tied ones too, and without gates it is the dense model.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,19 +90,29 @@ def _by_window(x: Tensor, gates: Tensor) -> Tensor:
     return x.reshape(len(gates), -1, x.shape[-1])
 
 
-def load_frozen(folder: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_frozen(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The stock model of a checkpoint, whole, on a device; no dropout, whatever its config says.
 
     On a GPU it keeps no activations of a layer but what enters it.
     """
+    import transformers
     from transformers import AutoModelForCausalLM
 
     from sp3llm.training import training_config
 
+    transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=training_config(folder), dtype=dtype, experts_implementation="eager",
     ).to(device)  # fmt: skip
     if device.type == "cuda":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model.train()
+        run_layers_again(model)
+        return model
     return model.eval()
+
+
+def run_layers_again(model: nn.Module) -> None:
+    """Keep no activations of a layer but what enters it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5 renamed it midway
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # the only mode in which it does; there is no dropout

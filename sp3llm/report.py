@@ -246,6 +246,9 @@ def what_was_done(record: dict[str, Any]) -> str:
             steps.append(what.format(small[key], dense[key]))
     if dense["tie_word_embeddings"] and not small["tie_word_embeddings"]:
         steps.append("the head untied from the embeddings")
+    if "mask" in record:
+        tokens = settings["mask_steps"] * settings["mask_batch"] * settings["seq_len"]
+        steps.append(f"by a mask learned on {tokens:,} tokens")
     if settings["refit"]:
         steps.append("what is left refitted in closed form")
     return ", ".join(steps)

@@ -18,7 +18,7 @@ from sp3llm.config import COUNTS, CompressConfig
 from sp3llm.errors import UserError
 from sp3llm.execution import Execution
 from sp3llm.families import FAMILIES, axis_sizes, count_parameters, family_of, is_square
-from sp3llm.gated import GatedModel
+from sp3llm.gated import GatedModel, run_layers_again
 from sp3llm.mask import Gates
 from sp3llm.plan import Limits, Shape, candidates, cost_of, learnable, nearest, resized_config
 from sp3llm.project import gated_writers
@@ -41,9 +41,9 @@ ON = Execution(torch.device("cpu"), torch.float64)
 QUIET = Console(quiet=True)
 
 
-def gated_and_checkpoint(variant, folder, tokens):
+def gated_and_checkpoint(variant, folder, tokens, **overrides):
     """A tiny model in float64 with gates in it, its checkpoint, moments and frame."""
-    model = tiny_model(variant)
+    model = tiny_model(variant, **overrides)
     checkpoint, family = save_model(model, folder), family_of_model(model)
     stock = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
     moments, _ = measure.measure_dense(
@@ -96,6 +96,28 @@ def test_every_window_has_gates_of_its_own(tokens, tmp_path):
             with gated.through(gates.map(lambda value, row=row: value[row : row + 1])) as model:
                 alone = logits_of(model, tokens[row : row + 1])
             assert relative_error(together[row : row + 1], alone) < 1e-12
+
+
+@pytest.mark.parametrize("variant", ["llama", "opt", "mixtral", "gpt-neox"])
+def test_layers_that_run_again_for_their_gradients_see_the_same_gates(variant, tokens, tmp_path):
+    """On a GPU only what enters a layer is kept."""
+    gated, checkpoint, family, _, frame = gated_and_checkpoint(
+        variant, tmp_path, tokens, dropout=0.0
+    )
+    drawn = open_gates(checkpoint, family, frame, len(tokens), seed=5)
+    found = []
+    for again in (False, True):
+        if again:
+            run_layers_again(gated.model)
+        gates = drawn.map(lambda value: value.clone().requires_grad_())
+        with gated.through(gates) as model:
+            model(input_ids=tokens, use_cache=False).logits.logsumexp(-1).sum().backward()
+        gradients = {name: gate.grad for name, gate in gates.named().items()}
+        found.append({name: grad for name, grad in gradients.items() if grad is not None})
+    assert found[0].keys() == found[1].keys()  # of experts no neurons are gated
+    assert "stream_C" in found[0]
+    for name, gradient in found[0].items():
+        assert torch.allclose(found[1][name], gradient, rtol=1e-9, atol=1e-9)
 
 
 def small_shape(family, config):
@@ -396,6 +418,8 @@ def test_the_record_says_what_was_learned(result):
     assert record["mask"]["history"][-1]["step"] == 20
     assert record["mask"]["training"]["samples"] == 80
     assert "--mask learned" in record["command"]
+    card = (result / "small" / "README.md").read_text()
+    assert "by a mask learned on 2,560 tokens" in " ".join(card.split())
     expected = record["mask"]["expected"]
     assert expected["hidden_size"] > 0
 
