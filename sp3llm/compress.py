@@ -112,21 +112,17 @@ class Job:
     on: "Execution"
 
 
-def compress(settings: CompressConfig, console: "Console") -> Result:
+def compress(settings: CompressConfig, console: "Console") -> Result | None:
     """Run the whole pipeline; the output folder holds the compressed model when it returns.
 
-    What a killed run of the same settings has finished is not done again. Under `accelerate
-    launch` every process calls this, and the first one writes.
+    What a killed run of the same settings has finished is not done again; None where that was the
+    compression itself. Under `accelerate launch` every process calls this, and the first one
+    writes.
 
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
-    import torch
-
     from sp3llm import card, execution, harness, report
-    from sp3llm import checkpoint as disk
-    from sp3llm.resume import open_journal
 
-    started = time.monotonic()
     ranks, device = execution.joined(settings.device)
     job = None
 
@@ -137,6 +133,48 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
     ranks.from_first(look)  # it may download; the others then find everything there
     job = job or _prepared(settings, ranks, device, console)
     out = Path(os.path.abspath(job.out))  # where `.` is when it has been replaced
+    result = None
+    if ranks.from_first(lambda: _is_being_recovered(job)):
+        console.print(f"'{job.out}' is compressed; going on with its recovery.", markup=False)
+        tokens = ranks.from_first(lambda: _read_windows(job))[1].tokens
+    else:
+        result, record, job = _compressed(job, console)
+        tokens = result.evaluation.tokens
+        console.print(report.closing_table(record))
+        if ranks.is_first:
+            _write_page(job, out, tokens, record, console)
+        console.print(report.next_steps(result, settings.report), highlight=False, markup=False)
+        ranks.from_first(lambda: None)  # the result has its final name when the others go on
+    if settings.recover_steps:
+        _recover(job, ranks.from_first(lambda: read_record(out)), console)
+    if settings.score:
+        harness.score_compressed(settings, out, console)
+    if (settings.recover_steps or settings.score) and ranks.is_first:
+        record = read_record(out)
+        card.write_card(out, record, job.folder)
+        _write_page(job, out, tokens, record, console)
+    return result
+
+
+def _is_being_recovered(job: Job) -> bool:
+    """Whether this very command has compressed the model before and was killed in its recovery."""
+    from sp3llm.training import work_folder
+
+    if not job.settings.recover_steps or job.settings.fresh or not work_folder(job.out).is_dir():
+        return False
+    record = read_record(job.out) if (job.out / RECORD).is_file() else {}
+    return record.get("command") == _command(job.settings) and "recoveries" not in record
+
+
+def _compressed(job: Job, console: "Console") -> tuple[Result, dict[str, Any], Job]:
+    """All stages, as often as memory asks for; with the record, and the job as it ran at last."""
+    import torch
+
+    from sp3llm import checkpoint as disk
+    from sp3llm import report
+    from sp3llm.resume import open_journal
+
+    started, settings, ranks = time.monotonic(), job.settings, job.on.ranks
     with disk.run_folder(job.out, settings.fresh, ranks) as folder:
         journal = open_journal(
             folder / f"state-{ranks.index}",
@@ -158,24 +196,11 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
                     job = replace(job, on=_halved(job, journal))
         journal.save(_FINISHED, 0)
         ranks.gathered(None)  # the first process clears up when all have come here
-    console.print(report.closing_table(record))
-    if ranks.is_first:
-        _write_page(job, out, result, record, console)
-    console.print(report.next_steps(result, settings.report), highlight=False, markup=False)
-    ranks.from_first(lambda: None)  # the result has its final name when the others go on
-    if settings.recover_steps:
-        _recover(settings, result, console)
-    if settings.score:
-        harness.score_compressed(settings, out, console)
-    if (settings.recover_steps or settings.score) and ranks.is_first:
-        record = read_record(out)
-        card.write_card(out, record, job.folder)
-        _write_page(job, out, result, record, console)
-    return result
+    return result, record, job
 
 
 def _write_page(
-    job: Job, out: Path, result: Result, record: dict[str, Any], console: "Console"
+    job: Job, out: Path, tokens: "Tensor", record: dict[str, Any], console: "Console"
 ) -> None:
     """Write report.html into the result, with samples where memory holds the dense model."""
     from sp3llm import page, samples
@@ -187,24 +212,25 @@ def _write_page(
             console,
             str(job.on.device),
             dense=job.folder,
-            tokens=result.evaluation.tokens,
+            tokens=tokens,
         )
         page.write_page(out, record, why)
 
 
-def _recover(settings: CompressConfig, result: Result, console: "Console") -> None:
+def _recover(job: Job, record: Mapping[str, Any], console: "Console") -> None:
     """Tune the result; what is tuned takes its place when it is whole."""
     import torch
 
     from sp3llm.recover import recover
     from sp3llm.source import bundled_model
 
+    settings = job.settings
     recovery = RecoverConfig(
-        model=str(result.out),
+        model=str(job.out),
         teacher=settings.model or str(bundled_model()),
-        out=result.out,
-        train=",".join(result.calibration.sources),
-        eval_text=",".join(result.evaluation.sources),
+        out=job.out,
+        train=",".join(record["calibration"]["sources"]),
+        eval_text=",".join(record["evaluation"]["sources"]),
         eval_samples=settings.eval_samples,
         steps=settings.recover_steps,
         seq_len=settings.seq_len,
@@ -215,7 +241,7 @@ def _recover(settings: CompressConfig, result: Result, console: "Console") -> No
         recover(recovery, console)
     except (UserError, torch.OutOfMemoryError) as error:
         raise UserError(
-            f"The compressed model in '{result.out}' stands, but its recovery did not begin or end "
+            f"The compressed model in '{job.out}' stands, but its recovery did not begin or end "
             f"(mend it and use `sp3llm recover`): {reason(error, 600)}."
         ) from error
 

@@ -345,6 +345,39 @@ def test_compress_can_recover_right_away(pairs, texts, tmp_path, capsys):
     assert not training.work_folder(out).exists()
 
 
+def test_a_kill_while_compress_recovers_costs_the_recovery_only(
+    pairs, texts, tmp_path, monkeypatch, capsys
+):
+    dense, _ = pairs("llama")
+
+    def words(out):
+        found = [str(dense), "--keep", "0.85", "--out", str(out), "--calib", texts["train"]]
+        found += ["--eval-text", texts["eval_text"], "--samples", "8", "--seq-len", "32"]
+        return ["compress", *found, "--allocate", "width", "--recover-steps", "4"]
+
+    main(words(tmp_path / "whole"))
+    step = recover._step
+
+    def killed(lesson, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(lesson, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recover, "_step", killed)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            main(words(tmp_path / "killed"))
+    capsys.readouterr()
+    main(words(tmp_path / "killed"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is compressed; going on with its recovery. " in said
+    assert "second moments" not in said
+    for name in ("model.safetensors", "config.json"):
+        expected = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == expected
+    assert json.loads((tmp_path / "killed" / RECORD).read_text())["recoveries"][0]["steps"] == 4
+
+
 def test_a_recovery_that_fails_leaves_what_was_compressed(pairs, tmp_path, capsys):
     dense, _ = pairs("llama")
     text = write_texts(tmp_path / "short.jsonl", 4, 5)  # none of it is kept for stopping
