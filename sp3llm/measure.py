@@ -20,6 +20,8 @@ from sp3llm.moments import (
     mean_free_frame,
     metric_basis,
     normalise,
+    spread_mean_free_frame,
+    spreading_turn,
     tied_rotation,
     widen,
 )
@@ -462,6 +464,7 @@ def measure_losses(
     on: Execution,
     progress: Progress | None = None,
     journal: Journal = NOTHING_KEPT,
+    what: str = "compressed model, perplexity",
 ) -> Tensor:
     """Token losses of a checkpoint, streamed: `(windows, tokens - 1)`, float64, nats."""
     model = empty_model(checkpoint.config)
@@ -472,7 +475,7 @@ def measure_losses(
     start, saved = (0, None) if before is None else (before.step, before.tensors["stream"])
     stream = open_stream(model, family, checkpoint.read(embeddings.parameters), own, on, saved)
     sources = ahead(layers[start:], lambda group: checkpoint.read(group.parameters), on, start)
-    bar = tracked(progress, "compressed model, perplexity", sources, start, len(layers))
+    bar = tracked(progress, what, sources, start, len(layers))
     for index, (_, tensors) in enumerate(bar, start):
         run_layer(model, family, index, tensors, [(stream, {})], on.turn(index))
         if journal.due():
@@ -482,13 +485,21 @@ def measure_losses(
 
 
 def choose_basis(
-    dense: Checkpoint, family: Family, moments: Moments, shape: Shape, tokens: Tensor | None = None
+    dense: Checkpoint,
+    family: Family,
+    moments: Moments,
+    shape: Shape,
+    tokens: Tensor | None = None,
+    turn: str = "none",
 ) -> tuple[Tensor, Projection]:
     """The global basis: top principal components, or the projector of that rank that costs least.
 
     Under LayerNorm it is taken in the mean-free frame and turned into another one (DESIGN 3.4).
     For tied models without projections it is turned so that the tie holds (3.5); where embeddings
     keep a width of their own, a narrower one gets a basis from the calibration `tokens`.
+
+    `turn` is one of `config.TURNS`: where no tie fixes the rotation inside the subspace, `hadamard`
+    spreads the energy over the kept channels (3.11).
 
     Returns all eigenvalues of the summed moments, falling, and the projection.
     """
@@ -506,7 +517,10 @@ def choose_basis(
     if metrics_DD:
         basis_DK = metric_basis(sites_DD, metrics_DD, vectors_DD, kept)
     if family.centred:
-        basis_DK = frame_DF @ basis_DK @ mean_free_frame(shape.hidden_size, device).T
+        new_frame = spread_mean_free_frame if turn == "hadamard" else mean_free_frame
+        basis_DK = frame_DF @ basis_DK @ new_frame(shape.hidden_size, device).T
+    elif turn == "hadamard":
+        basis_DK = basis_DK @ spreading_turn(kept, device)
     narrowing = narrowing_of(dense, family, moments, shape)
     tied_scale_K, embedding_EJ = None, None
     if shape.tie_word_embeddings and family.projections is None:
