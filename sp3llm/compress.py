@@ -12,7 +12,7 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
    form, write it;
 7. stream the result over the held-out text for the perplexity after;
 8. with `--recover-steps`, tune it against the dense model; with `--score`, score both on tasks of
-   lm-eval.
+   lm-eval; with `--quantize`, write it in few bits too.
 
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
 """
@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.config import CompressConfig, RecoverConfig
+from sp3llm.config import CompressConfig, QuantizeConfig, RecoverConfig
 from sp3llm.errors import ResumableError, UserError, reason
 from sp3llm.record import RECORD, read_record
 
@@ -167,6 +167,8 @@ def compress(settings: CompressConfig, console: "Console") -> Result:
         record = read_record(out)
         card.write_card(out, record, job.folder)
         _write_page(job, out, result, record, console)
+    if settings.quantize and ranks.is_first:
+        _quantize(settings, out, console)
     return result
 
 
@@ -216,12 +218,30 @@ def _recover(settings: CompressConfig, result: Result, console: "Console") -> No
         ) from error
 
 
+def _quantize(settings: CompressConfig, out: Path, console: "Console") -> None:
+    """Write the result in few bits too, beside itself."""
+    import torch
+
+    from sp3llm.quantize import quantize
+    from sp3llm.source import bundled_model
+
+    dense = settings.model or str(bundled_model())
+    quantization = QuantizeConfig(str(out), settings.quantize or "", dense, device=settings.device)
+    try:
+        quantize(quantization, console)
+    except (UserError, torch.OutOfMemoryError) as error:
+        raise UserError(
+            f"The compressed model in '{out}' stands, but was not quantized (mend it and use "
+            f"`sp3llm quantize`): {reason(error, 600)}."
+        ) from error
+
+
 def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
     """Find the model and everything that could be wrong, before any work."""
     import torch
 
     from sp3llm import checkpoint as disk
-    from sp3llm import execution, families, harness, source
+    from sp3llm import execution, families, harness, quantize, source
     from sp3llm.plan import candidates, limits_of, plan_of
     from sp3llm.rebuild import held_back_from
     from sp3llm.stream import empty_model
@@ -243,6 +263,12 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
         )
     if not settings.refit:
         shapes = shapes[:1]  # there are no trials to choose by
+    fixed = family.projections is None and any(shape.tie_word_embeddings for shape in shapes)
+    if settings.turn != "none" and fixed:
+        raise UserError(
+            f"Expected --turn none where '{name}' keeps its embeddings tied, which fixes the "
+            f"rotation, found {settings.turn}: leave it out, or add --tie untie."
+        )
 
     out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
     disk.check_output(out)
@@ -261,6 +287,8 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
     empty_model(dense.config)  # refuses a config that transformers rejects, before any work
     if settings.score:
         harness.check_scoring(settings)
+    if settings.quantize:
+        quantize.check_before(settings.quantize, on.device, family, dense.config, shapes, out)
     return Job(settings, folder, name, dense, family, dense_dtype, dtype, limits, shapes, out, on)
 
 
@@ -483,7 +511,8 @@ def choose_shape(
             if moments.heads:  # the projection cuts heads too
                 widths += (shape.num_key_value_heads, shape.head_dim)
             if widths not in projections:
-                found = choose_basis(job.dense, job.family, moments, shape, tokens)
+                turn = job.settings.turn
+                found = choose_basis(job.dense, job.family, moments, shape, tokens, turn)
                 projections[widths] = _same_for_all(job, found)[1]
             refitter = _refitter(job, shape, projections[widths], held_from, unseen_from)
             known[shape] = trial_loss(refitter, few)
@@ -518,7 +547,7 @@ def final_basis(
         narrowing = narrowing_of(job.dense, job.family, moments, shape)
         return eigenvalues, Projection(**found, narrowing=narrowing)
     eigenvalues, projection = _same_for_all(
-        job, choose_basis(job.dense, job.family, moments, shape, tokens)
+        job, choose_basis(job.dense, job.family, moments, shape, tokens, job.settings.turn)
     )
     parts = {name: t for name, t in vars(projection).items() if name != "narrowing"}
     named = {name: t for name, t in parts.items() if t is not None}

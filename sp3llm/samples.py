@@ -94,8 +94,8 @@ def held_out_tokens(record: dict[str, Any], folder: Path) -> "Tensor":
     if evaluation.sha256 != record["evaluation"]["sha256"]:
         raise UserError(
             f"The held-out text '{settings['eval_text']}' is not what it was when the model was "
-            "compressed (its files changed, or for stdlib the Python): run sp3llm report where it "
-            "is the same."
+            "compressed (its files changed, or for stdlib the Python): run the same command "
+            "where it is the same."
         )
     return evaluation.tokens
 
