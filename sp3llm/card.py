@@ -157,9 +157,9 @@ def _quantization(record: dict[str, Any]) -> str:
     entry = record["quantization"]
     return (
         f"\n## Quantized\n\nThe weights in this folder are in {entry['bits']}, as bitsandbytes has "
-        "it; loading them needs `pip install bitsandbytes`. Embeddings, head, norms and experts are "
-        "as they were. All four models on the same held-out tokens, errors paired over windows:\n\n"
-        f"{_table(table)}\n\n    {entry['command']}\n"
+        "it; loading them needs `pip install bitsandbytes`. Embeddings, head, norms and experts "
+        "are as they were. All four models on the same held-out tokens, errors paired over "
+        f"windows:\n\n{_table(table)}\n\n    {entry['command']}\n"
     )
 
 

@@ -234,6 +234,16 @@ def test_what_was_measured_on_other_weights_is_dropped(folder_of, tmp_path):
     assert found["perplexity"] == record["perplexity"]
 
 
+def test_report_shows_a_quantized_model_with_samples(folder_of, tmp_path):
+    folder = tmp_path / "small-int8"
+    shutil.copytree(folder_of("llama", "int8") / "small-int8", folder)
+    main(["report", str(folder), "--device", "cpu"])
+    page = (folder / "report.html").read_text()
+    assert "dense int8" in page
+    assert "samples" in json.loads((folder / RECORD).read_text())
+    assert "## Quantized" in (folder / "README.md").read_text()
+
+
 # --------------------------------------------------------------------------- any width
 
 
