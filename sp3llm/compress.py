@@ -223,10 +223,8 @@ def _quantize(settings: CompressConfig, out: Path, console: "Console") -> None:
     import torch
 
     from sp3llm.quantize import quantize
-    from sp3llm.source import bundled_model
 
-    dense = settings.model or str(bundled_model())
-    quantization = QuantizeConfig(str(out), settings.quantize or "", dense, device=settings.device)
+    quantization = QuantizeConfig(str(out), settings.quantize or "", device=settings.device)
     try:
         quantize(quantization, console)
     except (UserError, torch.OutOfMemoryError) as error:

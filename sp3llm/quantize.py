@@ -98,7 +98,10 @@ def quantize(settings: QuantizeConfig, console: "Console") -> dict[str, Any]:
     on = execution(settings.device, dtype)
     if on.device.type == "cpu":
         bits.check_widths(settings.to, small.linear(), f"'{small.name}'")
-    out = settings.out or quantized_folder(small.checkpoint.folder, settings.to)
+    folder = Path(settings.model)
+    if not folder.is_dir():  # one of the hub, which has no place to stand beside
+        folder = Path(folder.name)
+    out = settings.out or quantized_folder(folder, settings.to)
     _check_output(out, settings.to, small, dense)
     tokens = samples.held_out_tokens(record, small.checkpoint.folder)
     with disk.output_folder(out) as partial, report.progress_bars(console) as progress:
