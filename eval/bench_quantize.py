@@ -94,7 +94,8 @@ def losses(record: dict, model: str) -> torch.Tensor:
 
 def shown(found: dict | Excess) -> str:
     found = found if isinstance(found, dict) else found.describe()
-    return f"{found['mean']:.4f} ± {found['paired_standard_error']:.4f}"
+    mean = round(found["mean"], 4) + 0.0  # no -0.0000
+    return f"{mean:.4f} ± {found['paired_standard_error']:.4f}"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

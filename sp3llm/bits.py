@@ -1,9 +1,10 @@
 """Weights in few bits, as bitsandbytes holds them: what it takes, and what it gets wrong.
 
 Its nf4 keeps a scale for every 64 neighbouring weights, counted through the whole matrix. Kernels
-for GPUs take any width. Those for CPUs take rows of whole blocks only: the one for AVX512-BF16
-fails elsewhere (and wants outputs in 32s), the others dequantize wrongly without a word: an error
-of 0.25 of a random matrix with rows of 688, where nf4 costs 0.09 (bitsandbytes 0.50.2).
+for CPUs take rows of whole blocks only: the one for AVX512-BF16 fails elsewhere (and wants outputs
+in 32s), the others dequantize wrongly without a word: an error of 0.25 of a random matrix with rows
+of 688, where nf4 costs 0.09 (bitsandbytes 0.50.2). Those for GPUs are written for any width; they
+were not run here.
 """
 
 import importlib.util
