@@ -226,7 +226,8 @@ def draw(records: list[dict], path: Path) -> None:
 
 def write(records: list[dict], seed: int) -> None:
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "quantize.json").write_text(json.dumps(records, indent=1) + "\n")
+    lines = ",\n".join(map(json.dumps, records))  # one a contestant: window losses are many
+    (RESULTS / "quantize.json").write_text(f"[\n{lines}\n]\n")
     draw(records, RESULTS / "quantize.png")
     first = records[0]
     evaluated, calibrated = first["evaluation"], first["calibration"]
