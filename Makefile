@@ -17,7 +17,7 @@ install: $(VENV)/installed
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eval,recover]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eval,recover,quantize]'
 	touch $@
 
 demo: install

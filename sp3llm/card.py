@@ -6,6 +6,7 @@ from typing import Any
 
 from sp3llm.report import (
     part_rows,
+    quantization_rows,
     recovery_rows,
     rows,
     score_rows,
@@ -68,7 +69,7 @@ def model_card(record: dict[str, Any], carried: dict[str, Any]) -> str:
         base_model=record["base_model"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["sp3llm", "pruned"],
+        tags=["sp3llm", "pruned", *(["bitsandbytes"] if "quantization" in record else [])],
         datasets=_datasets(calibration["sources"]) or None,
     )
     licence = carried.get("license_name") or carried.get("license")
@@ -99,7 +100,7 @@ Perplexity on {evaluation["samples"] * evaluation["seq_len"]:,} tokens of held-o
 {evaluation["samples"]} windows. Calibrated on {calibration["samples"]} windows of
 {calibration["seq_len"]} tokens from {", ".join(calibration["sources"])}. Everything needed to
 repeat it is in `sp3llm.json`.
-{_parts(record)}{_recovery(record)}{_scores(record)}{_speed(record)}
+{_parts(record)}{_recovery(record)}{_quantization(record)}{_scores(record)}{_speed(record)}
 ## How it was made
 
     {record["command"]}
@@ -146,6 +147,19 @@ def _recovery(record: dict[str, Any]) -> str:
         f"\n## Recovered\n\nTuned afterwards by distillation from "
         f"{latest['settings']['teacher']}, {latest['steps']} steps.\n\n{_table(table)}\n\n"
         f"    {latest['command']}\n"
+    )
+
+
+def _quantization(record: dict[str, Any]) -> str:
+    table = quantization_rows(record)
+    if not table:
+        return ""
+    entry = record["quantization"]
+    return (
+        f"\n## Quantized\n\nThe weights in this folder are in {entry['bits']}, as bitsandbytes has "
+        "it; loading them needs `pip install bitsandbytes`. Embeddings, head, norms and experts "
+        "are as they were. All four models on the same held-out tokens, errors paired over "
+        f"windows:\n\n{_table(table)}\n\n    {entry['command']}\n"
     )
 
 

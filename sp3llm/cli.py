@@ -11,6 +11,7 @@ from sp3llm import __version__
 from sp3llm.config import (
     ALLOCATIONS,
     BASES,
+    BITS,
     CHOICES,
     COUNTS,
     DTYPES,
@@ -21,8 +22,10 @@ from sp3llm.config import (
     TEACHER_DTYPES,
     TIES,
     TRACKERS,
+    TURNS,
     BenchConfig,
     CompressConfig,
+    QuantizeConfig,
     RecoverConfig,
     ScoreConfig,
 )
@@ -119,6 +122,15 @@ def parser(prog: str = "sp3llm") -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    add_quantize(
+        commands.add_parser(
+            "quantize",
+            help="write a compressed model in int8 or nf4, beside the dense one in as many bits",
+            description="Write a compressed model in few bits with bitsandbytes, beside the one in "
+            "full precision, and measure the perplexity of both and of the dense model, in full "
+            "precision and quantized alike.",
+        )
+    )
     return top
 
 
@@ -156,6 +168,8 @@ def add_compress(add: argparse.ArgumentParser) -> None:
          "or by their own energy"),
         ("mask", MASKS, "who decides what is kept: trial refits and moments, or gates that learn "
          "it against the dense model, which memory must hold whole"),
+        ("turn", TURNS, "how the kept basis is turned, where no tie fixes it: hadamard spreads the "
+         "energy over the channels, for quantizers"),
     ):  # fmt: skip
         value = getattr(default, option)
         add.add_argument(
@@ -225,6 +239,30 @@ def add_compress(add: argparse.ArgumentParser) -> None:
         help="at the end, score result and dense model on these tasks or presets, as sp3llm score "
         "does",
     )
+    add.add_argument(
+        "--quantize",
+        metavar="BITS",
+        help=f"write the result in {' or '.join(BITS)} too, into <out>-<bits>, as sp3llm quantize "
+        "does",
+    )
+
+
+def add_quantize(add: argparse.ArgumentParser) -> None:
+    """The options of `sp3llm quantize`."""
+    add.add_argument("model", help="the compressed model: a folder or a hub id")
+    add.add_argument(
+        "--to", required=True, metavar="BITS", help=f"{' or '.join(BITS)}; on a CPU nf4 wants "
+        "widths in multiples of 64",
+    )  # fmt: skip
+    add.add_argument(
+        "--dense",
+        metavar="MODEL",
+        help="the dense model to quantize alike (default: the one that the record of MODEL names)",
+    )
+    add.add_argument(
+        "--out", type=Path, metavar="DIR", help="output folder (default: <model>-<bits>, beside it)"
+    )
+    add.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
 
 
 def add_score(add: argparse.ArgumentParser) -> None:
@@ -538,6 +576,7 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
             "score": ScoreConfig,
             "bench": BenchConfig,
             "recover": RecoverConfig,
+            "quantize": QuantizeConfig,
             "report": dict,
         }
         settings = kinds.get(command, CompressConfig)(**options)
@@ -554,6 +593,8 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
             _run_score(settings)
         elif command == "bench":
             _run_bench(settings)
+        elif command == "quantize":
+            _run_quantize(settings)
         elif command == "report":
             _run_report(**settings)
         else:
@@ -661,6 +702,26 @@ def _run_recover(settings: RecoverConfig) -> None:
         raise UserError(
             "The GPU ran out of memory: use --gradient-checkpointing, a smaller --micro-batch or "
             "--seq-len, --lora, or --teacher-dtype nf4; the same command then begins anew."
+        ) from error
+
+
+def _run_quantize(settings: QuantizeConfig) -> None:
+    from rich.console import Console
+
+    console = Console()
+    with console.status("importing torch and transformers"):
+        import torch
+        import transformers
+
+        from sp3llm.quantize import quantize
+
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        quantize(settings, console)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The GPU ran out of memory, which holds the quantized dense model whole: close what "
+            "else uses it, or use --device cpu."
         ) from error
 
 

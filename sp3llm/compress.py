@@ -13,7 +13,7 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
    form, write it;
 7. stream the result over the held-out text for the perplexity after;
 8. with `--recover-steps`, tune it against the dense model; with `--score`, score both on tasks of
-   lm-eval.
+   lm-eval; with `--quantize`, write it in few bits too.
 
 `python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
 """
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.config import CompressConfig, RecoverConfig
+from sp3llm.config import CompressConfig, QuantizeConfig, RecoverConfig
 from sp3llm.errors import ResumableError, UserError, reason
 from sp3llm.record import RECORD, read_record
 
@@ -153,6 +153,8 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
         record = read_record(out)
         card.write_card(out, record, job.folder)
         _write_page(job, out, tokens, record, console)
+    if settings.quantize and ranks.is_first:
+        _quantize(settings, out, console)
     return result
 
 
@@ -246,12 +248,28 @@ def _recover(job: Job, record: Mapping[str, Any], console: "Console") -> None:
         ) from error
 
 
+def _quantize(settings: CompressConfig, out: Path, console: "Console") -> None:
+    """Write the result in few bits too, beside itself."""
+    import torch
+
+    from sp3llm.quantize import quantize
+
+    quantization = QuantizeConfig(str(out), settings.quantize or "", device=settings.device)
+    try:
+        quantize(quantization, console)
+    except (UserError, torch.OutOfMemoryError) as error:
+        raise UserError(
+            f"The compressed model in '{out}' stands, but was not quantized (mend it and use "
+            f"`sp3llm quantize`): {reason(error, 600)}."
+        ) from error
+
+
 def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
     """Find the model and everything that could be wrong, before any work."""
     import torch
 
     from sp3llm import checkpoint as disk
-    from sp3llm import execution, families, harness, report, source
+    from sp3llm import execution, families, harness, quantize, report, source
     from sp3llm.plan import candidates, limits_of, plan_of
     from sp3llm.rebuild import held_back_from
     from sp3llm.stream import empty_model
@@ -274,6 +292,12 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
     learned = settings.mask == "learned"
     if not settings.refit and not learned:
         shapes = shapes[:1]  # there are no trials to choose by
+    fixed = family.projections is None and any(shape.tie_word_embeddings for shape in shapes)
+    if settings.turn != "none" and fixed:
+        raise UserError(
+            f"Expected --turn none where '{name}' keeps its embeddings tied, which fixes the "
+            f"rotation, found {settings.turn}: leave it out, or add --tie untie."
+        )
 
     out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
     disk.check_output(out)
@@ -301,6 +325,8 @@ def _prepared(settings: CompressConfig, ranks: "Ranks", device: str, console: "C
             )
     if settings.score:
         harness.check_scoring(settings)
+    if settings.quantize:
+        quantize.check_before(settings.quantize, on.device, family, dense.config, shapes, out)
     return Job(settings, folder, name, dense, family, dense_dtype, dtype, limits, shapes, out, on)
 
 
@@ -532,7 +558,8 @@ def choose_shape(
             if moments.heads:  # the projection cuts heads too
                 widths += (shape.num_key_value_heads, shape.head_dim)
             if widths not in projections:
-                found = choose_basis(job.dense, job.family, moments, shape, tokens)
+                turn = job.settings.turn
+                found = choose_basis(job.dense, job.family, moments, shape, tokens, turn)
                 projections[widths] = _same_for_all(job, found)[1]
             refitter = _refitter(job, shape, projections[widths], held_from, unseen_from)
             known[shape] = trial_loss(refitter, few)
@@ -599,10 +626,11 @@ def final_basis(
         eigenvalues = found.pop("eigenvalues")
         narrowing = narrowing_of(job.dense, job.family, moments, shape)
         return eigenvalues, Projection(**found, narrowing=narrowing, winners=winners)
+    turn = job.settings.turn
     if mask is None:
-        found = choose_basis(job.dense, job.family, moments, shape, tokens)
+        found = choose_basis(job.dense, job.family, moments, shape, tokens, turn)
     else:
-        found = learned_basis(job.dense, job.family, moments, shape, tokens, *mask.stream())
+        found = learned_basis(job.dense, job.family, moments, shape, tokens, *mask.stream(), turn)
     eigenvalues, projection = _same_for_all(job, found)
     projection = replace(projection, winners=winners)
     named = {name: t for name, t in projection.tensors().items() if t is not None}

@@ -14,6 +14,8 @@ ALLOCATIONS = ("search", "width")
 COUNTS = ("params", "bytes", "flops", "kv-cache")
 CHOICES = ("obs", "energy")
 MASKS = ("closed-form", "learned")
+TURNS = ("none", "hadamard")
+BITS = ("int8", "nf4")
 TIES = ("auto", "keep", "untie")
 STREAMS = ("auto", "gpu", "host", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -25,7 +27,7 @@ TRACKERS = ("tensorboard", "wandb")
 # Where things are computed and put, not what.
 _NOT_OF_RESULT = (
     *("out", "streams", "max_memory", "batch_tokens", "fresh"),
-    *("recover_steps", "score", "report"),
+    *("recover_steps", "score", "quantize", "report"),
 )
 
 
@@ -67,6 +69,9 @@ class CompressConfig:
     basis: str = "gradient"
     """What the basis keeps: what is large (`pca`), what the weights read (`readers`), or what the
     loss would miss (`gradient`)."""
+    turn: str = "none"
+    """How the kept basis is turned: `none`, or `hadamard`, which spreads the energy over the
+    channels; only where no tie fixes the rotation."""
     allocate: str | None = None
     """`search`: the mix of width, FFN and KV groups that loses least; `width`: all on the hidden
     size. None: `search` with the refit or a learned mask, `width` without."""
@@ -110,6 +115,8 @@ class CompressConfig:
     """Steps of recovery tuning afterwards, with the defaults of `RecoverConfig`."""
     score: str | None = None
     """lm-eval tasks or presets that the result and the dense model are scored on at the end."""
+    quantize: str | None = None
+    """`int8` or `nf4`: write the result in bitsandbytes' format too, beside the other."""
 
     def of_result(self) -> dict[str, Any]:
         """The settings that the result depends on, by option."""
@@ -142,6 +149,7 @@ class CompressConfig:
             ("basis", BASES),
             ("choose", CHOICES),
             ("mask", MASKS),
+            ("turn", TURNS),
             ("tie", TIES),
             ("streams", STREAMS),
             ("dtype", DTYPES),
@@ -151,6 +159,8 @@ class CompressConfig:
                     f"Expected --{name} to be one of {', '.join(choices)}, found "
                     f"'{getattr(self, name)}': choose one of them."
                 )
+        if self.quantize is not None:
+            _check_bits("quantize", self.quantize)
         if self.recover_steps < 0:
             raise UserError(
                 f"Expected --recover-steps of at least 0, found {self.recover_steps}: give a "
@@ -184,6 +194,26 @@ class CompressConfig:
         """`allocate`, resolved."""
         chosen = self.refit or self.mask == "learned"
         return self.allocate or ("search" if chosen else "width")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Settings of `sp3llm quantize`."""
+
+    model: str
+    """The compressed model: a folder or a hub id."""
+    to: str
+    """`int8` or `nf4`, as bitsandbytes has them."""
+    dense: str | None = None
+    """The dense model, a folder or a hub id, quantized alike to compare with; None: the one that
+    the compressed model's record names."""
+    out: Path | None = None
+    """Where the quantized model goes; None: beside the compressed one, as `<model>-int8`."""
+    device: str = "auto"
+    """Where to compute: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+
+    def __post_init__(self) -> None:
+        _check_bits("to", self.to)
 
 
 @dataclass(frozen=True)
@@ -283,9 +313,10 @@ class BenchConfig:
         _check_dtype(self.dtype)
 
 
-def command_line(settings: ScoreConfig | BenchConfig) -> str:
+def command_line(settings: ScoreConfig | BenchConfig | QuantizeConfig) -> str:
     """The command line that gives these settings."""
-    words = ["sp3llm", "score" if isinstance(settings, ScoreConfig) else "bench", settings.model]
+    commands = {ScoreConfig: "score", BenchConfig: "bench", QuantizeConfig: "quantize"}
+    words = ["sp3llm", commands[type(settings)], settings.model]
     for field in fields(settings):
         value = getattr(settings, field.name)
         if field.name == "model" or (field.default is not MISSING and value == field.default):
@@ -294,6 +325,13 @@ def command_line(settings: ScoreConfig | BenchConfig) -> str:
         if value is not True:
             words += map(str, value if isinstance(value, tuple) else (value,))
     return shlex.join(words)
+
+
+def _check_bits(option: str, bits: str) -> None:
+    if bits not in BITS:
+        raise UserError(
+            f"Expected --{option} to be {' or '.join(BITS)}, found '{bits}': choose one of them."
+        )
 
 
 def _check_dtype(dtype: str) -> None:

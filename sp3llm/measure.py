@@ -20,6 +20,8 @@ from sp3llm.moments import (
     mean_free_frame,
     metric_basis,
     normalise,
+    spread_mean_free_frame,
+    spreading_turn,
     tied_rotation,
     widen,
 )
@@ -462,6 +464,7 @@ def measure_losses(
     on: Execution,
     progress: Progress | None = None,
     journal: Journal = NOTHING_KEPT,
+    what: str = "compressed model, perplexity",
 ) -> Tensor:
     """Token losses of a checkpoint, streamed: `(windows, tokens - 1)`, float64, nats."""
     model = empty_model(checkpoint.config)
@@ -472,7 +475,7 @@ def measure_losses(
     start, saved = (0, None) if before is None else (before.step, before.tensors["stream"])
     stream = open_stream(model, family, checkpoint.read(embeddings.parameters), own, on, saved)
     sources = ahead(layers[start:], lambda group: checkpoint.read(group.parameters), on, start)
-    bar = tracked(progress, "compressed model, perplexity", sources, start, len(layers))
+    bar = tracked(progress, what, sources, start, len(layers))
     for index, (_, tensors) in enumerate(bar, start):
         run_layer(model, family, index, tensors, [(stream, {})], on.turn(index))
         if journal.due():
@@ -482,7 +485,12 @@ def measure_losses(
 
 
 def choose_basis(
-    dense: Checkpoint, family: Family, moments: Moments, shape: Shape, tokens: Tensor | None = None
+    dense: Checkpoint,
+    family: Family,
+    moments: Moments,
+    shape: Shape,
+    tokens: Tensor | None = None,
+    turn: str = "none",
 ) -> tuple[Tensor, Projection]:
     """The global basis: top principal components, or the projector of that rank that costs least.
 
@@ -497,7 +505,7 @@ def choose_basis(
     if inside.metrics_DD:
         basis_CK = metric_basis(inside.sites_DD, inside.metrics_DD, vectors_CC, kept)
     basis_DK = _outside(family, basis_CK)
-    return eigenvalues_C, projection_of(dense, family, moments, shape, tokens, basis_DK)
+    return eigenvalues_C, projection_of(dense, family, moments, shape, tokens, basis_DK, turn=turn)
 
 
 def learned_basis(
@@ -508,10 +516,13 @@ def learned_basis(
     tokens: Tensor,
     columns_DK: Tensor,
     gates_K: Tensor | None,
+    turn: str = "none",
 ) -> tuple[Tensor, Projection]:
     """As `choose_basis`, of the columns and gates that a mask has learned."""
     eigenvalues_C, _ = eigenbasis(_inside(family, moments).total())
-    return eigenvalues_C, projection_of(dense, family, moments, shape, tokens, columns_DK, gates_K)
+    return eigenvalues_C, projection_of(
+        dense, family, moments, shape, tokens, columns_DK, gates_K, turn
+    )
 
 
 def nested_frame(family: Family, moments: Moments, widths: Sequence[int]) -> Tensor:
@@ -548,17 +559,25 @@ def projection_of(
     tokens: Tensor | None,
     basis_DK: Tensor,
     gates_K: Tensor | None = None,
+    turn: str = "none",
 ) -> Projection:
     """The projection of a shape along orthonormal columns, `(D, K)`; under LayerNorm `(D, K - 1)`,
-    which are turned into another mean-free frame.
+    which are turned into another mean-free frame. `turn` is one of `config.TURNS`: `hadamard`
+    spreads the energy over the kept channels, where no tie fixes the rotation (3.11).
 
     For tied models without projections the basis is turned so that the tie holds (DESIGN 3.5),
     which leaves gates of the stream no place: they count as open. Where embeddings keep a width of
     their own, a narrower one gets a basis from the calibration `tokens`.
     """
     gated_DK = None if gates_K is None else basis_DK * gates_K
+    turn_KK = None
     if family.centred:
-        turn_KK = mean_free_frame(shape.hidden_size, basis_DK.device).T
+        spread = turn == "hadamard"
+        new_frame = spread_mean_free_frame if spread else mean_free_frame
+        turn_KK = new_frame(shape.hidden_size, basis_DK.device).T
+    elif turn == "hadamard":
+        turn_KK = spreading_turn(shape.hidden_size, basis_DK.device)
+    if turn_KK is not None:
         basis_DK = basis_DK @ turn_KK
         gated_DK = None if gated_DK is None else gated_DK @ turn_KK
     narrowing = narrowing_of(dense, family, moments, shape)

@@ -39,6 +39,48 @@ def mean_free_frame(width: int, device: torch.device) -> Tensor:
     return math.sqrt(2 / width) * torch.cos(math.pi / width * position_D1 * frequency_1F)
 
 
+def spreading_turn(width: int, device: torch.device) -> Tensor:
+    """An orthogonal matrix without large entries, `(K, K)`, float64: turned by it, the energy of
+    coordinates that differ much is spread over all of them.
+
+    A Hadamard matrix (Sylvester's) of the largest power of two in `width`, times the DCT-II of the
+    odd rest, so that every width has one; no entry exceeds `sqrt(2 / K)`. Its rows carry random
+    signs, from a seed that is always the same: without them coordinates that have a common sign
+    would add up in the first column (QuIP#, arXiv 2402.04396; QuaRot, arXiv 2404.00456).
+    """
+    signs_K1 = _signs(width)[:, None]
+    return (signs_K1 * _flat_matrix(width)).to(device)
+
+
+def spread_mean_free_frame(width: int, device: torch.device) -> Tensor:
+    """Like `mean_free_frame`, `(K, K - 1)`, with a turn inside of it: rows of the matrix behind
+    `spreading_turn`, whose first row is constant, in place of cosines.
+    """
+    rows_FK = _flat_matrix(width)[1:]
+    return (_signs(width - 1)[:, None] * rows_FK).T.to(device)
+
+
+def _flat_matrix(width: int) -> Tensor:
+    """Sylvester's Hadamard matrix times a DCT-II, orthogonal, its first row constant."""
+    power = width & -width
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    while len(matrix) < power:
+        matrix = torch.kron(pair, matrix)
+    odd = width // power
+    index_O = torch.arange(odd)
+    # Whole turns go before the cosine, where they would cost digits.
+    quarters_OO = index_O[:, None] * (2 * index_O + 1) % (4 * odd)
+    cosines_OO = math.sqrt(2 / odd) * torch.cos(math.pi / (2 * odd) * quarters_OO.double())
+    cosines_OO[0] = 1 / math.sqrt(odd)
+    return torch.kron(matrix / math.sqrt(power), cosines_OO)
+
+
+def _signs(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 2.0 * torch.randint(0, 2, (count,), generator=generator).double() - 1
+
+
 def widen(x: Tensor) -> Tensor:
     """At least float32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -11,6 +11,7 @@ from sp3llm.report import (
     human_bytes,
     human_time,
     part_rows,
+    quantization_rows,
     recovery_rows,
     rows,
     score_rows,
@@ -38,7 +39,9 @@ def write_page(folder: Path, record: dict[str, Any], no_samples: str | None = No
     )
     template = environment.get_template("report.html")
     path = folder / PAGE
-    content = page_content(record, read_config(folder), no_samples)
+    # A quantized model has the shapes of the one that it was made from.
+    config = {k: v for k, v in read_config(folder).items() if k != "quantization_config"}
+    content = page_content(record, config, no_samples)
     path.write_text(template.render(content), encoding="utf-8")
     return path
 
@@ -90,6 +93,8 @@ def page_content(
         "perplexity": f"{record['perplexity']:.2f}, dense {record['dense_perplexity']:.2f}",
         "recovery": recovery_rows(record),
         "recoveries": record.get("recoveries", []),
+        "quantization": quantization_rows(record),
+        "bits": record.get("quantization", {}),
         "scores": score_rows(record),
         "speed": speed_rows(record),
         "samples": record.get("samples"),

@@ -15,6 +15,14 @@ of their own, and reports and model cards show whatever there is:
 `recoveries`, by `sp3llm recover`
     What each run did and measured (`recover._entry`); the latest, the last, made the weights.
 
+`quantization`, by `sp3llm quantize`, in the record beside the quantized weights
+    `{"bits": "int8" | "nf4", "models": {NAME: {"perplexity": float, "excess_log_perplexity": {...},
+    "weight_bytes": int, "linear_bytes": int, "window_losses": [float, ...]}}, "cost": {"dense":
+    {...}, "small": {...}}, ...}`, NAME one of `dense`, `dense_quantized`, `small`,
+    `small_quantized`. Excess is over `dense`, cost that of a quantized model over itself in full
+    precision; each window's mean loss is there for paired comparisons with other runs
+    (`quantize._entry`).
+
 `samples`, by `sp3llm report`
     `{"new_tokens": int, "texts": [{"prompt": str, "text": str, "dense": str, "small": str}]}`:
     held-out text, how it goes on, and how the two models continue it, greedily.

@@ -207,6 +207,28 @@ def recovery_rows(record: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def quantization_rows(record: dict[str, Any]) -> list[list[str]]:
+    """The table of `quantization`, its head first; nothing where there is none."""
+    entry = record.get("quantization")
+    if not entry:
+        return []
+    bits, columns = entry["bits"], ("dense", "dense_quantized", "small", "small_quantized")
+    models = [entry["models"][name] for name in columns]
+    costs = {f"{name}_quantized": cost for name, cost in entry["cost"].items()}
+    return [
+        ["", "dense", f"dense {bits}", "compressed", f"compressed {bits}"],
+        ["perplexity", *(f"{model['perplexity']:.3f}" for model in models)],
+        ["excess log-perplexity", "", *(excess(model) for model in models[1:])],
+        [
+            f"cost of {bits}",
+            *(excess({"excess_log_perplexity": costs[name]}) if name in costs else ""
+              for name in columns),
+        ],
+        ["weights", *(human_bytes(model["weight_bytes"]) for model in models)],
+        ["linear layers alone", *(human_bytes(model["linear_bytes"]) for model in models)],
+    ]  # fmt: skip
+
+
 def speed_rows(record: dict[str, Any]) -> list[list[str]]:
     """The table of `speed`, its head first; nothing where there is none."""
     found = record.get("speed") or []
@@ -249,6 +271,8 @@ def what_was_done(record: dict[str, Any]) -> str:
     if "mask" in record:
         tokens = settings["mask_steps"] * settings["mask_batch"] * settings["seq_len"]
         steps.append(f"by a mask learned on {tokens:,} tokens")
+    if settings.get("turn") == "hadamard":
+        steps.append("the kept basis turned by a Hadamard matrix")
     if settings["refit"]:
         steps.append("what is left refitted in closed form")
     return ", ".join(steps)

@@ -94,8 +94,8 @@ def held_out_tokens(record: dict[str, Any], folder: Path) -> "Tensor":
     if evaluation.sha256 != record["evaluation"]["sha256"]:
         raise UserError(
             f"The held-out text '{settings['eval_text']}' is not what it was when the model was "
-            "compressed (its files changed, or for stdlib the Python): run sp3llm report where it "
-            "is the same."
+            "compressed (its files changed, or for stdlib the Python): run the same command "
+            "where it is the same."
         )
     return evaluation.tokens
 
@@ -181,7 +181,9 @@ def _continued(folder: Path, prompts: "Tensor", new: int, pad: int, on: "torch.d
 
     try:
         with _quiet(), torch.no_grad():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(on).eval()
+            # Not moved there: a quantized model does not let itself be.
+            place = {"dtype": "auto", "device_map": {"": on}}
+            model = AutoModelForCausalLM.from_pretrained(folder, **place).eval()
             ids = model.generate(
                 prompts.to(on),
                 attention_mask=torch.ones_like(prompts, device=on),
@@ -201,9 +203,14 @@ def _continued(folder: Path, prompts: "Tensor", new: int, pad: int, on: "torch.d
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bars, over at once, and its remarks on settings that are not used."""
+    """Without transformers' bars, over at once, its remarks on settings that are not used, and
+    bitsandbytes' at every call on how it casts.
+    """
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
+    getLogger("bitsandbytes").setLevel(ERROR)
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,6 +1,5 @@
 """The dense model as a teacher: whole, in low bits, offloaded, or its largest logits on disk."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sp3llm.bits import bits_config, check_installed, take_any_width
 from sp3llm.distill import TopLogits, divergence, top_divergence, top_logits
 from sp3llm.errors import UserError, reason
 
@@ -40,7 +40,9 @@ def load_teacher(
         place = {"device_map": "auto", "max_memory": _shares(device, memory)}
         place["offload_folder"] = str(offload)
     if dtype in ("int8", "nf4"):
-        place["quantization_config"] = _quantization(dtype, on_cpu)
+        check_installed(f"A teacher in {dtype}", "use --teacher-dtype bfloat16")
+        arithmetic = torch.float32 if on_cpu else torch.bfloat16
+        place["quantization_config"] = bits_config(dtype, arithmetic)
         dtype = "float32" if on_cpu else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place)
@@ -49,10 +51,8 @@ def load_teacher(
             f"Cannot load the teacher '{folder}' ({type(error).__name__}: {reason(error)}): check "
             "--teacher, or use another --teacher-dtype or --teacher-memory."
         ) from error
-    for module in model.modules():
-        # On a CPU the packed kernel of bitsandbytes takes only widths that its blocks divide.
-        if on_cpu and hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    if on_cpu:
+        take_any_width(model)
     return model.requires_grad_(False).eval()
 
 
@@ -63,22 +63,6 @@ def _shares(device: torch.device, memory: float) -> dict[int | str, int]:
         return {"cpu": most}
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return {device.index or 0: most, "cpu": int(0.8 * available)}
-
-
-def _quantization(dtype: str, on_cpu: bool) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"A teacher in {dtype} needs bitsandbytes, which is not installed: pip install "
-            "'sp3llm[quantize]', or use --teacher-dtype bfloat16."
-        )
-    from transformers import BitsAndBytesConfig
-
-    if dtype == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    arithmetic = torch.float32 if on_cpu else torch.bfloat16
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=arithmetic
-    )
 
 
 class StreamTap:

@@ -34,6 +34,7 @@ assert not heavy, heavy
         ["bench", "--help"],
         ["report", "--help"],
         ["recover", "--help"],
+        ["quantize", "--help"],
         ["plan", "--keep", "0.5"],
         ["plan", "--recover", "--lora", "8"],
         ["--help"],
