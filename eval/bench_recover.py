@@ -74,10 +74,11 @@ CONTESTANTS = {
         for steps in (50, 150)
     },
     "lora-150": ("refit", {"steps": 150, "lora": 16}),
-    "bf16-teacher-150": ("refit", {"steps": 150, "teacher_dtype": "bfloat16"}),
-    "nf4-teacher-150": ("refit", {"steps": 150, "teacher_dtype": "nf4"}),
-    "int8-teacher-150": ("refit", {"steps": 150, "teacher_dtype": "int8"}),
-    "hidden-150": ("refit", {"steps": 150, "hidden_weight": 0.5}),
+    # Beside refit-75.
+    "bf16-teacher-75": ("refit", {"steps": 75, "teacher_dtype": "bfloat16"}),
+    "nf4-teacher-75": ("refit", {"steps": 75, "teacher_dtype": "nf4"}),
+    "int8-teacher-75": ("refit", {"steps": 75, "teacher_dtype": "int8"}),
+    "hidden-75": ("refit", {"steps": 75, "hidden_weight": 0.5}),
     # Trained on the corpora of --also as well, their evaluation parts left out.
     "mix-150": ("refit", {"steps": 150, "train": None}),
 }

@@ -137,7 +137,7 @@ class CompressConfig:
             *("batch_tokens", "mask_steps", "mask_batch"),
         ):
             value = getattr(self, name)
-            least = 2 if name == "seq_len" else 1
+            least = 2 if name in ("seq_len", "mask_steps") else 1  # its shape is fixed after one
             if value is not None and value < least:
                 raise UserError(
                     f"Expected --{name.replace('_', '-')} of at least {least}, found {value}: "

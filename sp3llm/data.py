@@ -589,11 +589,14 @@ def training_windows(
         rows.extend(_take(documents, source, tokenizer, share, seq_len, hashes))
     if not rows:
         what = "a sixteenth of the training text, kept to decide when to stop," if stopping else ""
-        advice = "name text for it with --stop-text" if stopping else "choose other text"
+        kept = "" if stopping else " and a sixteenth kept apart to decide when to stop recovery"
+        advice = (
+            "name text for it with --stop-text" if stopping else "choose text of more documents"
+        )
         raise UserError(
             f"Expected at least one window of {seq_len} tokens in {what or 'the training text'} "
-            f"'{names}' after {len(dropped)} documents of the evaluation were dropped, found none: "
-            f"{advice}, or lower --seq-len."
+            f"'{names}' after {len(dropped)} documents of the evaluation were dropped"
+            f"{kept}, found none: {advice}, or lower --seq-len."
         )
     return _windows(rows, sources, hashes, tokenizer, len(dropped))
 

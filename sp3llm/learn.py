@@ -44,9 +44,10 @@ from sp3llm.resume import Journal
 
 # As a journal knows the steps, and what came out.
 _STEPS, _LEARNED = "mask", "learned"
-# Log-alphas begin where 98 gates of 100 are open, and stay within reach of the other end: in all
-# steps together they could move by _WAY.
-_START, _BOUND, _WAY = 2.5, 4.0, 40.0
+# Log-alphas begin where 98 gates of 100 are open. Their ends are where a gate is as good as open or
+# closed (996 and 4 of 1000 are open there, so that what is closed takes no room from what is kept
+# even of a narrow stream), and in all steps together they could move by _WAY.
+_START, _LEAST, _MOST, _WAY = 2.5, -7.0, 4.0, 40.0
 # The target reaches the budget after this part of the steps; then the shape is fixed.
 _FALL = 0.6
 # Corrections after a step, each to first order, until no constraint is violated by more than this.
@@ -133,7 +134,7 @@ def learn(
         return Learned(frame_DC, Gates(**tensors), Shape(**facts.pop("shape")), **facts)
     run = _begin(dense, family, folder, budget, frame_of, tokens, batch, steps, seed, on, journal)
     bar = None if progress is None else progress.add_task("learned mask", total=steps)
-    turn = int(_FALL * steps)
+    turn = _turn(steps)
     for step in range(run.done, steps):
         if step == turn:
             run = _at_one_shape(run, frame_of)
@@ -236,6 +237,11 @@ def _all_open(budget: Budget, layers: int, frame_DC: Tensor) -> Gates:
     )
 
 
+def _turn(steps: int) -> int:
+    """The step at which the shape is fixed."""
+    return max(1, int(_FALL * steps))
+
+
 def _optimizer(log_alpha: Gates, steps: int) -> torch.optim.Adam:
     return torch.optim.Adam(log_alpha.named().values(), lr=_WAY / steps, betas=(0.9, 0.95))
 
@@ -254,8 +260,9 @@ def _at_one_shape(run: _Run, frame_of: Callable[[list[int]], Tensor]) -> _Run:
         width = budget.shapes[0].hidden_size
         frame_DC = frame_of([width])
         run.on.ranks.copy_(frame_DC)
-        first_C = torch.arange(frame_DC.shape[1], device=run.on.device) < width
-        kept["stream_C"] = torch.where(first_C, _BOUND, -_BOUND)
+        free = width - (len(frame_DC) - frame_DC.shape[1])  # one less under LayerNorm
+        first_C = torch.arange(frame_DC.shape[1], device=run.on.device) < free
+        kept["stream_C"] = torch.where(first_C, _MOST, _LEAST)
     else:
         kept.pop("stream_C", None)
     if not budget.varies("intermediate_size"):
@@ -300,8 +307,8 @@ def _step(run: _Run, step: int) -> dict[str, float]:
         alpha.grad = torch.zeros_like(alpha) if alpha.grad is None else alpha.grad
     on.ranks.add_(total, *(alpha.grad for alpha in alphas))
 
-    turn = int(_FALL * run.steps)
-    fallen = min(1.0, (step + 1) / max(1, turn))
+    turn = _turn(run.steps)
+    fallen = min(1.0, (step + 1) / turn)
     if step >= turn:  # gates come to rest
         run.optimizer.param_groups[0]["lr"] = (
             _WAY / run.steps * (run.steps - step) / (run.steps - turn)
@@ -346,10 +353,15 @@ def _meet(run: _Run, fallen: float) -> float:
         violated_E, jacobian_EN, expected = _constraints(run, fallen)
         if violated_E.abs().max() < _MET:
             break
+        change_N = mask.correction(jacobian_EN, violated_E)
+        at_N = torch.cat([alpha.detach().flatten() for alpha in alphas]).to(change_N)
+        is_stuck_N = ((at_N <= _LEAST) & (change_N < 0)) | ((at_N >= _MOST) & (change_N > 0))
+        change_N = mask.correction(jacobian_EN * ~is_stuck_N, violated_E)
         # Far from where it holds a first-order step is too long.
-        change_N = mask.correction(jacobian_EN, violated_E).clamp(-1, 1)
-        for alpha, change in _each(alphas, change_N):
-            alpha.data.add_(change).clamp_(-_BOUND, _BOUND)
+        for alpha, change in _each(alphas, change_N.clamp(-1, 1)):
+            alpha.data.add_(change).clamp_(_LEAST, _MOST)
+    else:
+        *_, expected = _constraints(run, fallen)
     return expected
 
 

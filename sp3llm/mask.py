@@ -134,6 +134,7 @@ def winners(score_N: Tensor, keep: int) -> Tensor:
 def folded(gate: Tensor) -> Tensor:
     """A winner's gate as it is folded into the weights.
 
-    Rounding a shape up keeps some whose gates have closed: these count as open.
+    Rounding a shape up keeps some that have all but closed: these get a tenth, or they would be
+    kept for nothing.
     """
-    return torch.where(gate > 0, gate, 1.0)
+    return gate.clamp_min(0.1)

@@ -623,10 +623,14 @@ def learnable(family: Family, config: Mapping[str, Any], shapes: list[Shape]) ->
 
 
 def nearest(shapes: list[Shape], sizes: Mapping[str, float]) -> Shape:
-    """The shape whose sizes, `sizes` by field, are off by the smallest factors."""
+    """The shape whose sizes, `sizes` by field, are off by the smallest factors; what no shape
+    reaches counts as what the nearest does.
+    """
+    found = {name: [getattr(shape, name) for shape in shapes] for name in sizes}
+    wanted = {n: min(max(size, min(found[n])), max(found[n])) for n, size in sizes.items()}
 
     def distance(shape: Shape) -> float:
-        return sum(math.log(getattr(shape, name) / size) ** 2 for name, size in sizes.items())
+        return sum(math.log(getattr(shape, name) / size) ** 2 for name, size in wanted.items())
 
     return min(shapes, key=distance)
 

@@ -199,10 +199,11 @@ def _check_output(out: Path, to: str, small: Source, dense: Source) -> None:
     from sp3llm import checkpoint as disk
 
     for model in (small, dense):
-        if out.resolve() == model.checkpoint.folder.resolve():
+        folder = model.checkpoint.folder.resolve()
+        if folder in (out.resolve(), *out.resolve().parents):
             raise UserError(
-                f"Expected another --out than the model itself, found '{out}': the one in full "
-                "precision stays, so choose another folder."
+                f"Expected another --out than the model itself or a folder in it, found '{out}': "
+                "the one in full precision stays, so choose another folder."
             )
     disk.check_output(out)
     # The dense one goes before the compressed one comes.

@@ -33,9 +33,9 @@ _IDENTITY, _STATE, _BEST, _TRAINED = (
 )
 
 
-# Config keys of dropout.
+# Config keys of dropout, and of noise that routers train with.
 _DROPOUT = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop",
-            "resid_pdrop", "embd_pdrop", "attn_pdrop")  # fmt: skip
+            "resid_pdrop", "embd_pdrop", "attn_pdrop", "router_jitter_noise")  # fmt: skip
 
 
 @dataclass

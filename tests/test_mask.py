@@ -311,6 +311,41 @@ def test_a_mask_comes_down_to_the_budget_in_every_layer(variant, tokens, tmp_pat
     assert learned.shape in budget.shapes
 
 
+@pytest.mark.parametrize("variant", ["llama", "opt", "stablelm"])
+def test_the_shape_fixed_begins_with_what_its_width_keeps_best(variant, tokens, tmp_path):
+    """Exactly so many coordinates, one less under LayerNorm, are open: those that come first."""
+    options, taken = lesson(tmp_path, tokens, variant, keep=0.7, steps=3), {}
+    if variant == "llama":
+        family, config = options["family"], options["dense"].config
+        limits = Limits(keep=0.9, hidden_size=24)
+        shapes = candidates(family, config, limits)
+        options["budget"] = budget_of(family, config, limits, shapes)
+
+    def at_one_shape(run, frame_of, real=learn._at_one_shape):
+        taken["run"] = real(run, frame_of)
+        taken["open"] = taken["run"].log_alpha.stream_C.detach().clone() > 0
+        return taken["run"]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(learn, "_at_one_shape", at_one_shape)
+        learned = learn.learn(**options)
+    width, coordinates = learned.frame_DC.shape
+    kept = learned.shape.hidden_size - (width - coordinates)
+    assert taken["open"].nonzero()[:, 0].tolist() == list(range(kept))
+
+
+def test_winners_of_a_narrow_stream_are_open(tokens, tmp_path):
+    """What is closed takes no room from what is kept, where most is closed."""
+    options = lesson(tmp_path, tokens, steps=40)
+    family, config = options["family"], options["dense"].config
+    limits = Limits(keep=0.2, hidden_size=4, intermediate_size=40, num_key_value_heads=2)
+    budget = budget_of(family, config, limits, candidates(family, config, limits))
+    learned = learn.learn(**options | {"budget": budget})
+    assert learned.history[-1]["expected"] == pytest.approx(budget.keep, abs=2e-3)
+    opened = mask.open_probability(learned.log_alpha.stream_C)
+    assert opened.topk(4).values.mean() > 0.9
+
+
 def test_sizes_fixed_by_hand_are_met(tokens, tmp_path):
     options = lesson(tmp_path, tokens)
     family, config = options["family"], options["dense"].config
@@ -444,7 +479,7 @@ def test_too_little_memory_is_said_before_any_work(result, tmp_path):
     ("changes", "words"),
     [
         ({"mask": "guessed"}, "--mask to be one of closed-form, learned, found 'guessed'"),
-        ({"mask_steps": 0}, "--mask-steps of at least 1, found 0"),
+        ({"mask_steps": 1}, "--mask-steps of at least 2, found 1"),
         ({"mask_batch": -1}, "--mask-batch of at least 1, found -1"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sp3llm import resume
 from sp3llm.checkpoint import RECORD
 from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError
@@ -28,6 +29,7 @@ def as_rank(rank: int, count: int, port: int, writes: int | None, options: Compr
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate deals out the cores, as if two were one
+    resume._SHARE_OF_TIME = 10.0  # what the first process finds worth keeping, all keep
     run(options) if writes is None else run_and_die(options, writes)
 
 
