@@ -283,7 +283,7 @@ rank is named, the teacher is float32 unless named. Excess log-perplexity (nats 
 dense model, with its paired standard error over windows) on {evaluated["samples"]} windows of
 {evaluated["seq_len"]} tokens of {", ".join(evaluated["sources"])} (evaluation part, sha256
 {evaluated["sha256"][:12]}), the same for all; no setting was chosen by it but one: that the
-language-model loss has no weight by default, after `lm-150` had been seen on it. Stopping is
+language-model loss has no weight by default, after its effect had been seen on it. Stopping is
 decided on {first["stopping"]["samples"]} windows of text kept apart from the training text. Seed
 {seed}.
 Machine: {hardware}; torch {first["versions"]["torch"]}, transformers
@@ -291,13 +291,12 @@ Machine: {hardware}; torch {first["versions"]["torch"]}, transformers
 {os.environ.get("OMP_NUM_THREADS", "all")} thread(s) here.
 
 **Read this with it.** The teacher was trained on a mixture, the contestants on
-{", ".join(trained["sources"])} alone (but for `mix-150`), from the teacher's answers alone. With a
-tenth of the language-model loss (`lm-150`) a contestant can fall below the dense model on text
-like the training text by learning that text's manner, which is no recovery; `dense-lm-50` shows
-what the dense model itself gains by that loss alone. The columns of other text, which nobody but
-`mix-150` was tuned on, show what carries over. A learned mask's {_LEARNED["mask_steps"]} steps see
-as many tokens as {_LEARNED["mask_steps"]} steps of recovery: compare `learned-75` with `refit-150`,
-and `learned50-75` with `refit50-150`.
+{", ".join(trained["sources"])} alone (but for `mix-150`), from the teacher's answers alone (but for
+`lm-150`, a tenth of whose loss is the text's own: on text like it such a contestant can fall below
+the dense model, which is no recovery; see eval/NOTES.md). The columns of other text, which nobody
+but `mix-150` was tuned on, show what carries over. A learned mask's {_LEARNED["mask_steps"]} steps
+see as many tokens as {_LEARNED["mask_steps"]} steps of recovery: compare `learned-75` with
+`refit-150`, and `learned50-75` with `refit50-150`.
 
 {table(records)}
 """
