@@ -19,6 +19,8 @@ from sp3llm.plan import Limits, Shape, cost_of, learnable
 
 _UNITS = ("intermediate_size", "num_key_value_heads")
 _SIZES = ("hidden_size", *_UNITS)
+# By field of gates, what they decide of a shape.
+_DECIDES = dict(zip(("stream_C", "neurons_LF", "groups_LG"), _SIZES, strict=True))
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,19 @@ class Budget:
     square: bool
     """The width is heads times head size."""
 
-    def varies(self, name: str) -> bool:
-        """Whether any candidate is smaller there."""
-        return any(getattr(shape, name) != getattr(self.dense, name) for shape in self.shapes)
+    def gated(self) -> list[str]:
+        """Gates that there are: those of what any candidate has less of."""
+        shapes, dense = self.shapes, self.dense
+        return [
+            gate
+            for gate, name in _DECIDES.items()
+            if any(getattr(shape, name) != getattr(dense, name) for shape in shapes)
+        ]
 
     def fixed(self, name: str) -> int | None:
         """The size that all candidates have."""
         sizes = {getattr(shape, name) for shape in self.shapes}
         return sizes.pop() if len(sizes) == 1 else None
-
-    def learns_groups(self) -> bool:
-        """Whether KV groups go whole."""
-        return self.varies("num_key_value_heads")
 
     def target(self, fallen: float) -> float:
         """What is to be left when the target has `fallen` from all there is to the budget."""

@@ -221,8 +221,6 @@ def _write_page(
 
 def _recover(job: Job, record: Mapping[str, Any], console: "Console") -> None:
     """Tune the result; what is tuned takes its place when it is whole."""
-    import torch
-
     from sp3llm.recover import recover
     from sp3llm.source import bundled_model
 
@@ -239,28 +237,30 @@ def _recover(job: Job, record: Mapping[str, Any], console: "Console") -> None:
         device=settings.device,
         seed=settings.seed,
     )
-    try:
+    with _standing(job.out, "its recovery did not begin or end", "recover"):
         recover(recovery, console)
-    except (UserError, torch.OutOfMemoryError) as error:
-        raise UserError(
-            f"The compressed model in '{job.out}' stands, but its recovery did not begin or end "
-            f"(mend it and use `sp3llm recover`): {reason(error, 600)}."
-        ) from error
 
 
 def _quantize(settings: CompressConfig, out: Path, console: "Console") -> None:
     """Write the result in few bits too, beside itself."""
-    import torch
-
     from sp3llm.quantize import quantize
 
     quantization = QuantizeConfig(str(out), settings.quantize or "", device=settings.device)
-    try:
+    with _standing(out, "was not quantized", "quantize"):
         quantize(quantization, console)
+
+
+@contextlib.contextmanager
+def _standing(out: Path, failed: str, command: str) -> Iterator[None]:
+    """What goes wrong after the compression takes nothing from its result, and says so."""
+    import torch
+
+    try:
+        yield
     except (UserError, torch.OutOfMemoryError) as error:
         raise UserError(
-            f"The compressed model in '{out}' stands, but was not quantized (mend it and use "
-            f"`sp3llm quantize`): {reason(error, 600)}."
+            f"The compressed model in '{out}' stands, but {failed} (mend it and use `sp3llm "
+            f"{command}`): {reason(error, 600)}."
         ) from error
 
 
@@ -590,13 +590,9 @@ def learn_mask(
     mask = learn.learn(
         job.dense,
         family,
-        job.folder,
         found,
         partial(measure.nested_frame, family, moments),
-        lessons.tokens,
-        settings.mask_batch,
-        settings.mask_steps,
-        settings.seed,
+        learn.Lessons(lessons.tokens, settings.mask_batch, settings.mask_steps, settings.seed),
         job.on,
         progress,
         journal,

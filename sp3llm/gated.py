@@ -5,7 +5,6 @@ is what gating everything that writes into it comes to; so the model's own weigh
 are, tied ones too, and without gates it is the dense model.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +97,7 @@ def load_frozen(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mo
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from sp3llm.training import training_config
+    from sp3llm.training import run_layers_again, training_config
 
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
@@ -106,13 +105,5 @@ def load_frozen(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mo
     ).to(device)  # fmt: skip
     if device.type == "cuda":
         run_layers_again(model)
-        return model
+        return model.train()  # the only mode in which they do; there is no dropout
     return model.eval()
-
-
-def run_layers_again(model: nn.Module) -> None:
-    """Keep no activations of a layer but what enters it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers 5 renamed it midway
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # the only mode in which it does; there is no dropout

@@ -22,7 +22,6 @@ those of the dense model.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +53,19 @@ _FALL = 0.6
 _CORRECTIONS, _MET = 20, 1e-3
 # A gradient is kept for as many of a batch's tokens at once as of a streamed batch, by this factor.
 _TOKENS_OF_A_BATCH = 1 / 4
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a mask is learned on."""
+
+    tokens: Tensor
+    """`(windows, tokens)`."""
+    batch: int
+    """Windows a step, over all processes."""
+    steps: int
+    seed: int
+    """Orders the windows and draws the gates."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +122,15 @@ class Learned:
 def learn(
     dense: Checkpoint,
     family: Family,
-    folder: Path,
     budget: Budget,
     frame_of: Callable[[list[int]], Tensor],
-    tokens: Tensor,
-    batch: int,
-    steps: int,
-    seed: int,
+    lessons: Lessons,
     on: Execution,
     progress: Progress | None,
     journal: Journal,
 ) -> Learned:
-    """Learn a mask on `tokens`, `(windows, tokens)`, in `steps` of `batch` windows over all
-    processes. `frame_of` widths are all coordinates of the stream, `(D, C)`, those first that the
-    narrower of the widths need too.
+    """Learn a mask. `frame_of` widths are all coordinates of the stream, `(D, C)`, those first that
+    the narrower of the widths need too.
 
     What `journal` has of it is not done again. Raises UserError if the divergence is no number.
     """
@@ -132,7 +139,7 @@ def learn(
         facts, tensors = dict(before.facts), dict(before.tensors)
         frame_DC = tensors.pop("frame").to(on.device)
         return Learned(frame_DC, Gates(**tensors), Shape(**facts.pop("shape")), **facts)
-    run = _begin(dense, family, folder, budget, frame_of, tokens, batch, steps, seed, on, journal)
+    run, steps = _begin(dense, family, budget, frame_of, lessons, on, journal), lessons.steps
     bar = None if progress is None else progress.add_task("learned mask", total=steps)
     turn = _turn(steps)
     for step in range(run.done, steps):
@@ -151,9 +158,8 @@ def learn(
             progress.update(bar, completed=step + 1, description=what)
         if step + 1 < steps and journal.due():
             _save(run, step + 1, journal)
-    found = Learned(
-        run.frame_DC, _detached(run.log_alpha), run.budget.shapes[0], run.expected, run.history
-    )
+    log_alpha = run.log_alpha.map(lambda alpha: alpha.detach().cpu())
+    found = Learned(run.frame_DC, log_alpha, run.budget.shapes[0], run.expected, run.history)
     facts = {"shape": vars(found.shape), "expected": run.expected, "history": run.history}
     journal.save(_LEARNED, 0, {**found.log_alpha.named(), "frame": run.frame_DC}, facts)
     journal.drop(_STEPS)
@@ -174,10 +180,7 @@ class _Run:
     expected: dict[str, float]
     """Sizes that were open when the shape was fixed; nothing before."""
     history: list[dict[str, float]]
-    tokens: Tensor
-    batch: int
-    steps: int
-    seed: int
+    lessons: Lessons
     on: Execution
     done: int = 0
     """Steps taken by a run before."""
@@ -186,13 +189,9 @@ class _Run:
 def _begin(
     dense: Checkpoint,
     family: Family,
-    folder: Path,
     budget: Budget,
     frame_of: Callable[[list[int]], Tensor],
-    tokens: Tensor,
-    batch: int,
-    steps: int,
-    seed: int,
+    lessons: Lessons,
     on: Execution,
     journal: Journal,
 ) -> _Run:
@@ -202,8 +201,7 @@ def _begin(
     if before is None:
         frame_DC = frame_of([shape.hidden_size for shape in budget.shapes])
         on.ranks.copy_(frame_DC)
-        layers = setting(family, dense.config, "num_hidden_layers")
-        log_alpha = _all_open(budget, layers, frame_DC)
+        log_alpha = _all_open(budget, setting(family, dense.config, "num_hidden_layers"), frame_DC)
     else:
         facts = before.facts
         if facts["expected"]:
@@ -212,29 +210,27 @@ def _begin(
         frame_DC = kept["frame"]
         log_alpha = Gates(**{n: kept[n] for n in vars(Gates()) if n in kept})
     log_alpha = log_alpha.map(torch.Tensor.requires_grad_)
-    optimizer = _optimizer(log_alpha, steps)
+    optimizer = _optimizer(log_alpha, lessons.steps)
     for name, alpha in log_alpha.named().items() if before else ():
         moments = {moment: kept[f"{name}.{moment}"] for moment in _MOMENTS}
         optimizer.state[alpha] = {"step": torch.tensor(float(facts["updates"])), **moments}
-    gated = GatedModel(load_frozen(folder, on.dtype, on.device), family, dense.config, frame_DC)
+    model = load_frozen(dense.folder, on.dtype, on.device)
+    gated = GatedModel(model, family, dense.config, frame_DC)
     return _Run(
-        gated, frame_DC, budget, log_alpha, optimizer, facts["expected"], facts["history"], tokens,
-        batch, steps, seed, on, before.step if before else 0,
+        gated, frame_DC, budget, log_alpha, optimizer, facts["expected"], facts["history"], lessons,
+        on, before.step if before else 0,
     )  # fmt: skip
 
 
 def _all_open(budget: Budget, layers: int, frame_DC: Tensor) -> Gates:
     """Log-alphas of everything that the budget lets go."""
-    dense = budget.dense
     sizes = {
-        "stream_C": budget.varies("hidden_size") and (frame_DC.shape[1],),
-        "neurons_LF": budget.varies("intermediate_size") and (layers, dense.intermediate_size),
-        "groups_LG": budget.learns_groups() and (layers, dense.num_key_value_heads),
+        "stream_C": (frame_DC.shape[1],),
+        "neurons_LF": (layers, budget.dense.intermediate_size),
+        "groups_LG": (layers, budget.dense.num_key_value_heads),
     }
     device = frame_DC.device
-    return Gates(
-        **{n: torch.full(size, _START, device=device) for n, size in sizes.items() if size}
-    )
+    return Gates(**{n: torch.full(sizes[n], _START, device=device) for n in budget.gated()})
 
 
 def _turn(steps: int) -> int:
@@ -255,23 +251,18 @@ def _at_one_shape(run: _Run, frame_of: Callable[[list[int]], Tensor]) -> _Run:
     _, sizes = run.budget.violated(opened, 1.0)
     expected = {name: round(size.item(), 2) for name, size in sizes.items()}
     budget = replace(run.budget, shapes=[nearest(run.budget.shapes, expected)])
-    frame_DC, kept = run.frame_DC, run.log_alpha.map(torch.Tensor.detach).named()
-    if budget.varies("hidden_size"):
+    left = run.log_alpha.map(torch.Tensor.detach).named()
+    frame_DC, kept = run.frame_DC, {name: left[name] for name in budget.gated()}
+    if "stream_C" in kept:
         width = budget.shapes[0].hidden_size
         frame_DC = frame_of([width])
         run.on.ranks.copy_(frame_DC)
         free = width - (len(frame_DC) - frame_DC.shape[1])  # one less under LayerNorm
         first_C = torch.arange(frame_DC.shape[1], device=run.on.device) < free
         kept["stream_C"] = torch.where(first_C, _MOST, _LEAST)
-    else:
-        kept.pop("stream_C", None)
-    if not budget.varies("intermediate_size"):
-        kept.pop("neurons_LF", None)
-    if not budget.learns_groups():
-        kept.pop("groups_LG", None)
     log_alpha = Gates(**kept).map(torch.Tensor.requires_grad_)
     run.gated.turn(frame_DC)
-    optimizer = _optimizer(log_alpha, run.steps)
+    optimizer = _optimizer(log_alpha, run.lessons.steps)
     return replace(
         run, frame_DC=frame_DC, budget=budget, log_alpha=log_alpha, optimizer=optimizer,
         expected=expected,
@@ -280,15 +271,17 @@ def _at_one_shape(run: _Run, frame_of: Callable[[list[int]], Tensor]) -> _Run:
 
 def _step(run: _Run, step: int) -> dict[str, float]:
     """One step of all gates; what it found."""
-    on, log_alpha = run.on, run.log_alpha
-    order = training.window_order(len(run.tokens), run.seed, step * run.batch, run.batch)
-    uniform = _noise(log_alpha, run.batch, run.seed, step)
-    mine = torch.arange(run.batch).chunk(on.ranks.count)
+    on, log_alpha, lessons = run.on, run.log_alpha, run.lessons
+    order = training.window_order(
+        len(lessons.tokens), lessons.seed, step * lessons.batch, lessons.batch
+    )
+    uniform = _noise(log_alpha, lessons.batch, lessons.seed, step)
+    mine = torch.arange(lessons.batch).chunk(on.ranks.count)
     mine = mine[on.ranks.index] if on.ranks.index < len(mine) else torch.arange(0)
-    at_once = max(1, int(_TOKENS_OF_A_BATCH * on.batch_tokens) // run.tokens.shape[1])
+    at_once = max(1, int(_TOKENS_OF_A_BATCH * on.batch_tokens) // lessons.tokens.shape[1])
     total = torch.zeros((), device=on.device)
     for rows in mine.split(at_once) if len(mine) else ():
-        tokens = run.tokens[order[rows]].to(on.device)
+        tokens = lessons.tokens[order[rows]].to(on.device)
         with torch.no_grad():
             teacher = run.gated.model(input_ids=tokens, use_cache=False).logits[:, :-1]
         gates = Gates(
@@ -299,7 +292,7 @@ def _step(run: _Run, step: int) -> dict[str, float]:
         )
         with run.gated.through(gates) as model:
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-            loss = divergence(logits, teacher, 1.0) * len(rows) / run.batch
+            loss = divergence(logits, teacher, 1.0) * len(rows) / lessons.batch
             loss.backward()
         total += loss.detach()
     alphas = list(log_alpha.named().values())
@@ -307,11 +300,11 @@ def _step(run: _Run, step: int) -> dict[str, float]:
         alpha.grad = torch.zeros_like(alpha) if alpha.grad is None else alpha.grad
     on.ranks.add_(total, *(alpha.grad for alpha in alphas))
 
-    turn = _turn(run.steps)
+    turn = _turn(lessons.steps)
     fallen = min(1.0, (step + 1) / turn)
     if step >= turn:  # gates come to rest
         run.optimizer.param_groups[0]["lr"] = (
-            _WAY / run.steps * (run.steps - step) / (run.steps - turn)
+            _WAY / lessons.steps * (lessons.steps - step) / (lessons.steps - turn)
         )
     _, jacobian_EN, _ = _constraints(run, fallen)
     gradient_N = torch.cat([alpha.grad.flatten() for alpha in alphas]).to(jacobian_EN)
@@ -382,10 +375,6 @@ def _noise(log_alpha: Gates, batch: int, seed: int, step: int) -> dict[str, Tens
         name: torch.rand((batch, *alpha.shape), generator=generator).clamp(1e-6, 1 - 1e-6)
         for name, alpha in log_alpha.named().items()
     }
-
-
-def _detached(gates: Gates) -> Gates:
-    return gates.map(lambda value: value.detach().cpu())
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

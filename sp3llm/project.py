@@ -258,10 +258,10 @@ def narrow_attention(
         found[f"{writer}.weight"], constant_D = join_writer(writer_HDP, constant_HD, width)
     else:
         groups = narrowing.groups
-        kept_G, gone_G = _strongest(output_HEE, writer_HDE, groups, narrowing.num_key_value_heads)
-        learned_G = projection.winners and projection.winners.kept(KEY_VALUE, group.layer)
-        if learned_G is not None:
-            kept_G, gone_G = learned_G, _others(learned_G, groups)
+        kept_G = projection.winners and projection.winners.kept(KEY_VALUE, group.layer)
+        if kept_G is None:
+            kept_G = _strongest(output_HEE, writer_HDE, groups, narrowing.num_key_value_heads)
+        gone_G = _others(kept_G, groups)
         unit = heads // groups * full
         units = {QUERY: unit, KEY_VALUE: full, INTERLEAVED: 3 * unit}
         sizes = {QUERY: heads * full, KEY_VALUE: groups * full, INTERLEAVED: 3 * heads * full}
@@ -348,13 +348,11 @@ def _others(units_U: Tensor, count: int) -> Tensor:
     return is_left.nonzero()[:, 0]
 
 
-def _strongest(
-    output_HEE: Tensor, writer_HDE: Tensor, groups: int, keep: int
-) -> tuple[Tensor, Tensor]:
-    """KV groups that write most, `tr(W C W^T)`, and the others; both rising."""
+def _strongest(output_HEE: Tensor, writer_HDE: Tensor, groups: int, keep: int) -> Tensor:
+    """KV groups that write most, `tr(W C W^T)`, rising."""
     energy_H = ((writer_HDE @ output_HEE) * writer_HDE).sum((1, 2))
     order_G = energy_H.reshape(groups, -1).sum(1).argsort(descending=True, stable=True)
-    return order_G[:keep].sort().values, order_G[keep:].sort().values
+    return order_G[:keep].sort().values
 
 
 def _unembedding(table_VE: Tensor, projection: Projection) -> Tensor:

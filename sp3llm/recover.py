@@ -481,10 +481,7 @@ def prepare(
     dtype = stored if low else torch.promote_types(stored, torch.float32)
     model, names = load_student(settings, pair, dtype)
     if settings.gradient_checkpointing:
-        # Adapters are trained under frozen embeddings: only this kind passes gradients to them.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers 5 renamed it midway
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        training.run_layers_again(model)
     tap = None
     if settings.hidden_weight:
         stock = model.get_base_model() if settings.lora is not None else model

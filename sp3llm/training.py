@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -131,6 +132,14 @@ def training_config(folder: Path) -> Any:
         if hasattr(config, key):
             setattr(config, key, 0.0)
     return config
+
+
+def run_layers_again(model: nn.Module) -> None:
+    """In training keep no activations of a layer but what enters it, and compute them again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5 renamed it midway
+        # Only this kind passes on gradients under frozen embeddings, as adapters and gates have.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 # --------------------------------------------------------------------------- on disk

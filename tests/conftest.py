@@ -25,6 +25,24 @@ from sp3llm.resume import Journal
 from sp3llm.source import bundled_model
 from sp3llm.stream import by_parameter
 
+# The beginning of a program for a fresh process, which cannot import sp3llm.
+WITHOUT_SP3LLM = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "sp3llm":
+            raise ImportError("sp3llm is blocked")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import sp3llm
+except ImportError:
+    pass
+else:
+    sys.exit("sp3llm could be imported")
+"""
+
 _COMMON = {
     "hidden_size": 48,
     "intermediate_size": 40,

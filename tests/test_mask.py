@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sp3llm import learn, mask, measure
+from sp3llm import learn, mask, measure, training
 from sp3llm.budget import budget_of
 from sp3llm.checkpoint import RECORD
 from sp3llm.compress import compress
@@ -18,7 +18,7 @@ from sp3llm.config import COUNTS, CompressConfig
 from sp3llm.errors import UserError
 from sp3llm.execution import Execution
 from sp3llm.families import FAMILIES, axis_sizes, count_parameters, family_of, is_square
-from sp3llm.gated import GatedModel, run_layers_again
+from sp3llm.gated import GatedModel
 from sp3llm.mask import Gates
 from sp3llm.plan import Limits, Shape, candidates, cost_of, learnable, nearest, resized_config
 from sp3llm.project import gated_writers
@@ -108,7 +108,8 @@ def test_layers_that_run_again_for_their_gradients_see_the_same_gates(variant, t
     found = []
     for again in (False, True):
         if again:
-            run_layers_again(gated.model)
+            training.run_layers_again(gated.model)
+            gated.model.train()
         gates = drawn.map(lambda value: value.clone().requires_grad_())
         with gated.through(gates) as model:
             model(input_ids=tokens, use_cache=False).logits.logsumexp(-1).sum().backward()
@@ -270,7 +271,7 @@ def test_layers_are_brought_to_the_same_number():
 # --------------------------------------------------------------------------- learning
 
 
-def lesson(tmp_path, tokens, variant="llama", keep=0.6, **changes):
+def lesson(tmp_path, tokens, variant="llama", keep=0.6, steps=60):
     """Arguments of `learn.learn` for a tiny model."""
     model = tiny_model(variant, torch.float32)
     checkpoint, family = save_model(model, tmp_path / variant), family_of_model(model)
@@ -281,10 +282,11 @@ def lesson(tmp_path, tokens, variant="llama", keep=0.6, **changes):
     shapes = candidates(family, checkpoint.config, Limits(keep=keep))
     budget = budget_of(family, checkpoint.config, Limits(keep=keep), shapes)
     return {
-        "dense": checkpoint, "family": family, "folder": tmp_path / variant, "budget": budget,
-        "frame_of": partial(measure.nested_frame, family, moments), "tokens": tokens, "batch": 4,
-        "steps": 60, "seed": 0, "on": on, "progress": None, "journal": NOTHING_KEPT,
-    } | changes  # fmt: skip
+        "dense": checkpoint, "family": family, "budget": budget,
+        "frame_of": partial(measure.nested_frame, family, moments),
+        "lessons": learn.Lessons(tokens, 4, steps, 0), "on": on, "progress": None,
+        "journal": NOTHING_KEPT,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["llama", "stablelm", "opt-projected", "gpt-neox"])
@@ -347,11 +349,11 @@ def test_winners_of_a_narrow_stream_are_open(tokens, tmp_path):
 
 
 def test_sizes_fixed_by_hand_are_met(tokens, tmp_path):
-    options = lesson(tmp_path, tokens)
+    options = lesson(tmp_path, tokens, steps=30)
     family, config = options["family"], options["dense"].config
     limits = Limits(keep=0.8, hidden_size=40, num_key_value_heads=1)
     budget = budget_of(family, config, limits, candidates(family, config, limits))
-    learned = learn.learn(**options | {"budget": budget, "steps": 30})
+    learned = learn.learn(**options | {"budget": budget})
     assert learned.shape.hidden_size == 40
 
 
@@ -398,7 +400,7 @@ def test_a_resumed_mask_is_the_uninterrupted_one(tokens, tmp_path, monkeypatch):
 
 def test_learning_finds_what_is_dead(tokens, tmp_path):
     """Half of the neurons write nothing: gates on them cost nothing, so they go first."""
-    options = lesson(tmp_path, tokens)
+    options = lesson(tmp_path, tokens, steps=40)
     model = tiny_model("llama", torch.float32)
     dead = torch.arange(40) % 2 == 0
     with torch.no_grad():
@@ -410,9 +412,7 @@ def test_learning_finds_what_is_dead(tokens, tmp_path):
     budget = budget_of(
         family, checkpoint.config, limits, candidates(family, checkpoint.config, limits)
     )
-    learned = learn.learn(
-        **options | {"dense": checkpoint, "folder": folder, "budget": budget, "steps": 40}
-    )
+    learned = learn.learn(**options | {"dense": checkpoint, "budget": budget})
     kept = learned.winners().neurons_LF > 0
     assert learned.shape.intermediate_size == 24
     assert kept[:, ~dead].all()

@@ -21,7 +21,7 @@ from sp3llm.config import CompressConfig, QuantizeConfig
 from sp3llm.score import perplexity
 from sp3llm.teacher import load_teacher
 
-from .conftest import logits_of, relative_error, save_model, tiny_model
+from .conftest import WITHOUT_SP3LLM, logits_of, relative_error, save_model, tiny_model
 
 pytest.importorskip("bitsandbytes")
 
@@ -105,22 +105,9 @@ def recounted(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 # --------------------------------------------------------------------------- stock
 
 
-LOAD_ELSEWHERE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] == "sp3llm":
-            raise ImportError("sp3llm is blocked")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import sp3llm
-except ImportError:
-    pass
-else:
-    sys.exit("sp3llm could be imported")
-
+LOAD_ELSEWHERE = (
+    WITHOUT_SP3LLM
+    + """
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -133,6 +120,7 @@ for folder, result in zip(sys.argv[1::2], sys.argv[2::2]):
         logits = model(input_ids=torch.arange(3, 27)[None], use_cache=False).logits
     save_file({"logits": logits}, result)
 """
+)
 
 
 def test_a_fresh_process_without_sp3llm_gives_the_logits_of_the_model_in_memory(

@@ -17,7 +17,7 @@ from sp3llm.config import CompressConfig
 from sp3llm.families import count_parameters, family_of
 from sp3llm.source import bundled_model
 
-from .conftest import save_model, tiny_model
+from .conftest import WITHOUT_SP3LLM, save_model, tiny_model
 
 QUIET = Console(quiet=True)
 EVALUATION = Path(__file__).parent.parent / "eval"
@@ -54,22 +54,9 @@ SETTINGS = {
     "smollm3": {"tie": "untie"},
 }
 
-LOAD_ELSEWHERE = """
-import json, sys
-
-class Blocker:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] == "sp3llm":
-            raise ImportError("sp3llm is blocked")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import sp3llm
-except ImportError:
-    pass
-else:
-    sys.exit("sp3llm could be imported")
-
+LOAD_ELSEWHERE = (
+    WITHOUT_SP3LLM
+    + """
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -88,6 +75,7 @@ for folder in sys.argv[1:]:
     assert generated.shape == (1, 29)
     save_file({"logits": logits, "generated": generated}, folder + "/elsewhere.safetensors")
 """
+)
 
 
 def compress_tiny(variant, folder, **settings):
