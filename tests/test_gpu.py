@@ -5,9 +5,8 @@ import torch
 
 from sp3llm.execution import Execution
 from sp3llm.measure import measure_dense
-
-from .conftest import family_of_model, relative_error, save_model, tiny_model
-from .test_stock import compress_tiny
+from tests.compression.test_stock import compress_tiny
+from tests.conftest import family_of_model, relative_error, save_model, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

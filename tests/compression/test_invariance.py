@@ -15,8 +15,7 @@ from sp3llm.measure import choose_basis, measure_dense
 from sp3llm.plan import Shape, resized_config
 from sp3llm.project import Projection
 from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
-
-from .conftest import (
+from tests.conftest import (
     TINY,
     disk_tensors,
     family_of_model,

@@ -11,8 +11,8 @@ from sp3llm.moments import spread_mean_free_frame, spreading_turn
 from sp3llm.plan import resized_config
 from sp3llm.project import stream_scale
 from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
-
-from .conftest import (
+from tests.compression.test_invariance import ON, shape_of_width, tolerance
+from tests.conftest import (
     disk_tensors,
     family_of_model,
     logits_of,
@@ -22,7 +22,6 @@ from .conftest import (
     tiny_model,
     written_model,
 )
-from .test_invariance import ON, shape_of_width, tolerance
 
 CPU = torch.device("cpu")
 # Untied, or with projections between table and stream.

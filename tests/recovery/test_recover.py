@@ -30,8 +30,7 @@ from sp3llm.plan import Shape
 from sp3llm.project import Projection, stream_scale
 from sp3llm.recover_needs import adapter_parameters, teacher_bytes
 from sp3llm.teacher import StreamTap, load_teacher
-
-from .conftest import (
+from tests.conftest import (
     family_of_model,
     full_width_projection,
     logits_of,

@@ -24,8 +24,7 @@ from sp3llm.plan import Limits, Shape, candidates, cost_of, learnable, nearest, 
 from sp3llm.project import gated_writers
 from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
 from sp3llm.resume import NOTHING_KEPT, open_journal
-
-from .conftest import (
+from tests.conftest import (
     TINY,
     disk_tensors,
     family_of_model,

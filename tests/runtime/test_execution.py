@@ -12,8 +12,7 @@ from sp3llm.errors import UserError
 from sp3llm.execution import Execution, ahead, memory_limits, placed
 from sp3llm.measure import measure_dense
 from sp3llm.moments import split_product, symmetric_product
-
-from .conftest import family_of_model, relative_error, save_model, tiny_model
+from tests.conftest import family_of_model, relative_error, save_model, tiny_model
 
 ON = Execution(torch.device("cpu"), torch.float32)
 

@@ -10,8 +10,7 @@ from sp3llm.execution import Execution
 from sp3llm.families import norm_eps
 from sp3llm.measure import measure_dense, measure_losses
 from sp3llm.moments import add_second_moment, eigenbasis, normalise
-
-from .conftest import TINY, family_of_model, relative_error, save_model, tiny_model
+from tests.conftest import TINY, family_of_model, relative_error, save_model, tiny_model
 
 FLOAT32 = Execution(torch.device("cpu"), torch.float32)
 

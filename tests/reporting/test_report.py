@@ -22,9 +22,8 @@ from sp3llm.cli import main
 from sp3llm.errors import UserError
 from sp3llm.families import FAMILIES, count_parameters, count_parts
 from sp3llm.record import RECORD, add_to_record, measured, read_record
-
-from .conftest import TINY, save_model, tiny_model
-from .test_stock import compress_tiny
+from tests.compression.test_stock import compress_tiny
+from tests.conftest import TINY, save_model, tiny_model
 
 QUIET = Console(quiet=True)
 VOID = {"meta", "link", "br"}

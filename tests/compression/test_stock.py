@@ -16,11 +16,10 @@ from sp3llm.compress import compress
 from sp3llm.config import CompressConfig
 from sp3llm.families import count_parameters, family_of
 from sp3llm.source import bundled_model
-
-from .conftest import WITHOUT_SP3LLM, save_model, tiny_model
+from tests.conftest import WITHOUT_SP3LLM, save_model, tiny_model
 
 QUIET = Console(quiet=True)
-EVALUATION = Path(__file__).parent.parent / "eval"
+EVALUATION = Path(__file__).parents[2] / "eval"
 VARIANTS = [
     "llama-biases",
     "llama-9-heads",

@@ -20,8 +20,7 @@ from sp3llm.compress import compress
 from sp3llm.config import CompressConfig, QuantizeConfig
 from sp3llm.score import perplexity
 from sp3llm.teacher import load_teacher
-
-from .conftest import WITHOUT_SP3LLM, logits_of, relative_error, save_model, tiny_model
+from tests.conftest import WITHOUT_SP3LLM, logits_of, relative_error, save_model, tiny_model
 
 pytest.importorskip("bitsandbytes")
 

@@ -10,8 +10,7 @@ from sp3llm import speed
 from sp3llm.cli import main
 from sp3llm.config import BenchConfig
 from sp3llm.families import FAMILIES
-
-from .conftest import save_model, tiny_model
+from tests.conftest import save_model, tiny_model
 
 CPU = torch.device("cpu")
 

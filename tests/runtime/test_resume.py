@@ -26,12 +26,13 @@ from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError, UserError
 from sp3llm.execution import Execution, Ranks
 from sp3llm.resume import Journal, open_journal, read_tensors, write_tensors
-
-from .conftest import save_model, tiny_model
+from tests.conftest import save_model, tiny_model
 
 # A server that has everything imported and computed nothing; its children are the runs.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.test_resume", "transformers.models.llama.modeling_llama"])
+FORKS.set_forkserver_preload(
+    ["tests.runtime.test_resume", "transformers.models.llama.modeling_llama"]
+)
 
 
 @pytest.fixture(scope="module")

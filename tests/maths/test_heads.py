@@ -12,9 +12,8 @@ from sp3llm.heads import (
     split_writer,
     value_output_projection,
 )
-
-from .conftest import relative_error
-from .test_refit import normal
+from tests.compression.test_refit import normal
+from tests.conftest import relative_error
 
 WIDTH, HEADS, HEAD_DIM, TOKENS = 24, 4, 8, 60
 PARTS = ("q", "k", "v", "o")

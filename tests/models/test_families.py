@@ -18,8 +18,7 @@ from sp3llm.families import (
     setting,
 )
 from sp3llm.stream import by_parameter
-
-from .conftest import TINY, family_of_model, save_model, tiny_model
+from tests.conftest import TINY, family_of_model, save_model, tiny_model
 
 
 @pytest.mark.parametrize("variant", list(TINY))

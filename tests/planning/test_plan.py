@@ -301,7 +301,7 @@ def test_counts_equal_those_of_the_real_model(variant):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from .conftest import family_of_model, tiny_model
+    from tests.conftest import family_of_model, tiny_model
 
     model = tiny_model(variant, torch.float32)
     model.set_attn_implementation("eager")

@@ -13,10 +13,9 @@ from sp3llm.config import CompressConfig
 from sp3llm.errors import UserError
 from sp3llm.families import FAMILIES
 from sp3llm.plan import Limits, Shape, candidates, cost_of, plan_of
-
-from .conftest import TINY
-from .test_plan import LLAMA_2_7B, LLAMA_3_8B, MIXTRAL_8X7B
-from .test_stock import LOAD_ELSEWHERE, compress_tiny
+from tests.compression.test_stock import LOAD_ELSEWHERE, compress_tiny
+from tests.conftest import TINY
+from tests.planning.test_plan import LLAMA_2_7B, LLAMA_3_8B, MIXTRAL_8X7B
 
 LLAMA = FAMILIES["llama"]
 QWEN3_4B = {

@@ -17,11 +17,10 @@ from sp3llm.checkpoint import RECORD
 from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError
 from sp3llm.execution import Execution, Ranks
+from tests.conftest import relative_error, save_model, tiny_model
+from tests.runtime.test_resume import FORKS, content, dense, learned, run, run_and_die, settings  # noqa: F401
 
-from .conftest import relative_error, save_model, tiny_model
-from .test_resume import FORKS, content, dense, learned, run, run_and_die, settings  # noqa: F401
-
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 def as_rank(rank: int, count: int, port: int, writes: int | None, options: CompressConfig) -> None:

@@ -24,8 +24,8 @@ from sp3llm.stream import (
     open_stream,
     run_layer,
 )
-
-from .conftest import (
+from tests.compression.test_stock import compress_tiny
+from tests.conftest import (
     disk_tensors,
     family_of_model,
     logits_of,
@@ -34,7 +34,6 @@ from .conftest import (
     stock_model,
     tiny_model,
 )
-from .test_stock import compress_tiny
 
 CPU = torch.device("cpu")
 ON = Execution(CPU, torch.float64)

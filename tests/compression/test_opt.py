@@ -16,8 +16,9 @@ from sp3llm.measure import choose_basis, measure_dense
 from sp3llm.moments import mean_free_frame
 from sp3llm.plan import Limits, Shape, candidates, resized_config, row_of
 from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
-
-from .conftest import (
+from tests.compression.test_invariance import confine_stream
+from tests.compression.test_stock import compress_tiny
+from tests.conftest import (
     disk_tensors,
     family_of_model,
     logits_of,
@@ -28,8 +29,6 @@ from .conftest import (
     tiny_model,
     written_model,
 )
-from .test_invariance import confine_stream
-from .test_stock import compress_tiny
 
 ON = Execution(torch.device("cpu"), torch.float64)
 OPT_125M = {

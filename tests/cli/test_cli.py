@@ -10,7 +10,7 @@ import pytest
 
 from sp3llm.cli import main
 
-SCRIPTS = sorted((Path(__file__).parent.parent / "eval").glob("*.py"))
+SCRIPTS = sorted((Path(__file__).parents[2] / "eval").glob("*.py"))
 
 HEAVY = """
 import runpy
