@@ -22,7 +22,7 @@ $(VENV)/installed: setup.py
 
 demo: install
 	$(BIN)/python -m sp3llm.compress --keep 0.75 --out $(DEMO)
-	$(BIN)/python eval/continue_prompt.py sp3llm/bundled/llama-8m $(DEMO)
+	$(BIN)/python eval/checks/continue_prompt.py sp3llm/bundled/llama-8m $(DEMO)
 
 test: install
 	$(BIN)/ruff check .
@@ -37,7 +37,7 @@ style: install
 	$(BIN)/ruff check --fix .
 
 interop: install
-	$(BIN)/python eval/interop.py --torch '$(TORCH)'
+	$(BIN)/python eval/interop/interop.py --torch '$(TORCH)'
 
 clean:
 	rm -rf $(VENV) $(DEMO) .interop build *.egg-info .pytest_cache .ruff_cache

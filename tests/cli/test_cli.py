@@ -10,7 +10,11 @@ import pytest
 
 from sp3llm.cli import main
 
-SCRIPTS = sorted((Path(__file__).parents[2] / "eval").glob("*.py"))
+SCRIPTS = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "eval").rglob("*.py")
+    if "__main__" in path.read_text()
+)
 
 HEAVY = """
 import runpy

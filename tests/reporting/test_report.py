@@ -441,7 +441,7 @@ def test_a_hub_that_is_not_there_is_one_sentence(made, server):
 
 @pytest.mark.slow
 def test_the_page_opens_in_chromium_without_complaint(made, tmp_path):
-    from eval.check_report import BROWSERS, check
+    from eval.checks.check_report import BROWSERS, check
 
     if not any(map(shutil.which, BROWSERS)):
         pytest.skip("no chromium here")

@@ -1,0 +1,96 @@
+"""Does cutting in several rounds lose less than cutting at once?
+
+python eval/benchmarks/bench_rounds.py --widths 208,160 160
+
+Each argument of `--widths` is a course of hidden sizes: the model is compressed to the first, the
+result to the next, each time with a basis and a refit of its own, on the same calibration text. The
+losses at the end are compared with the first dense model's, on the same held-out windows.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from sp3llm import report, score
+from sp3llm.checkpoint import RECORD, open_checkpoint
+from sp3llm.compress import compress
+from sp3llm.config import CompressConfig
+from sp3llm.data import calibration_windows, default_evaluation, evaluation_windows, load_tokenizer
+from sp3llm.execution import execution
+from sp3llm.families import family_of
+from sp3llm.measure import measure_losses
+from sp3llm.source import resolve_model
+
+RESULTS = Path(__file__).parents[1] / "results" / "rounds"
+
+
+def run_course(widths: list[int], samples: int, seq_len: int, folder: Path) -> Path:
+    """Compress through the widths; the last model's folder."""
+    model = None
+    for number, width in enumerate(widths):
+        out = folder / f"round{number}"
+        # The budget does not bind: the width is fixed.
+        settings = CompressConfig(
+            model=model, hidden_size=width, keep=0.999, allocate="width", samples=samples,
+            seq_len=seq_len, calib="stdlib", out=out, report=False,
+        )  # fmt: skip
+        compress(settings, Console(quiet=True))
+        model = str(out)
+    return Path(model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--widths", nargs="+", required=True, help="courses, such as 208,160")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    options = parser.parse_args()
+
+    folder, name, _ = resolve_model(None)
+    dense = open_checkpoint(folder)
+    on = execution("auto", dense.dtype())
+    tokenizer = load_tokenizer(folder)
+    calibration = calibration_windows("stdlib", tokenizer, options.samples, options.seq_len, 0)
+    evaluation = evaluation_windows(
+        default_evaluation("stdlib"), tokenizer, 128, options.seq_len, calibration.documents
+    )
+    before = measure_losses(dense, family_of(dense.config), evaluation.tokens, on)
+    rows = []
+    for course in options.widths:
+        widths = [int(width) for width in course.split(",")]
+        with tempfile.TemporaryDirectory() as scratch:
+            last = run_course(widths, options.samples, options.seq_len, Path(scratch))
+            small = open_checkpoint(last)
+            losses = measure_losses(small, family_of(small.config), evaluation.tokens, on)
+            plan = json.loads((last / RECORD).read_text())["plan"]
+        excess = score.excess_log_perplexity(losses, before)
+        rows.append({"widths": widths, "plan": plan, "excess_log_perplexity": excess.describe()})
+        print(course, excess, flush=True)
+    command = shlex.join(["python", "eval/benchmarks/bench_rounds.py", *sys.argv[1:]])
+    record = {
+        "command": command,
+        "model": name,
+        "calibration": calibration.describe(),
+        "evaluation": evaluation.describe(),
+        "runs": rows,
+        "versions": report.versions(),
+        "machine": report.machine(str(on.device)),
+    }
+    (RESULTS / "rounds.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = ["| widths | parameters | excess log-perplexity |", "|---|---|---|"]
+    for row in rows:
+        excess = row["excess_log_perplexity"]
+        lines.append(
+            f"| {' to '.join(map(str, row['widths']))} | {row['plan']['parameters']:,} | "
+            f"{excess['mean']:.4f} ± {excess['paired_standard_error']:.4f} |"
+        )
+    (RESULTS / "rounds.md").write_text(f"# rounds\n\n    {command}\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
