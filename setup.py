@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = next(
@@ -31,7 +31,12 @@ setup(
     python_requires=">=3.10",
     # The calibration manifest, and the presets and offline tasks of `sp3llm score`, live elsewhere
     # in the repository, and inside the installed package.
-    packages=["sp3llm", "sp3llm.calib_data", "sp3llm.presets", "sp3llm.tasks"],
+    packages=[
+        *find_packages(include=["sp3llm", "sp3llm.*"]),
+        "sp3llm.calib_data",
+        "sp3llm.presets",
+        "sp3llm.tasks",
+    ],
     package_dir={
         "sp3llm": "sp3llm",
         "sp3llm.calib_data": "calib_data",
@@ -39,7 +44,8 @@ setup(
         "sp3llm.tasks": "eval/tasks",
     },
     package_data={
-        "sp3llm": ["bundled/llama-8m/*", "templates/*", "py.typed"],
+        "sp3llm": ["bundled/llama-8m/*", "py.typed"],
+        "sp3llm.reporting": ["templates/*"],
         "sp3llm.calib_data": ["*.json"],
         "sp3llm.presets": ["*.yaml"],
         "sp3llm.tasks": ["*.yaml"],

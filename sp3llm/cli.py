@@ -619,7 +619,7 @@ def _run_compress(settings: CompressConfig) -> None:
     with console.status("importing torch and transformers"):
         import transformers
 
-        from sp3llm.compress import compress
+        from sp3llm.compression.story import compress
 
     transformers.utils.logging.set_verbosity_error()
     compress(settings, console)
@@ -635,8 +635,12 @@ def _run_report(
 ) -> None:
     from rich.console import Console
 
-    from sp3llm import card, hub, page, samples
-    from sp3llm.record import add_to_record, measured, read_record
+    from sp3llm.reporting.card import write_card
+    from sp3llm.reporting.hub import check_login, push
+    from sp3llm.reporting.origins import dense_folder
+    from sp3llm.reporting.page import write_page
+    from sp3llm.reporting.record import add_to_record, measured, read_record
+    from sp3llm.reporting.samples import with_samples
 
     if private and push_to_hub is None:
         raise UserError(
@@ -645,25 +649,25 @@ def _run_report(
     console = Console()
     record = read_record(folder)
     if push_to_hub is not None:
-        hub.check_login()
+        check_login()
     entries = {key: value for path in add for key, value in measured(path, folder).items()}
     if entries:
         record = add_to_record(folder, **entries)
-    record, no_samples = samples.with_samples(folder, record, console, device, dense)
-    card.write_card(folder, record, samples.dense_folder(record, dense))
-    written = page.write_page(folder, record, no_samples)
+    record, no_samples = with_samples(folder, record, console, device, dense)
+    write_card(folder, record, dense_folder(record, dense))
+    written = write_page(folder, record, no_samples)
     if no_samples:
         console.print(f"No samples: {no_samples}", markup=False, highlight=False)
     console.print(f"Written: {written}, {folder / 'README.md'}", markup=False, highlight=False)
     if push_to_hub is not None:
-        url = hub.push(folder, push_to_hub, private, console)
+        url = push(folder, push_to_hub, private, console)
         console.print(f"Pushed to {url}", markup=False, highlight=False)
 
 
 def _run_score(settings: ScoreConfig) -> None:
     from rich.console import Console
 
-    from sp3llm.harness import is_first_process, score
+    from sp3llm.evaluation.harness import is_first_process, score
 
     score(settings, Console(quiet=not is_first_process()))
 
@@ -676,7 +680,7 @@ def _run_bench(settings: BenchConfig) -> None:
     with console.status("importing torch and transformers"):
         import transformers
 
-        from sp3llm.speed import bench
+        from sp3llm.evaluation.speed import bench
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -693,7 +697,7 @@ def _run_recover(settings: RecoverConfig) -> None:
         import torch
         import transformers
 
-        from sp3llm.recover import recover
+        from sp3llm.recovery.story import recover
 
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -713,7 +717,7 @@ def _run_quantize(settings: QuantizeConfig) -> None:
         import torch
         import transformers
 
-        from sp3llm.quantize import quantize
+        from sp3llm.quantization.story import quantize
 
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -744,11 +748,15 @@ def _planned_recovery(options: dict[str, Any]) -> RecoverConfig | None:
 def _run_plan(as_json: bool, settings: CompressConfig, recovery: RecoverConfig | None) -> None:
     import json
 
-    from sp3llm import families, report
-    from sp3llm.plan import candidates, cost_of, limits_of, needs_of
-    from sp3llm.recover_needs import recovery_needs_of
-    from sp3llm.recover_report import recovery_line
-    from sp3llm.source import resolve_config
+    from sp3llm.models import families
+    from sp3llm.models.shapes import cost_of
+    from sp3llm.models.source import resolve_config
+    from sp3llm.planning.candidates import candidates
+    from sp3llm.planning.limits import limits_of
+    from sp3llm.planning.needs import needs_of
+    from sp3llm.planning.recovery_needs import recovery_needs_of
+    from sp3llm.reporting.plans import needs_line, plan_table
+    from sp3llm.reporting.recovery import recovery_line
 
     config, name, note = resolve_config(settings.model)
     family = families.family_of(config)
@@ -778,8 +786,8 @@ def _run_plan(as_json: bool, settings: CompressConfig, recovery: RecoverConfig |
     console = Console()
     if note:
         console.print(note, markup=False)
-    console.print(report.plan_table(name, family, config, limits, shapes))
-    console.print(report.needs_line(settings, seq_len, needs), highlight=False, markup=False)
+    console.print(plan_table(name, family, config, limits, shapes))
+    console.print(needs_line(settings, seq_len, needs), highlight=False, markup=False)
     if recovery_needs is not None:
         line = recovery_line(recovery, seq_len, recovery_needs)
         console.print(line, highlight=False, markup=False)

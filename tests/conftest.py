@@ -15,15 +15,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sp3llm.checkpoint import Checkpoint, open_checkpoint, write_model, written
-from sp3llm.families import FAMILIES, Family, groups
-from sp3llm.moments import mean_free_frame, tied_rotation
-from sp3llm.plan import Shape
-from sp3llm.project import Projection, norm_of, project_group
-from sp3llm.rebuild import Built, head_tensors
-from sp3llm.resume import Journal
-from sp3llm.source import bundled_model
-from sp3llm.stream import by_parameter
+from sp3llm.compression.projection import Projection, norm_of, project_group
+from sp3llm.compression.refitter import Built
+from sp3llm.maths.basis import mean_free_frame, tied_rotation
+from sp3llm.models.checkpoint import Checkpoint, head_tensors, open_checkpoint
+from sp3llm.models.export import write_model, written
+from sp3llm.models.families import FAMILIES, Family, groups
+from sp3llm.models.shapes import Shape
+from sp3llm.models.source import bundled_model
+from sp3llm.models.stock import by_parameter
+from sp3llm.runtime.journal import Journal
 
 # The beginning of a program for a fresh process, which cannot import sp3llm.
 WITHOUT_SP3LLM = """

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sp3llm.execution import Execution
-from sp3llm.measure import measure_dense
+from sp3llm.compression.measuring import measure_dense
+from sp3llm.runtime.devices import Execution
 from tests.compression.test_stock import compress_tiny
 from tests.conftest import family_of_model, relative_error, save_model, tiny_model
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from common import place
 from rich.console import Console
 
-from sp3llm import report
-from sp3llm.checkpoint import RECORD
-from sp3llm.compress import compress
+from sp3llm.compression.story import compress
 from sp3llm.config import CompressConfig
+from sp3llm.runtime.folders import RECORD
+from sp3llm.runtime.machine import machine
 
 SHAPE = ("hidden_size", "intermediate_size", "num_key_value_heads")
 
@@ -121,7 +121,7 @@ def main() -> None:
     Path(f"{path}.json").write_text(json.dumps(records, indent=1) + "\n")
     first = records[0]
     evaluated, calibrated = first["evaluation"], first["calibration"]
-    hardware = ", ".join(f"{k} {v}" for k, v in report.machine("cpu").items())
+    hardware = ", ".join(f"{k} {v}" for k, v in machine("cpu").items())
     command = shlex.join(["python", "eval/benchmarks/bench.py", *sys.argv[1:]])
     Path(f"{path}.md").write_text(
         f"""# {path.name}

@@ -31,12 +31,21 @@ from bench_memory import write_random_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from sp3llm import checkpoint, compress, measure, rebuild, report, resume
+from sp3llm.compression import building, measuring
+from sp3llm.compression.attempts import _placed
+from sp3llm.compression.job import Job, prepare
+from sp3llm.compression.measuring import measure_dense
+from sp3llm.compression.stages import build, choose_shape, final_basis
 from sp3llm.config import CompressConfig
-from sp3llm.data import calibration_windows, load_tokenizer
-from sp3llm.execution import Ranks
-from sp3llm.plan import Shape, cost_of, resized_config
-from sp3llm.source import resolve_model
+from sp3llm.models.shapes import Shape, cost_of, resized_config
+from sp3llm.models.source import resolve_model
+from sp3llm.runtime.folders import MODEL
+from sp3llm.runtime.journal import Journal, open_journal
+from sp3llm.runtime.machine import machine, versions
+from sp3llm.runtime.processes import Ranks
+from sp3llm.runtime.progress import progress_bars
+from sp3llm.text.tokenizer import load_tokenizer
+from sp3llm.text.windows import calibration_windows
 
 RESULTS = Path(__file__).parents[1] / "results" / "cost"
 _LLAMA = {
@@ -96,14 +105,14 @@ def install_clocks(clock: dict[str, float]) -> None:
     cost what of them the passes wait for.
     """
     for module, name in (
-        (rebuild, "ridge_fit"),
-        (rebuild, "ridge_errors"),
-        (rebuild, "ridge_solution"),
-        (rebuild, "choose_units"),
-        (measure, "choose_basis"),
+        (building, "ridge_fit"),
+        (building, "ridge_errors"),
+        (building, "ridge_solution"),
+        (building, "choose_units"),
+        (measuring, "choose_basis"),
     ):
         setattr(module, name, clocked(clock, "solves", getattr(module, name)))
-    resume.Journal.save = clocked(clock, "io", resume.Journal.save)
+    Journal.save = clocked(clock, "io", Journal.save)
 
 
 @torch.no_grad()
@@ -133,7 +142,7 @@ def ceiling(on) -> float:
     return 2 * size**3 * repeats / (time.perf_counter() - started)
 
 
-def compress_seconds(job: compress.Job, tokens: torch.Tensor, clock: dict[str, float]) -> dict:
+def compress_seconds(job: Job, tokens: torch.Tensor, clock: dict[str, float]) -> dict:
     """Seconds of each stage; evaluation of perplexity is not part of it."""
     seconds = {}
     clock.update(solves=0.0, io=0.0)
@@ -141,28 +150,28 @@ def compress_seconds(job: compress.Job, tokens: torch.Tensor, clock: dict[str, f
         torch.cuda.reset_peak_memory_stats()
     with (
         tempfile.TemporaryDirectory(dir=job.out.parent) as target,
-        report.progress_bars(Console(quiet=True)) as progress,
+        progress_bars(Console(quiet=True)) as progress,
     ):
         folder = Path(target)
-        model = folder / checkpoint.MODEL
+        model = folder / MODEL
         model.mkdir()
-        journal = resume.open_journal(folder / "state-0", {}, Ranks(), print)
-        job = replace(job, on=compress._placed(job, journal, folder, job.settings))
+        journal = open_journal(folder / "state-0", {}, Ranks(), print)
+        job = replace(job, on=_placed(job, journal, folder, job.settings))
         settings, started = job.settings, time.perf_counter()
-        moments, _ = measure.measure_dense(
+        moments, _ = measure_dense(
             job.dense, job.family, tokens, None, settings.moments, settings.basis, job.on, None,
             journal,
         )  # fmt: skip
         settle()
         seconds["moments"] = time.perf_counter() - started
-        shape, _ = compress.choose_shape(job, moments, tokens, journal, progress)
+        shape, _ = choose_shape(job, moments, tokens, journal, progress)
         settle()
         seconds["search"] = time.perf_counter() - started - sum(seconds.values())
-        _, projection = compress.final_basis(job, shape, moments, tokens, journal)
+        _, projection = final_basis(job, shape, moments, tokens, journal)
         settle()
         seconds["basis"] = time.perf_counter() - started - sum(seconds.values())
         config = resized_config(job.family, job.dense.config, shape)
-        compress.build(job, shape, projection, tokens, config, model, journal, progress)
+        build(job, shape, projection, tokens, config, model, journal, progress)
         settle()
         seconds["refit, write"] = time.perf_counter() - started - sum(seconds.values())
     seconds["total"] = sum(seconds.values())
@@ -226,8 +235,8 @@ def main() -> None:
         "gradient, search (the default)": replace(base, allocate="search", basis="gradient"),
     }
 
-    def job_of(settings: CompressConfig) -> compress.Job:
-        return compress._prepared(settings, Ranks(), settings.device, Console(quiet=True))
+    def job_of(settings: CompressConfig) -> Job:
+        return prepare(settings, Ranks(), settings.device, Console(quiet=True))
 
     folder, name, _ = resolve_model(model)
     on = job_of(base).on
@@ -281,8 +290,8 @@ def main() -> None:
         "ceiling, FLOP/s": peak,
         "one forward, FLOP": flops,
         "runs": rows,
-        "versions": report.versions(),
-        "machine": {**report.machine(str(on.device)), "dtype": str(on.dtype)},
+        "versions": versions(),
+        "machine": {**machine(str(on.device)), "dtype": str(on.dtype)},
     }
     (RESULTS / f"{options.name}.json").write_text(json.dumps(run, indent=1) + "\n")
     heads = list(rows[chosen[0]])

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from sp3llm import report
-from sp3llm.data import calibration_windows, evaluation_windows, load_tokenizer
-from sp3llm.score import excess_log_perplexity, perplexity
-from sp3llm.source import resolve_model
+from sp3llm.maths.paired import excess_log_perplexity, perplexity
+from sp3llm.models.source import resolve_model
+from sp3llm.runtime.machine import machine, versions
+from sp3llm.text.tokenizer import load_tokenizer
+from sp3llm.text.windows import calibration_windows, evaluation_windows
 
 RESULTS = Path(__file__).parents[1] / "results" / "depth"
 
@@ -98,8 +99,8 @@ def main() -> None:
         "model": name,
         "calibration": calibration.describe(),
         "evaluation": evaluation.describe(),
-        "versions": report.versions(),
-        "machine": report.machine("cpu"),
+        "versions": versions(),
+        "machine": machine("cpu"),
         "runs": records,
     }
     (RESULTS / "depth.json").write_text(json.dumps(run, indent=1) + "\n")

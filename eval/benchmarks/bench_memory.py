@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 
-from sp3llm import families, report
-from sp3llm.checkpoint import shard_layout, write_index
-from sp3llm.families import count_parameters, parameter_shapes
-from sp3llm.resume import write_tensors
-from sp3llm.source import bundled_model
+from sp3llm.models import families
+from sp3llm.models.export import shard_layout, write_index
+from sp3llm.models.families import count_parameters, parameter_shapes
+from sp3llm.models.source import bundled_model
+from sp3llm.reporting.formatting import human_bytes
+from sp3llm.runtime.files import write_tensors
+from sp3llm.runtime.machine import machine, versions
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory"
 CONFIG = {
@@ -47,7 +49,10 @@ CHILD = """
 import sys
 import torch, transformers, accelerate, tokenizers
 import transformers.models.llama.modeling_llama
-import sp3llm.compress, sp3llm.measure, sp3llm.rebuild, sp3llm.data
+import sp3llm.compression.building
+import sp3llm.compression.measuring
+import sp3llm.compression.story
+import sp3llm.text.windows
 from sp3llm.cli import main
 print("ready", flush=True)
 sys.stdin.readline()
@@ -143,13 +148,13 @@ def main() -> None:
         "command": shlex.join(["python", "eval/benchmarks/bench_memory.py", *sys.argv[1:]]),
         "config": CONFIG,
         "runs": rows,
-        "versions": report.versions(),
-        "machine": report.machine("cpu"),
+        "versions": versions(),
+        "machine": machine("cpu"),
     }
     (RESULTS / "memory.json").write_text(json.dumps(run, indent=1) + "\n")
     lines = [
-        f"| {row['layers']} | {report.human_bytes(row['weights'])} | "
-        f"{report.human_bytes(row['peak above baseline'])} | "
+        f"| {row['layers']} | {human_bytes(row['weights'])} | "
+        f"{human_bytes(row['peak above baseline'])} | "
         f"{100 * row['of deepest']:.1f} % | {row['seconds']:.0f} |"
         for row in rows
     ]

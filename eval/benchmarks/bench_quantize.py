@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from sp3llm import report
-from sp3llm.checkpoint import RECORD
-from sp3llm.compress import compress
+from sp3llm.compression.story import compress
 from sp3llm.config import CompressConfig, QuantizeConfig
-from sp3llm.quantize import quantize
-from sp3llm.score import Excess, excess_log_perplexity
+from sp3llm.maths.paired import Excess, excess_log_perplexity
+from sp3llm.quantization.story import quantize
+from sp3llm.runtime.folders import RECORD
+from sp3llm.runtime.machine import machine
 
 RESULTS = Path(__file__).parents[1] / "results" / "quantization"
 # In 64s, so that nf4 runs on a CPU and both formats see the same models.
@@ -232,7 +232,7 @@ def write(records: list[dict], seed: int) -> None:
     draw(records, RESULTS / "quantize.png")
     first = records[0]
     evaluated, calibrated = first["evaluation"], first["calibration"]
-    hardware = ", ".join(f"{k} {v}" for k, v in report.machine("cpu").items())
+    hardware = ", ".join(f"{k} {v}" for k, v in machine("cpu").items())
     names = [record["name"] for record in records]
     command = shlex.join(["python", "eval/benchmarks/bench_quantize.py", "--work", "WORK"])
     command += " --run " + shlex.join(names)

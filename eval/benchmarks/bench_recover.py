@@ -22,16 +22,21 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from sp3llm import data, report
-from sp3llm.checkpoint import RECORD, open_checkpoint
-from sp3llm.compress import compress
+from sp3llm.compression.story import compress
 from sp3llm.config import CompressConfig, RecoverConfig
-from sp3llm.execution import execution
-from sp3llm.families import family_of
-from sp3llm.measure import measure_losses
-from sp3llm.recover import recover
-from sp3llm.score import excess_log_perplexity
-from sp3llm.source import bundled_model
+from sp3llm.evaluation.perplexity import measure_losses
+from sp3llm.maths.paired import excess_log_perplexity
+from sp3llm.models.checkpoint import open_checkpoint
+from sp3llm.models.families import family_of
+from sp3llm.models.source import bundled_model
+from sp3llm.recovery.story import recover
+from sp3llm.runtime.devices import execution
+from sp3llm.runtime.folders import RECORD
+from sp3llm.runtime.machine import machine
+from sp3llm.text.sources import read_documents, resolve_source
+from sp3llm.text.split import part_of
+from sp3llm.text.tokenizer import load_tokenizer
+from sp3llm.text.windows import cut_windows, pack
 
 RESULTS = Path(__file__).parents[1] / "results" / "recovery"
 # A learned mask sees as many tokens a step as a step of recovery does.
@@ -122,21 +127,21 @@ def seen_part(path: Path, work: Path) -> Path:
     """A corpus without its evaluation part."""
     found = work / f"{path.name.removesuffix('.gz').removesuffix('.jsonl')}.train.jsonl.gz"
     if not found.is_file():
-        documents = data.read_documents(data.resolve_source(str(path)), "train")
+        documents = read_documents(resolve_source(str(path)), "train")
         with gzip.open(found, "wt", encoding="utf-8") as file:
             for document in documents:
-                if data.part_of(document) != "evaluation":
+                if part_of(document) != "evaluation":
                     file.write(json.dumps({"text": document}) + "\n")
     return found
 
 
 def other_text(path: Path) -> Tensor:
     """Windows of the evaluation part of a corpus that no contestant is trained on."""
-    tokenizer = data.load_tokenizer(bundled_model())
-    source = data.resolve_source(str(path))
-    documents = (d for d in data.read_documents(source, "train") if data.part_of(d) == "evaluation")
-    runs = data.pack(documents, tokenizer, source.join)
-    windows = data.cut_windows(runs, 512, tokenizer.bos_token_id)
+    tokenizer = load_tokenizer(bundled_model())
+    source = resolve_source(str(path))
+    documents = (d for d in read_documents(source, "train") if part_of(d) == "evaluation")
+    runs = pack(documents, tokenizer, source.join)
+    windows = cut_windows(runs, 512, tokenizer.bos_token_id)
     return torch.tensor(list(itertools.islice(windows, OTHER_WINDOWS)))
 
 
@@ -265,7 +270,7 @@ def write(records: list[dict], seed: int) -> None:
     draw(records, RESULTS / "recover.png")
     first = records[0]
     evaluated, trained = first["evaluation"], first["training"]
-    hardware = ", ".join(f"{k} {v}" for k, v in report.machine("cpu").items())
+    hardware = ", ".join(f"{k} {v}" for k, v in machine("cpu").items())
     others = sorted({text for record in records for text in record["elsewhere"]})
     words = ["python", "eval/benchmarks/bench_recover.py", "--work", "WORK"]
     words += ["--train", first["settings"]["train"], *(["--also", *others] if others else [])]

@@ -16,15 +16,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sp3llm import report, score
-from sp3llm.checkpoint import RECORD, open_checkpoint
-from sp3llm.compress import compress
+from sp3llm.compression.story import compress
 from sp3llm.config import CompressConfig
-from sp3llm.data import calibration_windows, default_evaluation, evaluation_windows, load_tokenizer
-from sp3llm.execution import execution
-from sp3llm.families import family_of
-from sp3llm.measure import measure_losses
-from sp3llm.source import resolve_model
+from sp3llm.evaluation.perplexity import measure_losses
+from sp3llm.maths.paired import excess_log_perplexity
+from sp3llm.models.checkpoint import open_checkpoint
+from sp3llm.models.families import family_of
+from sp3llm.models.source import resolve_model
+from sp3llm.runtime.devices import execution
+from sp3llm.runtime.folders import RECORD
+from sp3llm.runtime.machine import machine, versions
+from sp3llm.text.sources import default_evaluation
+from sp3llm.text.tokenizer import load_tokenizer
+from sp3llm.text.windows import calibration_windows, evaluation_windows
 
 RESULTS = Path(__file__).parents[1] / "results" / "rounds"
 
@@ -68,7 +72,7 @@ def main() -> None:
             small = open_checkpoint(last)
             losses = measure_losses(small, family_of(small.config), evaluation.tokens, on)
             plan = json.loads((last / RECORD).read_text())["plan"]
-        excess = score.excess_log_perplexity(losses, before)
+        excess = excess_log_perplexity(losses, before)
         rows.append({"widths": widths, "plan": plan, "excess_log_perplexity": excess.describe()})
         print(course, excess, flush=True)
     command = shlex.join(["python", "eval/benchmarks/bench_rounds.py", *sys.argv[1:]])
@@ -78,8 +82,8 @@ def main() -> None:
         "calibration": calibration.describe(),
         "evaluation": evaluation.describe(),
         "runs": rows,
-        "versions": report.versions(),
-        "machine": report.machine(str(on.device)),
+        "versions": versions(),
+        "machine": machine(str(on.device)),
     }
     (RESULTS / "rounds.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = ["| widths | parameters | excess log-perplexity |", "|---|---|---|"]

@@ -15,8 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sp3llm.config import DTYPES
-from sp3llm.families import family_of
-from sp3llm.plan import Limits, candidates, resized_config
+from sp3llm.models.families import family_of
+from sp3llm.models.shapes import resized_config
+from sp3llm.planning.candidates import candidates
+from sp3llm.planning.limits import Limits
 
 
 def write(config: dict, folder: Path, dtype: str, device: str) -> int:

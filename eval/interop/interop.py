@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sp3llm.families import count_parameters, family_of
-from sp3llm.plan import Shape
-from sp3llm.source import bundled_model, read_config
+from sp3llm.models.families import count_parameters, family_of
+from sp3llm.models.shapes import Shape
+from sp3llm.models.source import bundled_model, read_config
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".interop"
@@ -119,7 +119,8 @@ def reference(model: Path, path: Path) -> float:
     from interop_loaders import perplexity
     from transformers import AutoModelForCausalLM
 
-    from sp3llm.data import evaluation_windows, load_tokenizer
+    from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.text.windows import evaluation_windows
 
     if path.is_file() and path.stat().st_mtime > (model / "config.json").stat().st_mtime:
         with np.load(path) as stored:

@@ -1,7 +1,7 @@
 """Questions for lm-eval from the held-out documentation of the running Python: no network needed.
 
 `stdlib_cloze` asks for the next word, the true one among three others; `stdlib_next` for the next
-sentence, the true one among three from elsewhere. The documents are those of `sp3llm.data`'s
+sentence, the true one among three from elsewhere. The documents are those of `sp3llm.text`'s
 `evaluation` part, which neither the bundled models nor any calibration saw; only prose is taken.
 The same Python gives the same questions.
 
@@ -17,7 +17,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sp3llm.data import content_hash, part_of, stdlib_documents
+from sp3llm.text.split import content_hash, part_of
+from sp3llm.text.stdlib import stdlib_documents
 
 CHOICES = 4
 # Where the gap of a cloze question may be: this many words come before it.

@@ -10,7 +10,7 @@
 The Llama goes into the package; the OPT and the smaller Llama, whose embeddings are tied, are for
 tests and benchmarks only and take the first one's tokenizer as it is. The text is the running
 Python's own documentation and the documents of `--corpus` (jsonl rows with a `text`), each divided
-by `sp3llm.data.part_of`: only the `train` part is learned from, only the `evaluation` part is
+by `sp3llm.text.split.part_of`: only the `train` part is learned from, only the `evaluation` part is
 scored. The run continues from the last checkpoint in `--work`; the order of windows depends on the
 seed and the step alone, so a resumed run sees the same batches.
 """
@@ -30,7 +30,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sp3llm.data import cut_windows, pack, part_of, stdlib_documents
+from sp3llm.text.split import part_of
+from sp3llm.text.stdlib import stdlib_documents
+from sp3llm.text.windows import cut_windows, pack
 
 VOCAB_SIZE = 4096
 # Held-out tokens of each text that the card reports on.
@@ -405,7 +407,7 @@ warm-up over {args.warmup} steps, then cosine to zero; AdamW, betas 0.9 and 0.95
 ({machine}). Text: Python {platform.python_version()}'s own
 documentation (pydoc topics and docstrings, PSF-2.0), fourteen public-domain English books, and
 the Python Enhancement Proposals (public domain / CC0); only the `train` part of each, as
-`sp3llm.data.part_of` divides them.
+`sp3llm.text.split.part_of` divides them.
 
 ![Loss against tokens](curve.png)
 

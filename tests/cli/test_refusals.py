@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from sp3llm.checkpoint import RECORD, open_checkpoint
 from sp3llm.cli import main
-from sp3llm.families import FAMILIES
-from sp3llm.source import resolve_model
+from sp3llm.models.checkpoint import open_checkpoint
+from sp3llm.models.families import FAMILIES
+from sp3llm.models.source import resolve_model
+from sp3llm.runtime.folders import RECORD
 
 POSITIONS = 64
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -665,7 +666,7 @@ def test_disk_without_room_is_refused_before_work_starts(dense, refused, monkeyp
     def too_late(*_: Any) -> None:
         raise AssertionError("work started")
 
-    monkeypatch.setattr("sp3llm.data.calibration_windows", too_late)
+    monkeypatch.setattr("sp3llm.text.windows.calibration_windows", too_late)
     message = refused(dense)
     assert "free disk" in message
     assert "--out" in message
@@ -682,7 +683,7 @@ def test_run_that_fails_midway_leaves_nothing_that_loads_and_goes_on(
         raise error(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("sp3llm.checkpoint.copy_companions", fail)
+        patched.setattr("sp3llm.models.companions.copy_companions", fail)
         with pytest.raises(RuntimeError if error is RuntimeError else SystemExit) as caught:
             run(dense)
     if error is not RuntimeError:

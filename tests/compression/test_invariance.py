@@ -8,13 +8,16 @@ a large epsilon, where the result must be exact too.
 import pytest
 import torch
 
-from sp3llm import families
-from sp3llm.execution import Execution
-from sp3llm.families import EMBEDDING, axis_sizes, is_square
-from sp3llm.measure import choose_basis, measure_dense
-from sp3llm.plan import Shape, resized_config
-from sp3llm.project import Projection
-from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
+from sp3llm.compression.basis_choice import choose_basis
+from sp3llm.compression.building import refitted_groups
+from sp3llm.compression.measuring import measure_dense
+from sp3llm.compression.projecting import plain_groups
+from sp3llm.compression.projection import Projection
+from sp3llm.compression.refitter import Refitter
+from sp3llm.models import families
+from sp3llm.models.families import EMBEDDING, axis_sizes, is_square
+from sp3llm.models.shapes import Shape, resized_config
+from sp3llm.runtime.devices import Execution
 from tests.conftest import (
     TINY,
     disk_tensors,
@@ -184,9 +187,9 @@ def test_cut_is_exact_where_the_stream_is_confined(variant, refit, tokens, tmp_p
 
 def test_a_wrong_stream_scale_is_caught_only_by_the_confined_model(tokens, tmp_path, monkeypatch):
     """The reason for the second kind of test: with c = 1 full width still passes."""
-    import sp3llm.project
+    from sp3llm.compression import projection
 
-    monkeypatch.setattr(sp3llm.project, "stream_scale", lambda basis: 1.0)
+    monkeypatch.setattr(projection, "stream_scale", lambda basis: 1.0)
     model = tiny_model("llama", rms_norm_eps=0.1)
     confine_stream(model, 24)
     checkpoint = save_model(model, tmp_path)

@@ -10,20 +10,30 @@ import pytest
 import torch
 from rich.console import Console
 
-from sp3llm import learn, mask, measure, training
-from sp3llm.budget import budget_of
-from sp3llm.checkpoint import RECORD
-from sp3llm.compress import compress
+from sp3llm.compression import learned_mask
+from sp3llm.compression.basis_choice import learned_basis, nested_frame
+from sp3llm.compression.building import refitted_groups
+from sp3llm.compression.gated_model import GatedModel
+from sp3llm.compression.learned_mask import _WAY, Learned, Lessons, _at_one_shape, _step, learn
+from sp3llm.compression.mask_budget import budget_of
+from sp3llm.compression.measuring import measure_dense
+from sp3llm.compression.projecting import plain_groups
+from sp3llm.compression.refitter import Refitter
+from sp3llm.compression.story import compress
+from sp3llm.compression.units import gated_writers
 from sp3llm.config import COUNTS, CompressConfig
 from sp3llm.errors import UserError
-from sp3llm.execution import Execution
-from sp3llm.families import FAMILIES, axis_sizes, count_parameters, family_of, is_square
-from sp3llm.gated import GatedModel
-from sp3llm.mask import Gates
-from sp3llm.plan import Limits, Shape, candidates, cost_of, learnable, nearest, resized_config
-from sp3llm.project import gated_writers
-from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
-from sp3llm.resume import NOTHING_KEPT, open_journal
+from sp3llm.maths import gates
+from sp3llm.maths.gates import Gates, open_probability, sampled, unevenness
+from sp3llm.models.families import FAMILIES, axis_sizes, count_parameters, family_of, is_square
+from sp3llm.models.shapes import Shape, cost_of, resized_config
+from sp3llm.models.stock import run_layers_again
+from sp3llm.planning.candidates import candidates
+from sp3llm.planning.limits import Limits
+from sp3llm.planning.search import learnable, nearest
+from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.folders import RECORD
+from sp3llm.runtime.journal import NOTHING_KEPT, open_journal
 from tests.conftest import (
     TINY,
     disk_tensors,
@@ -45,11 +55,9 @@ def gated_and_checkpoint(variant, folder, tokens, **overrides):
     model = tiny_model(variant, **overrides)
     checkpoint, family = save_model(model, folder), family_of_model(model)
     stock = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
-    moments, _ = measure.measure_dense(
-        checkpoint, family, tokens, None, "normalised", "readers", ON
-    )
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "readers", ON)
     shape = Shape.of(family, checkpoint.config)
-    frame = measure.nested_frame(family, moments, [shape.hidden_size // 2])
+    frame = nested_frame(family, moments, [shape.hidden_size // 2])
     return GatedModel(stock, family, checkpoint.config, frame), checkpoint, family, moments, frame
 
 
@@ -107,7 +115,7 @@ def test_layers_that_run_again_for_their_gradients_see_the_same_gates(variant, t
     found = []
     for again in (False, True):
         if again:
-            training.run_layers_again(gated.model)
+            run_layers_again(gated.model)
             gated.model.train()
         gates = drawn.map(lambda value: value.clone().requires_grad_())
         with gated.through(gates) as model:
@@ -158,12 +166,10 @@ def test_winners_with_gates_folded_are_the_gated_model(variant, tokens, tmp_path
         "groups_LG": shape.num_key_value_heads != dense.num_key_value_heads,
     }
     log_alpha = Gates(**{n: a for n, a in log_alpha.named().items() if is_cut[n]})
-    learned = learn.Learned(frame, log_alpha, shape, {}, [])
+    learned = Learned(frame, log_alpha, shape, {}, [])
     columns, stream_gates = learned.stream()
     winners = learned.winners()
-    _, projection = measure.learned_basis(
-        checkpoint, family, moments, shape, tokens, columns, stream_gates
-    )
+    _, projection = learned_basis(checkpoint, family, moments, shape, tokens, columns, stream_gates)
     projection = replace(projection, winners=winners)
     config = resized_config(family, checkpoint.config, shape)
     built = plain_groups(checkpoint, family, projection, torch.float64, ON)
@@ -172,14 +178,14 @@ def test_winners_with_gates_folded_are_the_gated_model(variant, tokens, tmp_path
 
     stream = None
     if log_alpha.stream_C is not None:
-        kept = mask.winners(log_alpha.stream_C, columns.shape[1])
+        kept = gates.winners(log_alpha.stream_C, columns.shape[1])
         stream = torch.zeros(frame.shape[1], dtype=torch.float64)
         stream[kept] = stream_gates
-    gates = Gates(stream, winners.neurons_LF, winners.groups_LG)
-    gates = gates.map(lambda value: value.expand(len(tokens), *value.shape))
-    with gated.through(gates) as model:
+    kept_gates = Gates(stream, winners.neurons_LF, winners.groups_LG)
+    kept_gates = kept_gates.map(lambda value: value.expand(len(tokens), *value.shape))
+    with gated.through(kept_gates) as model:
         expected = logits_of(model, tokens)
-    soft = [g for g in gates.named().values() if ((g > 0) & (g < 1)).any()]
+    soft = [g for g in kept_gates.named().values() if ((g > 0) & (g < 1)).any()]
     assert len(soft) == sum(is_cut.values())
     assert relative_error(found, expected) < 1e-10
 
@@ -193,8 +199,8 @@ def test_the_refit_keeps_the_winners_of_every_layer(tokens, tmp_path):
         neurons_LF=torch.randn(3, 40, generator=generator),
         groups_LG=torch.randn(3, 2, generator=generator),
     )
-    winners = learn.Learned(frame, log_alpha, shape, {}, []).winners()
-    _, projection = measure.learned_basis(
+    winners = Learned(frame, log_alpha, shape, {}, []).winners()
+    _, projection = learned_basis(
         checkpoint, family, moments, shape, tokens, torch.eye(48).double(), None
     )
     refitter = Refitter(
@@ -255,15 +261,15 @@ def test_a_mask_chooses_among_shapes_of_one_kind():
 def test_gates_are_what_their_probabilities_say():
     log_alpha = torch.linspace(-4, 4, 9)
     uniform = torch.rand(40000, 9, generator=torch.Generator().manual_seed(0))
-    gates = mask.sampled(log_alpha, uniform.clamp(1e-6, 1 - 1e-6))
+    gates = sampled(log_alpha, uniform.clamp(1e-6, 1 - 1e-6))
     assert gates.min() == 0
     assert gates.max() == 1
     opened = (gates > 0).double().mean(0)
-    assert torch.allclose(opened, mask.open_probability(log_alpha).double(), atol=0.01)
+    assert torch.allclose(opened, open_probability(log_alpha).double(), atol=0.01)
 
 
 def test_layers_are_brought_to_the_same_number():
-    uneven = mask.unevenness(torch.tensor([[1.0, 1.0], [0.5, 0.0]]))
+    uneven = unevenness(torch.tensor([[1.0, 1.0], [0.5, 0.0]]))
     assert torch.allclose(uneven, torch.tensor([0.375, -0.375]))
 
 
@@ -275,15 +281,13 @@ def lesson(tmp_path, tokens, variant="llama", keep=0.6, steps=60):
     model = tiny_model(variant, torch.float32)
     checkpoint, family = save_model(model, tmp_path / variant), family_of_model(model)
     on = Execution(torch.device("cpu"), torch.float32)
-    moments, _ = measure.measure_dense(
-        checkpoint, family, tokens, None, "normalised", "readers", on
-    )
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "readers", on)
     shapes = candidates(family, checkpoint.config, Limits(keep=keep))
     budget = budget_of(family, checkpoint.config, Limits(keep=keep), shapes)
     return {
         "dense": checkpoint, "family": family, "budget": budget,
-        "frame_of": partial(measure.nested_frame, family, moments),
-        "lessons": learn.Lessons(tokens, 4, steps, 0), "on": on, "progress": None,
+        "frame_of": partial(nested_frame, family, moments),
+        "lessons": Lessons(tokens, 4, steps, 0), "on": on, "progress": None,
         "journal": NOTHING_KEPT,
     }  # fmt: skip
 
@@ -291,8 +295,8 @@ def lesson(tmp_path, tokens, variant="llama", keep=0.6, steps=60):
 @pytest.mark.parametrize("variant", ["llama", "stablelm", "opt-projected", "gpt-neox"])
 def test_a_mask_comes_down_to_the_budget_in_every_layer(variant, tokens, tmp_path):
     options = lesson(tmp_path, tokens, variant, keep=0.7, steps=40)
-    learned, budget = learn.learn(**options), options["budget"]
-    opened = learned.log_alpha.map(lambda alpha: mask.open_probability(alpha.double()))
+    learned, budget = learn(**options), options["budget"]
+    opened = learned.log_alpha.map(lambda alpha: open_probability(alpha.double()))
     for entry in learned.history:
         assert entry["expected"] == pytest.approx(entry["target"], abs=2e-3)
     falling = [entry["target"] for entry in learned.history if entry["step"] <= 24]
@@ -300,7 +304,7 @@ def test_a_mask_comes_down_to_the_budget_in_every_layer(variant, tokens, tmp_pat
     assert budget.keep <= 0.7
     for open_LU in (opened.neurons_LF, opened.groups_LG):
         if open_LU is not None:
-            assert mask.unevenness(open_LU).abs().max() < 2e-3
+            assert unevenness(open_LU).abs().max() < 2e-3
     _, sizes = replace(budget, shapes=[learned.shape]).violated(opened, 1.0)
     for name, size in sizes.items():  # in the end at exactly the shape's sizes
         difference = abs(size.item() - getattr(learned.shape, name))
@@ -322,14 +326,14 @@ def test_the_shape_fixed_begins_with_what_its_width_keeps_best(variant, tokens, 
         shapes = candidates(family, config, limits)
         options["budget"] = budget_of(family, config, limits, shapes)
 
-    def at_one_shape(run, frame_of, real=learn._at_one_shape):
+    def at_one_shape(run, frame_of, real=_at_one_shape):
         taken["run"] = real(run, frame_of)
         taken["open"] = taken["run"].log_alpha.stream_C.detach().clone() > 0
         return taken["run"]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(learn, "_at_one_shape", at_one_shape)
-        learned = learn.learn(**options)
+        patched.setattr(learned_mask, "_at_one_shape", at_one_shape)
+        learned = learn(**options)
     width, coordinates = learned.frame_DC.shape
     kept = learned.shape.hidden_size - (width - coordinates)
     assert taken["open"].nonzero()[:, 0].tolist() == list(range(kept))
@@ -341,9 +345,9 @@ def test_winners_of_a_narrow_stream_are_open(tokens, tmp_path):
     family, config = options["family"], options["dense"].config
     limits = Limits(keep=0.2, hidden_size=4, intermediate_size=40, num_key_value_heads=2)
     budget = budget_of(family, config, limits, candidates(family, config, limits))
-    learned = learn.learn(**options | {"budget": budget})
+    learned = learn(**options | {"budget": budget})
     assert learned.history[-1]["expected"] == pytest.approx(budget.keep, abs=2e-3)
-    opened = mask.open_probability(learned.log_alpha.stream_C)
+    opened = open_probability(learned.log_alpha.stream_C)
     assert opened.topk(4).values.mean() > 0.9
 
 
@@ -352,29 +356,29 @@ def test_sizes_fixed_by_hand_are_met(tokens, tmp_path):
     family, config = options["family"], options["dense"].config
     limits = Limits(keep=0.8, hidden_size=40, num_key_value_heads=1)
     budget = budget_of(family, config, limits, candidates(family, config, limits))
-    learned = learn.learn(**options | {"budget": budget})
+    learned = learn(**options | {"budget": budget})
     assert learned.shape.hidden_size == 40
 
 
 def test_what_is_at_once_in_memory_does_not_matter(tokens, tmp_path):
     options = lesson(tmp_path, tokens, steps=3)
-    at_once = learn.learn(**options)
-    one_by_one = learn.learn(**options | {"on": replace(options["on"], batch_tokens=1)})
+    at_once = learn(**options)
+    one_by_one = learn(**options | {"on": replace(options["on"], batch_tokens=1)})
     for name, alpha in at_once.log_alpha.named().items():
         difference = (alpha - one_by_one.log_alpha.named()[name]).abs().max()
-        assert difference < 1e-5 * learn._WAY  # of how far they can move
+        assert difference < 1e-5 * _WAY  # of how far they can move
 
 
 def test_a_resumed_mask_is_the_uninterrupted_one(tokens, tmp_path, monkeypatch):
     options = lesson(tmp_path, tokens, steps=10)
-    whole = learn.learn(**options)
+    whole = learn(**options)
 
     def begun():
         journal = open_journal(tmp_path / "state", {}, options["on"].ranks, lambda line: None)
         monkeypatch.setattr(type(journal), "due", lambda self: True)
         return journal
 
-    real, taken = learn._step, []
+    real, taken = _step, []
 
     def dying(run, step):
         if step == 6 and len(taken) == 6:
@@ -382,13 +386,13 @@ def test_a_resumed_mask_is_the_uninterrupted_one(tokens, tmp_path, monkeypatch):
         taken.append(step)
         return real(run, step)
 
-    monkeypatch.setattr(learn, "_step", dying)
+    monkeypatch.setattr(learned_mask, "_step", dying)
     with pytest.raises(KeyboardInterrupt):
-        learn.learn(**options | {"journal": begun()})
+        learn(**options | {"journal": begun()})
     taken.append(-1)
-    resumed = learn.learn(**options | {"journal": begun()})
+    resumed = learn(**options | {"journal": begun()})
     assert taken == [*range(6), -1, *range(6, 10)]
-    again = learn.learn(**options | {"journal": begun()})  # from what it came to
+    again = learn(**options | {"journal": begun()})  # from what it came to
     assert len(taken) == 11
     for found in (resumed, again):
         assert found.shape == whole.shape
@@ -411,7 +415,7 @@ def test_learning_finds_what_is_dead(tokens, tmp_path):
     budget = budget_of(
         family, checkpoint.config, limits, candidates(family, checkpoint.config, limits)
     )
-    learned = learn.learn(**options | {"dense": checkpoint, "budget": budget})
+    learned = learn(**options | {"dense": checkpoint, "budget": budget})
     kept = learned.winners().neurons_LF > 0
     assert learned.shape.intermediate_size == 24
     assert kept[:, ~dead].all()
@@ -491,7 +495,7 @@ def test_every_family_says_which_writers_are_gated():
     for variant in TINY:
         config = tiny_model(variant).config.to_dict()
         family = FAMILIES[config["model_type"]]
-        from sp3llm.families import groups
+        from sp3llm.models.families import groups
 
         for group in groups(family, config):
             writers = [writer for writer, _ in gated_writers(family, group)]

@@ -7,15 +7,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sp3llm import families
-from sp3llm.checkpoint import check_tensors, open_checkpoint, with_prefix
+from sp3llm.compression.basis_choice import choose_basis
+from sp3llm.compression.building import refitted_groups
+from sp3llm.compression.measuring import measure_dense
+from sp3llm.compression.projecting import plain_groups
+from sp3llm.compression.refitter import Refitter
 from sp3llm.errors import UserError
-from sp3llm.execution import Execution
-from sp3llm.families import count_parameters, family_of
-from sp3llm.measure import choose_basis, measure_dense
-from sp3llm.moments import mean_free_frame
-from sp3llm.plan import Limits, Shape, candidates, resized_config, row_of
-from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
+from sp3llm.maths.basis import mean_free_frame
+from sp3llm.models import families
+from sp3llm.models.checkpoint import check_tensors, open_checkpoint, with_prefix
+from sp3llm.models.families import count_parameters, family_of
+from sp3llm.models.shapes import Shape, resized_config
+from sp3llm.planning.candidates import candidates
+from sp3llm.planning.limits import Limits
+from sp3llm.planning.search import row_of
+from sp3llm.runtime.devices import Execution
 from tests.compression.test_invariance import confine_stream
 from tests.compression.test_stock import compress_tiny
 from tests.conftest import (
@@ -154,8 +160,8 @@ def test_the_output_stays_tied_and_counts_the_table_once(tmp_path):
 
 @pytest.mark.parametrize("variant", ["llama-tied", "opt"])
 def test_auto_tries_both_ties_and_says_what_the_other_costs(variant, tmp_path):
-    from sp3llm.record import read_record
-    from sp3llm.report import rows
+    from sp3llm.reporting.record import read_record
+    from sp3llm.reporting.tables import rows
 
     result = compress_tiny(variant, tmp_path, keep=0.8)
     assert {trial["tie_word_embeddings"] for trial in result.trials} == {True, False}
@@ -273,7 +279,7 @@ def test_a_tied_layer_norm_model_without_projections_says_how_to_go_on(tmp_path)
 
 def test_phi3_is_projected_as_the_llama_of_its_parts():
     """Fused matrices are the parts' matrices, one below the other."""
-    from sp3llm.project import Projection, project_group
+    from sp3llm.compression.projection import Projection, project_group
 
     fused, parts = families.FAMILIES["phi3"], families.FAMILIES["llama"]
     config = {"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -303,7 +309,7 @@ def test_phi3_is_projected_as_the_llama_of_its_parts():
 
 
 def test_plan_of_opt_prints_json(capsys):
-    from sp3llm.plan import plan_of
+    from sp3llm.planning.limits import plan_of
 
     family = family_of(OPT_125M)
     limits = Limits(0.7)

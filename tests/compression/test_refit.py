@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from sp3llm.execution import Execution
-from sp3llm.measure import choose_basis, measure_dense
-from sp3llm.moments import metric_basis
-from sp3llm.refit import (
+from sp3llm.compression.basis_choice import choose_basis
+from sp3llm.compression.measuring import measure_dense
+from sp3llm.maths.basis import metric_basis
+from sp3llm.maths.refit import (
     add_to_gram,
     beside,
-    choose_units,
     empty_gram,
     joined,
     restricted,
@@ -17,13 +16,11 @@ from sp3llm.refit import (
     ridge_solution,
     squared_error,
 )
-from sp3llm.stream import (
-    backward_head,
-    backward_layer,
-    empty_model,
-    open_stream,
-    run_layer,
-)
+from sp3llm.maths.unit_selection import choose_units
+from sp3llm.models.head import backward_head
+from sp3llm.models.stock import empty_model
+from sp3llm.models.stream import backward_layer, open_stream, run_layer
+from sp3llm.runtime.devices import Execution
 from tests.compression.test_stock import compress_tiny
 from tests.conftest import (
     disk_tensors,
@@ -176,9 +173,10 @@ def test_neurons_and_groups_are_cut_and_the_output_is_stock(variant, sizes, tmp_
 
 def test_dropping_dead_neurons_and_groups_costs_nothing(tmp_path, tokens):
     """What writes nothing is what goes, with its query heads, keys, values, gate and up."""
-    from sp3llm import families
-    from sp3llm.plan import Shape
-    from sp3llm.rebuild import Refitter, trial_loss
+    from sp3llm.compression.building import trial_loss
+    from sp3llm.compression.refitter import Refitter
+    from sp3llm.models import families
+    from sp3llm.models.shapes import Shape
 
     model = tiny_model("llama", rms_norm_eps=0.1)
     with torch.no_grad():
@@ -204,7 +202,7 @@ def test_dropping_dead_neurons_and_groups_costs_nothing(tmp_path, tokens):
 @pytest.mark.parametrize("variant", ["mixtral", "qwen2-moe"])
 def test_of_experts_the_readers_are_fitted_and_the_writers_stay(variant, tmp_path):
     """Every site and attention's writers; an FFN's writer where the layer has no experts."""
-    from sp3llm.families import groups
+    from sp3llm.models.families import groups
 
     result = compress_tiny(variant, tmp_path, allocate="width")
     fitted = [fit["name"] for fit in result.fits]
@@ -252,7 +250,7 @@ def test_metric_basis_at_full_width_and_without_any_cost_is_the_start():
 
 
 def test_symmetric_product_is_the_product():
-    from sp3llm.moments import symmetric_product
+    from sp3llm.maths.products import symmetric_product
 
     for width in (1, 3, 4, 17):
         x, weight = normal(50, width), normal(50, 1, seed=1).abs()
@@ -386,8 +384,9 @@ def test_a_duplicated_neuron_goes_free_of_loss():
 )
 def test_refit_at_full_width_returns_the_dense_model(variant, tokens, tmp_path):
     """Nothing is lost, so nothing may be changed: logits of the refitted model are the dense's."""
-    from sp3llm.plan import Shape, resized_config
-    from sp3llm.rebuild import Refitter, refitted_groups
+    from sp3llm.compression.building import refitted_groups
+    from sp3llm.compression.refitter import Refitter
+    from sp3llm.models.shapes import Shape, resized_config
 
     model = tiny_model(variant)
     checkpoint = save_model(model, tmp_path)
@@ -408,8 +407,9 @@ def test_refit_at_full_width_returns_the_dense_model(variant, tokens, tmp_path):
 @pytest.mark.parametrize("variant", ["llama-biases", "mistral-12-heads", "qwen3"])
 def test_the_small_stream_is_what_the_stock_model_computes(variant, tokens, tmp_path):
     """Fits see a stream moved on writer by writer: it is the stock small model's own."""
-    from sp3llm.plan import Shape, resized_config
-    from sp3llm.rebuild import Refitter, refitted_groups
+    from sp3llm.compression.building import refitted_groups
+    from sp3llm.compression.refitter import Refitter
+    from sp3llm.models.shapes import Shape, resized_config
 
     model = tiny_model(variant)
     checkpoint = save_model(model, tmp_path)

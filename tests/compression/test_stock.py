@@ -11,11 +11,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sp3llm import checkpoint as disk
-from sp3llm.compress import compress
+from sp3llm.compression.story import compress
 from sp3llm.config import CompressConfig
-from sp3llm.families import count_parameters, family_of
-from sp3llm.source import bundled_model
+from sp3llm.models import export
+from sp3llm.models.families import count_parameters, family_of
+from sp3llm.models.source import bundled_model
 from tests.conftest import WITHOUT_SP3LLM, save_model, tiny_model
 
 QUIET = Console(quiet=True)
@@ -140,7 +140,7 @@ def test_save_and_reload_is_the_identity(variant, outputs, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_perplexity_reported_is_that_of_the_written_model(variant, outputs):
     """The streamed score of the record equals a plain forward of the folder on the same text."""
-    from sp3llm.data import evaluation_windows
+    from sp3llm.text.windows import evaluation_windows
 
     record = json.loads((outputs[variant] / "sp3llm.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(outputs[variant])
@@ -211,7 +211,7 @@ def test_same_command_gives_the_same_bytes(tmp_path):
 
 def test_many_shards_load_like_one(tmp_path, monkeypatch):
     compress_tiny("llama", tmp_path / "one")
-    monkeypatch.setattr(disk, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(export, "_SHARD_BYTES", 20_000)
     compress_tiny("llama", tmp_path / "many")
     folder = tmp_path / "many" / "small"
     assert len(list(folder.glob("model-*.safetensors"))) == 5

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from sp3llm.cli import main
-from sp3llm.measure import choose_basis, measure_dense
-from sp3llm.moments import spread_mean_free_frame, spreading_turn
-from sp3llm.plan import resized_config
-from sp3llm.project import stream_scale
-from sp3llm.rebuild import Refitter, plain_groups, refitted_groups
+from sp3llm.compression.basis_choice import choose_basis
+from sp3llm.compression.building import refitted_groups
+from sp3llm.compression.measuring import measure_dense
+from sp3llm.compression.projecting import plain_groups
+from sp3llm.compression.refitter import Refitter
+from sp3llm.maths.basis import spread_mean_free_frame, spreading_turn, stream_scale
+from sp3llm.models.shapes import resized_config
 from tests.compression.test_invariance import ON, shape_of_width, tolerance
 from tests.conftest import (
     disk_tensors,

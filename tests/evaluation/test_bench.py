@@ -6,10 +6,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from sp3llm import speed
 from sp3llm.cli import main
 from sp3llm.config import BenchConfig
-from sp3llm.families import FAMILIES
+from sp3llm.evaluation.speed import Runner, bench, load, work_of
+from sp3llm.evaluation.speed_figures import Spread
+from sp3llm.models.families import FAMILIES
 from tests.conftest import save_model, tiny_model
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def pair(tmp_path):
 
 def bench_tiny(pair, **settings):
     chosen = {"batch_sizes": (2,), "prompt_lengths": (8,), "new_tokens": 3, "repeats": 2}
-    return speed.bench(BenchConfig(*pair, **{**chosen, **settings}), Console(quiet=True))
+    return bench(BenchConfig(*pair, **{**chosen, **settings}), Console(quiet=True))
 
 
 def test_record_holds_both_models_over_every_shape(pair, tmp_path):
@@ -60,7 +61,7 @@ def test_flops_are_those_that_torch_counts(variant):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     family = FAMILIES[model.config.model_type]
-    counted = speed.work_of(family, config, batch, prompt, 4, 4).prefill_flops
+    counted = work_of(family, config, batch, prompt, 4, 4).prefill_flops
     # Eager attention computes the half above the diagonal too.
     heads = model.config.num_attention_heads
     head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
@@ -73,7 +74,7 @@ def test_flops_are_those_that_torch_counts(variant):
 def test_decoding_reads_matrices_once_and_the_cache_of_every_sequence():
     model = tiny_model("llama", torch.float32)
     family, config = FAMILIES["llama"], model.config.to_dict()
-    one, three = (speed.work_of(family, config, batch, 10, 4, 4).decode_bytes for batch in (1, 3))
+    one, three = (work_of(family, config, batch, 10, 4, 4).decode_bytes for batch in (1, 3))
     groups, head_dim, layers = 2, 12, 3
     cache = 2 * layers * groups * head_dim * 4 * (10 + 2)
     assert three - one == 2 * cache
@@ -82,20 +83,20 @@ def test_decoding_reads_matrices_once_and_the_cache_of_every_sequence():
 
 
 def test_peak_memory_grows_with_the_cache(pair):
-    subject = speed.load(pair[0], "float32", CPU)
+    subject = load(pair[0], "float32", CPU)
     peaks = []
     for length in (16, 48):
         prompt = torch.randint(96, (4, length))
-        peaks.append(speed.Runner(subject, prompt, 4, compiled=False).peak_memory())
+        peaks.append(Runner(subject, prompt, 4, compiled=False).peak_memory())
     assert subject.weight_bytes < peaks[0]
     cache_of_32_tokens = 2 * 3 * 2 * 12 * 4 * 4 * 32
     assert peaks[1] - peaks[0] >= cache_of_32_tokens
 
 
 def test_generation_is_that_of_transformers(pair):
-    subject = speed.load(pair[0], "float32", CPU)
+    subject = load(pair[0], "float32", CPU)
     prompt = torch.randint(96, (2, 8), generator=torch.Generator().manual_seed(1))
-    runner = speed.Runner(subject, prompt, 5, compiled=False)
+    runner = Runner(subject, prompt, 5, compiled=False)
     chosen = []
     step = runner._next
     runner._next = lambda tokens, cache: chosen.append(step(tokens, cache)) or chosen[-1]
@@ -109,22 +110,20 @@ def test_generation_is_that_of_transformers(pair):
 
 def test_models_take_turns_and_neither_is_always_first(pair, monkeypatch):
     order = []
-    run = speed.Runner.run
-    monkeypatch.setattr(
-        speed.Runner, "run", lambda self: order.append(self.subject.name) or run(self)
-    )
+    run = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self: order.append(self.subject.name) or run(self))
     bench_tiny(pair, repeats=4)
     assert order[2:10] == ["dense", "small", "small", "dense"] * 2  # after a warm-up of each
 
 
 def test_spread_is_the_quartiles():
-    assert speed.Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == speed.Spread(3.0, 2.0, 4.0)
-    assert speed.Spread.of([7.0]) == speed.Spread(7.0, 7.0, 7.0)
+    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
 
 def test_unknown_family_is_measured_without_a_promise(pair, monkeypatch):
-    from sp3llm import families
     from sp3llm.errors import UserError
+    from sp3llm.models import families
 
     def refuse(config):
         raise UserError("unknown")
@@ -159,11 +158,11 @@ def test_bad_input_gets_one_sentence(words, pair, capsys):
 
 @pytest.mark.slow
 def test_compiled_models_generate_the_same(pair):
-    subject = speed.load(pair[0], "float32", CPU)
+    subject = load(pair[0], "float32", CPU)
     prompt = torch.randint(96, (2, 8), generator=torch.Generator().manual_seed(1))
     found = []
     for compiled in (False, True):
-        runner = speed.Runner(subject, prompt, 5, compiled)
+        runner = Runner(subject, prompt, 5, compiled)
         chosen: list[torch.Tensor] = []
         step = runner._next
         runner._next = lambda t, c, s=step, k=chosen: k.append(s(t, c)) or k[-1]

@@ -16,14 +16,25 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from sp3llm import compare, data, harness, selection
 from sp3llm.cli import main
-from sp3llm.compare import Row, Scored
-from sp3llm.compress import compress
+from sp3llm.compression.story import compress
 from sp3llm.config import BenchConfig, CompressConfig, ScoreConfig, command_line
 from sp3llm.errors import UserError
-from sp3llm.selection import Mean, Selection, TokenPerplexity
-from sp3llm.source import bundled_model
+from sp3llm.evaluation.comparison import Row, Scored, compare, mean, paired_standard_error
+from sp3llm.evaluation.harness import _Model, _within_positions, score, select, token_losses
+from sp3llm.evaluation.selection import (
+    Mean,
+    Selection,
+    TokenPerplexity,
+    presets,
+    read_preset,
+    shipped,
+)
+from sp3llm.models.source import bundled_model
+from sp3llm.text.split import part_of
+from sp3llm.text.stdlib import stdlib_documents
+from sp3llm.text.tokenizer import load_tokenizer
+from sp3llm.text.windows import unbroken_windows
 
 QUIET = Console(quiet=True)
 QUESTIONS = 24
@@ -37,17 +48,17 @@ def test_paired_standard_error_is_that_of_the_differences():
     small, dense = [1, 0, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0]
     differences = [0, -1, 0, 1, -1, 0]
     by_hand = statistics.stdev(differences) / math.sqrt(6)
-    assert compare.paired_standard_error(small, dense) == pytest.approx(by_hand, abs=1e-15)
-    assert compare.paired_standard_error(small, small) == 0
-    assert compare.paired_standard_error([1], [0]) is None
+    assert paired_standard_error(small, dense) == pytest.approx(by_hand, abs=1e-15)
+    assert paired_standard_error(small, small) == 0
+    assert paired_standard_error([1], [0]) is None
 
 
 def test_resampled_standard_error_agrees_where_the_exact_one_is_known():
     generator = np.random.default_rng(5)
     dense = generator.normal(size=300)
     small = dense + generator.normal(0.3, 0.2, size=300)
-    exact = compare.paired_standard_error(small, dense)
-    resampled = compare.paired_standard_error(list(small), list(dense), compare.mean)
+    exact = paired_standard_error(small, dense)
+    resampled = paired_standard_error(list(small), list(dense), mean)
     assert resampled == pytest.approx(exact, rel=0.1)
     unpaired = math.hypot(small.std(), dense.std()) / math.sqrt(300)
     assert exact < unpaired / 4
@@ -58,7 +69,7 @@ def scored(values, counts, items, errors=None):
 
 
 def fake_task(name):
-    return SimpleNamespace(task_name=name, aggregation=lambda: {"acc": compare.mean})
+    return SimpleNamespace(task_name=name, aggregation=lambda: {"acc": mean})
 
 
 def fake_group(name, tasks, weight_by_size):
@@ -91,7 +102,7 @@ def test_error_of_a_group_is_that_of_the_mean_its_score_is(weight_by_size):
         "tasks": {name: fake_task(name) for name in answers},
         "groups": {"both": fake_group("both", list(answers), weight_by_size)},
     }
-    found = compare.compare(loaded, Selection(("both",), (), ()), rows[0], rows[1])
+    found = compare(loaded, Selection(("both",), (), ()), rows[0], rows[1])
     error = {row.task: row.paired_standard_error for row in found}
     weights = [4, 8] if weight_by_size else [1, 1]
     by_hand = math.hypot(weights[0] * error["a"], weights[1] * error["b"]) / sum(weights)
@@ -103,7 +114,7 @@ def test_other_questions_are_not_paired():
     one = scored({("a", "acc,none"): 0.5}, {"a": 2}, {("a", "acc,none"): {0: 1, 1: 0}})
     other = scored({("a", "acc,none"): 0.5}, {"a": 2}, {("a", "acc,none"): {0: 1, 7: 0}})
     loaded = {"tasks": {"a": fake_task("a")}, "groups": {}}
-    (row,) = compare.compare(loaded, Selection(("a",), (), ()), one, other)
+    (row,) = compare(loaded, Selection(("a",), (), ()), one, other)
     assert row.difference == 0
     assert row.paired_standard_error is None
 
@@ -112,7 +123,7 @@ def test_mean_takes_the_first_metric_that_a_task_has():
     values = {("a", "acc,none"): 0.2, ("a", "acc_norm,none"): 0.4, ("b", "acc,none"): 0.6}
     small = scored(values, {"a": 10, "b": 10}, {}, dict.fromkeys(values, 0.03))
     mean = Mean("mine", ("a", "b"), ("acc_norm", "acc"))
-    *_, row = compare.compare(NOTHING, Selection(("a", "b"), (), (mean,)), small, None)
+    *_, row = compare(NOTHING, Selection(("a", "b"), (), (mean,)), small, None)
     assert row.small == pytest.approx(0.5)
     assert row.standard_error == pytest.approx(0.03 / math.sqrt(2))
     assert row.dense is None
@@ -128,10 +139,10 @@ def test_figures_that_are_no_numbers_are_null_in_json():
 
 def test_token_perplexity_is_that_of_the_papers(tmp_path):
     """The loop that GPTQ, SparseGPT and SliceGPT share, on a text of two rows."""
-    rows = [" ".join(d.split()) for d in data.stdlib_documents()[:2]]
+    rows = [" ".join(d.split()) for d in stdlib_documents()[:2]]
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(rows))
-    tokenizer = data.load_tokenizer(bundled_model())
+    tokenizer = load_tokenizer(bundled_model())
     model = AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32)
     ids = tokenizer("\n\n".join(rows), return_tensors="pt").input_ids
     seq_len = 64
@@ -145,13 +156,13 @@ def test_token_perplexity_is_that_of_the_papers(tmp_path):
         total += loss.item() * seq_len
     expected = math.exp(total / (samples * seq_len))
 
-    windows = data.unbroken_windows(str(text), tokenizer, seq_len)
+    windows = unbroken_windows(str(text), tokenizer, seq_len)
     assert torch.equal(windows.tokens.flatten(), ids[0, : samples * seq_len])
     asked = TokenPerplexity(str(text), seq_len)
-    losses = torch.stack([harness.token_losses(model, w, torch.device("cpu"))
+    losses = torch.stack([token_losses(model, w, torch.device("cpu"))
                           for w in windows.tokens])  # fmt: skip
     one = Scored({}, {}, {}, {}, {}, {asked: windows}, {asked: losses}, {})
-    perplexity, logarithm = compare.compare(NOTHING, Selection((), (asked,), ()), one, one)
+    perplexity, logarithm = compare(NOTHING, Selection((), (asked,), ()), one, one)
     assert perplexity.small == pytest.approx(expected, rel=1e-6)
     assert logarithm.small == pytest.approx(math.log(expected), rel=1e-6)
     assert perplexity.difference == perplexity.paired_standard_error == 0
@@ -161,14 +172,14 @@ def test_token_perplexity_is_that_of_the_papers(tmp_path):
 
 
 def test_windows_are_too_long_for_the_model(tmp_path):
-    models = [harness._Model.of(str(bundled_model()))]
+    models = [_Model.of(str(bundled_model()))]
     asked = tuple(TokenPerplexity("stdlib", n) for n in (1024, 2048))
-    kept, notes = harness._within_positions(Selection(("x",), asked, ()), models)
+    kept, notes = _within_positions(Selection(("x",), asked, ()), models)
     assert kept.perplexities == asked[:1]
     assert len(notes) == 1
     assert "1024 positions" in notes[0]
     with pytest.raises(UserError, match="shorter"):
-        harness._within_positions(Selection((), asked[1:], ()), models)
+        _within_positions(Selection((), asked[1:], ()), models)
 
 
 # --------------------------------------------------------------------------- names
@@ -184,15 +195,15 @@ def test_compress_refuses_what_cannot_be_scored_before_it_begins(tmp_path):
 
 
 def test_presets_name_tasks_of_lm_eval_and_unknown_ones_get_near_matches():
-    assert {"zero-shot", "papers", "wikitext-token", "stdlib"} <= set(selection.presets())
+    assert {"zero-shot", "papers", "wikitext-token", "stdlib"} <= set(presets())
     with pytest.raises(UserError, match=r"'arc_eazy': did you mean .*arc_easy") as end:
         # All presets on the way: their names are looked up first.
-        harness.select(",".join([*selection.presets(), "arc_eazy"]))
+        select(",".join([*presets(), "arc_eazy"]))
     assert "\n" not in str(end.value)
 
 
 def test_wikitext_preset_counts_tokens_and_words():
-    preset = selection.read_preset(selection.presets()["wikitext-token"])
+    preset = read_preset(presets()["wikitext-token"])
     assert preset["tasks"] == ["wikitext"]
     assert preset["token_perplexity"] == {"text": "wikitext2", "seq_lens": [2048, 4096]}
 
@@ -254,7 +265,7 @@ def test_command_line_gives_the_settings_back(monkeypatch):
 
 @pytest.fixture(scope="module")
 def questions():
-    sys.path.insert(0, str(selection.shipped("tasks")))
+    sys.path.insert(0, str(shipped("tasks")))
     try:
         import questions
     finally:
@@ -281,7 +292,7 @@ def test_questions_are_held_out_and_have_one_answer(kind, questions):
     found = getattr(questions, kind)()
     assert len(found) > 300
     held_out = " ".join(
-        " ".join(d.split()) for d in data.stdlib_documents() if data.part_of(d) == "evaluation"
+        " ".join(d.split()) for d in stdlib_documents() if part_of(d) == "evaluation"
     )
     for question in found:
         choices = question["choices"]
@@ -301,7 +312,7 @@ def few_tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     for name in ("stdlib_cloze", "stdlib_next"):
         (folder / f"{name}.yaml").write_text(
-            f"include: {selection.shipped('tasks').resolve() / name}.yaml\n"
+            f"include: {shipped('tasks').resolve() / name}.yaml\n"
             f"task: few_{name}\n"
             f"dataset_kwargs: {{most: {QUESTIONS}}}\n"
         )
@@ -379,13 +390,13 @@ def test_tokenizer_without_a_chat_template_is_refused(few_tasks, tmp_path):
         str(bundled_model()), few_tasks[0], apply_chat_template=True, output=tmp_path
     )
     with pytest.raises(UserError, match="chat template"):
-        harness.score(settings, QUIET)
+        score(settings, QUIET)
 
 
 @pytest.mark.slow
 def test_processes_share_the_questions(compressed, few_tasks, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(data.stdlib_documents()[:3]))
+    text.write_text("\n\n".join(stdlib_documents()[:3]))
     preset = tmp_path / "preset.yaml"
     preset.write_text(
         json.dumps({"tasks": few_tasks, "token_perplexity": {"text": str(text), "seq_lens": [64]}})

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sp3llm.heads import (
+from sp3llm.maths.heads import (
     join_writer,
     project_heads,
     query_key_projection,

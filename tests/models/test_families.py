@@ -5,9 +5,9 @@ import torch
 from safetensors import safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sp3llm.checkpoint import check_tensors, open_checkpoint
 from sp3llm.errors import UserError
-from sp3llm.families import (
+from sp3llm.models.checkpoint import check_tensors, open_checkpoint
+from sp3llm.models.families import (
     FAMILIES,
     REFUSED,
     count_parameters,
@@ -17,7 +17,7 @@ from sp3llm.families import (
     parameter_shapes,
     setting,
 )
-from sp3llm.stream import by_parameter
+from sp3llm.models.stock import by_parameter
 from tests.conftest import TINY, family_of_model, save_model, tiny_model
 
 

@@ -7,18 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp3llm.errors import UserError
-from sp3llm.families import FAMILIES, count_largest_layer, count_parameters
-from sp3llm.plan import (
-    Limits,
-    Plan,
-    Shape,
-    candidates,
-    cost_of,
-    plan_of,
-    resized_config,
-    search,
-    width_multiple,
-)
+from sp3llm.models.families import FAMILIES, count_largest_layer, count_parameters
+from sp3llm.models.shapes import Shape, cost_of, resized_config
+from sp3llm.planning.candidates import candidates
+from sp3llm.planning.limits import Limits, Plan, plan_of, width_multiple
+from sp3llm.planning.search import search
 
 LLAMA_2_7B = {"model_type": "llama", "num_attention_heads": 32}
 SMOLLM = {

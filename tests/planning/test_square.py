@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from sp3llm.cli import main
 from sp3llm.config import CompressConfig
 from sp3llm.errors import UserError
-from sp3llm.families import FAMILIES
-from sp3llm.plan import Limits, Shape, candidates, cost_of, plan_of
+from sp3llm.models.families import FAMILIES
+from sp3llm.models.shapes import Shape, cost_of
+from sp3llm.planning.candidates import candidates
+from sp3llm.planning.limits import Limits, plan_of
 from tests.compression.test_stock import LOAD_ELSEWHERE, compress_tiny
 from tests.conftest import TINY
 from tests.planning.test_plan import LLAMA_2_7B, LLAMA_3_8B, MIXTRAL_8X7B

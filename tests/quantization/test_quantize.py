@@ -13,13 +13,17 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sp3llm import bits, quantize, samples
-from sp3llm.checkpoint import RECORD
 from sp3llm.cli import main
-from sp3llm.compress import compress
+from sp3llm.compression.story import compress
 from sp3llm.config import CompressConfig, QuantizeConfig
-from sp3llm.score import perplexity
-from sp3llm.teacher import load_teacher
+from sp3llm.errors import UserError
+from sp3llm.maths.paired import perplexity
+from sp3llm.quantization import story
+from sp3llm.quantization.bits import bits_config, take_any_width
+from sp3llm.quantization.story import quantize
+from sp3llm.recovery.teacher import load_teacher
+from sp3llm.reporting.origins import held_out_tokens
+from sp3llm.runtime.folders import RECORD
 from tests.conftest import WITHOUT_SP3LLM, logits_of, relative_error, save_model, tiny_model
 
 pytest.importorskip("bitsandbytes")
@@ -55,7 +59,7 @@ def folder_of(tmp_path_factory):
             dense, small = (made[variant] / name for name in ("dense", "small"))
             compress(CompressConfig(model=str(dense), out=small, **options), QUIET)
         if to is not None and not (made[variant] / f"small-{to}").exists():
-            quantize.quantize(QuantizeConfig(str(made[variant] / "small"), to, device="cpu"), QUIET)
+            quantize(QuantizeConfig(str(made[variant] / "small"), to, device="cpu"), QUIET)
         return made[variant]
 
     return folder
@@ -84,14 +88,14 @@ def entry_of(folder: Path) -> dict:
 
 def in_memory(folder: Path, to: str) -> torch.nn.Module:
     """A model quantized by plain transformers."""
-    config = bits.bits_config(to, torch.bfloat16)
+    config = bits_config(to, torch.bfloat16)
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, device_map={"": "cpu"}
     ).eval()
 
 
 def evaluation(folder: Path) -> torch.Tensor:
-    return samples.held_out_tokens(json.loads((folder / RECORD).read_text()), folder)
+    return held_out_tokens(json.loads((folder / RECORD).read_text()), folder)
 
 
 def recounted(model: torch.nn.Module, tokens: torch.Tensor) -> float:
@@ -215,7 +219,7 @@ def test_what_was_measured_on_other_weights_is_dropped(folder_of, tmp_path):
     record = json.loads((folder / RECORD).read_text())
     record |= {"speed": [{"batch": 1}], "samples": {}}
     (folder / RECORD).write_text(json.dumps(record))
-    quantize.quantize(QuantizeConfig(str(folder), "int8", device="cpu"), QUIET)
+    quantize(QuantizeConfig(str(folder), "int8", device="cpu"), QUIET)
     found = json.loads((tmp_path / "small-int8" / RECORD).read_text())
     assert not {"speed", "samples", "scores"} & set(found)
     assert found["perplexity"] == record["perplexity"]
@@ -257,7 +261,7 @@ def test_nf4_of_any_width_is_dequantized_right(inputs):
         weight, requires_grad=False, quant_type="nf4", compress_statistics=False
     ).to("cpu")
     layer.bias.data.fill_(0.5)
-    bits.take_any_width(layer)
+    take_any_width(layer)
     found = layer(torch.eye(inputs)).T - 0.5
     assert relative_error(found, rounded_to_nf4(weight)) < 1e-6
     assert 0.08 < relative_error(found, weight) < 0.1
@@ -313,10 +317,10 @@ def test_an_interrupted_run_leaves_nothing(stage, error, folder_of, tmp_path, mo
     def stopped(*_, **__):
         raise error
 
-    monkeypatch.setattr(quantize, stage, stopped)
+    monkeypatch.setattr(story, stage, stopped)
     out = tmp_path / "out"
     with pytest.raises(error):
-        quantize.quantize(
+        quantize(
             QuantizeConfig(str(folder_of("llama") / "small"), "int8", out=out, device="cpu"), QUIET
         )
     assert list(tmp_path.iterdir()) == []
@@ -325,9 +329,7 @@ def test_an_interrupted_run_leaves_nothing(stage, error, folder_of, tmp_path, mo
 def test_a_quantization_that_fails_leaves_what_was_compressed(
     folder_of, tmp_path, refused, monkeypatch
 ):
-    monkeypatch.setattr(
-        quantize, "losses_of", lambda *_, **__: (_ for _ in ()).throw(quantize.UserError("no"))
-    )
+    monkeypatch.setattr(story, "losses_of", lambda *_, **__: (_ for _ in ()).throw(UserError("no")))
     message = refused(
         "compress", folder_of("llama") / "dense", "--out", tmp_path / "small", "--keep", 0.9,
         "--allocate", "width", "--no-report", "--calib", "stdlib", "--samples", 4, "--seq-len",
@@ -347,7 +349,7 @@ def too_late(*_, **__):
 def test_nf4_that_a_cpu_cannot_run_is_refused_before_any_work(
     folder_of, tmp_path, refused, monkeypatch
 ):
-    monkeypatch.setattr("sp3llm.data.calibration_windows", too_late)
+    monkeypatch.setattr("sp3llm.text.windows.calibration_windows", too_late)
     message = refused("compress", "--quantize", "nf4", "--device", "cpu", "--out", tmp_path / "s")
     for word in ("multiples of 64", "--hidden-size", "int8", "intermediate_size"):
         assert word in message
@@ -366,7 +368,7 @@ def test_missing_bitsandbytes_is_named_before_any_work(
         importlib.util, "find_spec",
         lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest),
     )  # fmt: skip
-    monkeypatch.setattr("sp3llm.data.calibration_windows", too_late)
+    monkeypatch.setattr("sp3llm.text.windows.calibration_windows", too_late)
     option = ["--quantize" if command == "compress" else "--to", "int8"]
     message = refused(command, folder_of("llama") / "small", *option, "--out", tmp_path / "s")
     assert "pip install 'sp3llm[quantize]'" in message
@@ -385,7 +387,7 @@ def test_a_folder_without_a_record_is_refused(folder_of, refused, tmp_path):
 
 @pytest.mark.parametrize("command", ["compress", "quantize"])
 def test_a_folder_of_the_user_is_left_alone(command, folder_of, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr("sp3llm.data.calibration_windows", too_late)
+    monkeypatch.setattr("sp3llm.text.windows.calibration_windows", too_late)
     mine = tmp_path / "small-int8"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")

@@ -17,19 +17,31 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sp3llm import data, recover, training
-from sp3llm.basis import BASIS, read_basis, write_basis
-from sp3llm.checkpoint import RECORD, check_tensors, open_checkpoint
 from sp3llm.cli import main
-from sp3llm.compress import compress
+from sp3llm.compression.projection import Projection
+from sp3llm.compression.story import compress
 from sp3llm.config import CompressConfig, RecoverConfig
-from sp3llm.distill import divergence, stream_error, top_divergence, top_logits
 from sp3llm.errors import UserError
-from sp3llm.families import family_of
-from sp3llm.plan import Shape
-from sp3llm.project import Projection, stream_scale
-from sp3llm.recover_needs import adapter_parameters, teacher_bytes
-from sp3llm.teacher import StreamTap, load_teacher
+from sp3llm.maths.basis import stream_scale
+from sp3llm.maths.losses import divergence, stream_error, top_divergence, top_logits
+from sp3llm.maths.shuffling import window_order
+from sp3llm.models.basis_file import BASIS, read_basis, write_basis
+from sp3llm.models.checkpoint import check_tensors, open_checkpoint
+from sp3llm.models.families import family_of
+from sp3llm.models.shapes import Shape
+from sp3llm.planning.recovery_needs import adapter_parameters, teacher_bytes
+from sp3llm.recovery import engine, training
+from sp3llm.recovery.engine import locked, work_folder
+from sp3llm.recovery.inputs import Pair, open_pair
+from sp3llm.recovery.lesson import default_lr, load_student
+from sp3llm.recovery.result import export
+from sp3llm.recovery.story import _command, recover
+from sp3llm.recovery.teacher import StreamTap, load_teacher
+from sp3llm.recovery.training import _step
+from sp3llm.runtime.folders import RECORD
+from sp3llm.text.sources import read_documents, resolve_source
+from sp3llm.text.split import is_for_stopping, part_of
+from sp3llm.text.stdlib import stdlib_documents
 from tests.conftest import (
     family_of_model,
     full_width_projection,
@@ -141,7 +153,7 @@ def run(pairs, texts, tmp_path):
                 **changes,
             }
         )
-        return recover.recover(settings, QUIET)
+        return recover(settings, QUIET)
 
     return recovered
 
@@ -164,22 +176,22 @@ def assert_moved_alike(before, one, other) -> None:
 @pytest.mark.parametrize("lora", [None, 4])
 def test_a_killed_run_continues_and_gives_the_same_bytes(lora, run, tmp_path, monkeypatch):
     whole = run(out="whole", lora=lora)
-    step = recover._step
+    step = _step
 
     def killed(lesson, number):
         if number == 5:  # one step after the checkpoint, which is lost
             raise KeyboardInterrupt
         return step(lesson, number)
 
-    monkeypatch.setattr(recover, "_step", killed)
+    monkeypatch.setattr(training, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
         run(out="killed", lora=lora)
     assert not (tmp_path / "killed").exists()
-    work = training.work_folder(tmp_path / "killed")
+    work = work_folder(tmp_path / "killed")
     assert (work / "step-000004").is_dir()
     (work / "step-000006.partial").mkdir()  # as a kill while writing would leave it
     taken = []
-    monkeypatch.setattr(recover, "_step", lambda lesson, n: taken.append(n) or step(lesson, n))
+    monkeypatch.setattr(training, "_step", lambda lesson, n: taken.append(n) or step(lesson, n))
     again = run(out="killed", lora=lora)
     assert taken == [4, 5]
     assert not work.exists()
@@ -190,14 +202,14 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(lora, run, tmp_path, mo
 
 
 def test_checkpoints_of_another_run_are_not_continued(run, monkeypatch, tmp_path):
-    step = recover._step
+    step = _step
 
     def killed(lesson, number):
         if number == 3:
             raise KeyboardInterrupt
         return step(lesson, number)
 
-    monkeypatch.setattr(recover, "_step", killed)
+    monkeypatch.setattr(training, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
         run()
     with pytest.raises(UserError, match=r"of another run \(lr 0.01 there, 0.02 here\)"):
@@ -206,7 +218,7 @@ def test_checkpoints_of_another_run_are_not_continued(run, monkeypatch, tmp_path
 
 def test_two_runs_do_not_share_checkpoints(run, tmp_path):
     with (
-        training.locked(training.work_folder(tmp_path / "out")),
+        locked(work_folder(tmp_path / "out")),
         pytest.raises(UserError, match="Another sp3llm run holds"),
     ):
         run()
@@ -216,7 +228,7 @@ def test_a_full_disk_is_said_in_one_sentence(run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(training, "_flush", full)
+    monkeypatch.setattr(engine, "_flush", full)
     with pytest.raises(UserError, match="free some disk space"):
         run()
     assert not (tmp_path / "out").exists()
@@ -248,12 +260,12 @@ def test_two_processes_train_what_one_does_with_twice_as_many_windows(run, pairs
 
 @pytest.mark.parametrize("windows", [5, 16])
 def test_every_epoch_goes_through_all_windows_whatever_the_batch(windows):
-    whole = training.window_order(windows, 3, 0, 3 * windows)
+    whole = window_order(windows, 3, 0, 3 * windows)
     for epoch in whole.chunk(3):
         assert epoch.sort().values.tolist() == list(range(windows))
-    pieces = [training.window_order(windows, 3, first, 3) for first in range(0, 3 * windows, 3)]
+    pieces = [window_order(windows, 3, first, 3) for first in range(0, 3 * windows, 3)]
     assert torch.equal(torch.cat(pieces), whole)
-    assert not torch.equal(training.window_order(windows, 4, 0, windows), whole[:windows])
+    assert not torch.equal(window_order(windows, 4, 0, windows), whole[:windows])
 
 
 def test_gradient_checkpointing_changes_nothing(run, tmp_path):
@@ -298,14 +310,14 @@ def test_output_is_stock_and_nearer_to_the_teacher(variant, lora, run, pairs, tm
 def test_merged_adapters_compute_what_unmerged_ones_did(pairs, run, tmp_path, tokens):
     dense, small = pairs("llama-tied")
     settings = RecoverConfig(str(small), str(dense), lora=4)
-    pair = recover._pair(settings, QUIET)
-    model, names = recover.load_student(settings, pair, torch.float32)
+    pair = open_pair(settings, QUIET)
+    model, names = load_student(settings, pair, torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in names:
                 parameter.normal_(std=0.2)
     best = {name: t.clone() for name, t in model.state_dict().items() if name in names}
-    written = recover.export(settings, pair, best, tmp_path)
+    written = export(settings, pair, best, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(dict(written.config)))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     before = logits_of(AutoModelForCausalLM.from_pretrained(small), tokens)
@@ -343,7 +355,7 @@ def test_compress_can_recover_right_away(pairs, texts, tmp_path, capsys):
     record = json.loads((out / RECORD).read_text())
     assert record["settings"]["recover_steps"] == 1
     assert record["recoveries"][0]["steps"] == 1
-    assert not training.work_folder(out).exists()
+    assert not work_folder(out).exists()
 
 
 def test_a_kill_while_compress_recovers_costs_the_recovery_only(
@@ -357,7 +369,7 @@ def test_a_kill_while_compress_recovers_costs_the_recovery_only(
         return ["compress", *found, "--allocate", "width", "--recover-steps", "4"]
 
     main(words(tmp_path / "whole"))
-    step = recover._step
+    step = _step
 
     def killed(lesson, number):
         if number == 2:
@@ -365,7 +377,7 @@ def test_a_kill_while_compress_recovers_costs_the_recovery_only(
         return step(lesson, number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(recover, "_step", killed)
+        patched.setattr(training, "_step", killed)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             main(words(tmp_path / "killed"))
     capsys.readouterr()
@@ -414,7 +426,9 @@ def test_stored_logits_of_all_tokens_train_like_the_teacher(run, pairs, tmp_path
     run(out="stored", teacher_logits=tmp_path / "logits", top_k=4096)
     live, stored = weights(tmp_path / "live"), weights(tmp_path / "stored")
     assert_moved_alike(weights(pairs("llama")[1]), live, stored)
-    monkeypatch.setattr("sp3llm.teacher.load_teacher", lambda *_: pytest.fail("loaded again"))
+    monkeypatch.setattr(
+        "sp3llm.recovery.teacher.load_teacher", lambda *_: pytest.fail("loaded again")
+    )
     run(out="again", teacher_logits=tmp_path / "logits", top_k=4096)
     again = weights(tmp_path / "again")
     assert all(tensor.equal(stored[name]) for name, tensor in again.items())
@@ -491,11 +505,11 @@ def test_what_was_calibrated_on_is_not_reported_on(run, texts):
 
 
 def test_stdlib_is_trained_on_its_training_part_only():
-    documents = data.stdlib_documents()
-    source = data.resolve_source("stdlib")
-    trained = set(data.read_documents(source, "train"))
-    assert all(data.part_of(document) == "train" for document in trained)
-    kept = sum(map(data.is_for_stopping, documents)) / len(documents)
+    documents = stdlib_documents()
+    source = resolve_source("stdlib")
+    trained = set(read_documents(source, "train"))
+    assert all(part_of(document) == "train" for document in trained)
+    kept = sum(map(is_for_stopping, documents)) / len(documents)
     assert abs(kept - 1 / 16) < 0.02
 
 
@@ -507,9 +521,9 @@ def test_adapters_are_counted_as_peft_makes_them(variant, tmp_path):
     model = tiny_model(variant, torch.float32)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    pair = recover.Pair(checkpoint, family, "", {}, checkpoint, family, "")
+    pair = Pair(checkpoint, family, "", {}, checkpoint, family, "")
     settings = RecoverConfig(str(tmp_path), lora=4)
-    adapted, names = recover.load_student(settings, pair, torch.float32)
+    adapted, names = load_student(settings, pair, torch.float32)
     trained = sum(p.numel() for name, p in adapted.named_parameters() if name in names)
     assert trained == adapter_parameters(family, checkpoint.config, 4)
 
@@ -571,7 +585,7 @@ def refused(pairs, texts, tmp_path, capsys):
             main([*words, *map(str, options)])
         assert end.value.code == 2
         assert not (tmp_path / "out").exists()
-        assert not training.work_folder(tmp_path / "out").exists()
+        assert not work_folder(tmp_path / "out").exists()
         error = capsys.readouterr().err
         assert error.startswith("sp3llm: ")
         assert error.count("\n") == 1
@@ -608,7 +622,7 @@ def test_bad_settings_get_one_sentence(options, expected, refused, monkeypatch, 
 
 
 def test_a_loss_that_is_no_number_is_refused(refused, monkeypatch):
-    monkeypatch.setattr(recover, "_loss", lambda *_: torch.tensor(math.nan))
+    monkeypatch.setattr(training, "_loss", lambda *_: torch.tensor(math.nan))
     assert "Expected a finite loss at step 0" in refused()
 
 
@@ -652,13 +666,13 @@ def test_options_of_a_recovery_without_one_are_refused(capsys):
 
 
 def test_the_learning_rate_falls_with_the_width():
-    assert recover.default_lr(4096, False) < recover.default_lr(256, False)
-    assert math.isfinite(recover.default_lr(256, True))
+    assert default_lr(4096, False) < default_lr(256, False)
+    assert math.isfinite(default_lr(256, True))
 
 
 def test_the_recorded_command_gives_the_same_settings():
     settings = RecoverConfig("small", "dense", out=Path("x"), lora=4, lr=0.1, patience=9)
-    words = recover._command(replace(settings, gradient_checkpointing=True)).split()
+    words = _command(replace(settings, gradient_checkpointing=True)).split()
     from sp3llm.cli import parser
 
     options = vars(parser().parse_args(words[1:]))

@@ -17,11 +17,16 @@ from huggingface_hub.repocard import metadata_load
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sp3llm import card, page, samples
 from sp3llm.cli import main
 from sp3llm.errors import UserError
-from sp3llm.families import FAMILIES, count_parameters, count_parts
-from sp3llm.record import RECORD, add_to_record, measured, read_record
+from sp3llm.models.families import FAMILIES, count_parameters, count_parts
+from sp3llm.reporting import samples
+from sp3llm.reporting.card import write_card
+from sp3llm.reporting.origins import held_out_tokens
+from sp3llm.reporting.page import PAGE
+from sp3llm.reporting.record import add_to_record, measured, read_record
+from sp3llm.reporting.samples import with_samples
+from sp3llm.runtime.folders import RECORD
 from tests.compression.test_stock import compress_tiny
 from tests.conftest import TINY, save_model, tiny_model
 
@@ -86,7 +91,7 @@ class Page(HTMLParser):
 
 
 def opened(folder):
-    return Page((folder / page.PAGE).read_text())
+    return Page((folder / PAGE).read_text())
 
 
 def test_the_page_is_whole_and_asks_for_nothing(made):
@@ -95,8 +100,8 @@ def test_the_page_is_whole_and_asks_for_nothing(made):
     assert len(found.ids) == len(set(found.ids))
     inside = {f"#{identifier}" for identifier in found.ids}
     assert all(what in inside or what == "data:," for what in found.refers)
-    assert "@import" not in (made / page.PAGE).read_text()
-    assert (made / page.PAGE).read_text().count("<svg") == 4
+    assert "@import" not in (made / PAGE).read_text()
+    assert (made / PAGE).read_text().count("<svg") == 4
 
 
 def test_the_page_says_what_the_record_says(made):
@@ -137,7 +142,7 @@ def test_parts_of_every_family_make_the_whole(variant):
 def test_samples_are_what_plain_transformers_continues(original, made):
     found = read_record(made)["samples"]
     tokenizer = AutoTokenizer.from_pretrained(made)
-    tokens = samples.held_out_tokens(read_record(made), made)
+    tokens = held_out_tokens(read_record(made), made)
     first = tokens[:1, : tokens.shape[1] // 2]
     for side, folder in (("dense", original / "dense"), ("small", made)):
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -182,12 +187,12 @@ def test_scores_and_speed_appear_once_they_are_measured(made, tmp_path):
 
 
 def test_a_report_without_the_dense_model_keeps_the_samples_there_are(made, monkeypatch, capsys):
-    before = (made / page.PAGE).read_text()
-    (made / page.PAGE).unlink()
+    before = (made / PAGE).read_text()
+    (made / PAGE).unlink()
     monkeypatch.setattr(samples, "find_dense", lambda *_: pytest.fail("samples are there already"))
     monkeypatch.setattr(samples, "dense_folder", lambda *_: None)
     main(["report", str(made)])
-    assert (made / page.PAGE).read_text() == before
+    assert (made / PAGE).read_text() == before
     assert metadata_load(made / "README.md")["license_name"] == "tiny-licence"
     assert "report.html" in capsys.readouterr().out
 
@@ -209,9 +214,9 @@ def test_too_little_memory_is_a_reason(original, made, monkeypatch):
     del record["samples"]
     with monkeypatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
-        _, why = samples.with_samples(made, record, QUIET, "cpu")
+        _, why = with_samples(made, record, QUIET, "cpu")
     assert "does not fit into memory" in why
-    found, why = samples.with_samples(made, record, QUIET, "cpu")
+    found, why = with_samples(made, record, QUIET, "cpu")
     assert why is None
     assert found["samples"] == read_record(original / "small")["samples"]
 
@@ -220,7 +225,7 @@ def test_text_that_changed_is_not_passed_off_as_held_out(made):
     record = read_record(made)
     record["evaluation"]["sha256"] = "0" * 64
     with pytest.raises(UserError, match="not what it was"):
-        samples.held_out_tokens(record, made)
+        held_out_tokens(record, made)
 
 
 def test_a_recovery_shows_in_page_and_card(made):
@@ -323,7 +328,7 @@ def test_the_card_carries_licence_and_names_what_it_was_made_from(original, made
     record = read_record(made)
     record["base_model"] = "owner/name"
     record["calibration"]["sources"] = ["wikitext2", "owner/set:config", "stdlib", "my/own.jsonl"]
-    card.write_card(made, record, original / "dense")
+    write_card(made, record, original / "dense")
     metadata = metadata_load(made / "README.md")
     assert metadata["base_model"] == "owner/name"
     assert metadata["datasets"] == ["Salesforce/wikitext", "owner/set"]
@@ -422,13 +427,13 @@ def test_what_is_to_be_private_is_not_pushed_into_public(made, server):
 
 
 def test_a_push_without_a_login_says_how_to_log_in(made, server):
-    before = (made / page.PAGE).stat().st_mtime_ns
+    before = (made / PAGE).stat().st_mtime_ns
     run = pushed(made, server, token=None)
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1
     assert "hf auth login" in run.stderr
     assert not server.calls
-    assert (made / page.PAGE).stat().st_mtime_ns == before
+    assert (made / PAGE).stat().st_mtime_ns == before
 
 
 def test_a_hub_that_is_not_there_is_one_sentence(made, server):
@@ -445,4 +450,4 @@ def test_the_page_opens_in_chromium_without_complaint(made, tmp_path):
 
     if not any(map(shutil.which, BROWSERS)):
         pytest.skip("no chromium here")
-    assert check(made / page.PAGE, tmp_path / "shots") == []
+    assert check(made / PAGE, tmp_path / "shots") == []

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from sp3llm.compression.measuring import measure_dense
 from sp3llm.errors import UserError
-from sp3llm.execution import Execution, ahead, memory_limits, placed
-from sp3llm.measure import measure_dense
-from sp3llm.moments import split_product, symmetric_product
+from sp3llm.maths.products import split_product, symmetric_product
+from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.memory import memory_limits
+from sp3llm.runtime.placement import placed
+from sp3llm.runtime.prefetch import ahead
 from tests.conftest import family_of_model, relative_error, save_model, tiny_model
 
 ON = Execution(torch.device("cpu"), torch.float32)
@@ -42,7 +45,7 @@ def test_a_disk_without_room_is_told_before_it_is_written_to(tmp_path, monkeypat
     ("cap", "streams"), [(2**40, "host"), (3 * 2**20, "disk"), (2**20, "disk")]
 )
 def test_streams_go_where_there_is_room(cap, streams, tmp_path, monkeypatch):
-    monkeypatch.setattr("sp3llm.execution._host_memory", lambda most: most["cpu"])
+    monkeypatch.setattr("sp3llm.runtime.placement.host_memory", lambda most: most["cpu"])
     on = Execution(torch.device("cpu"), torch.float32)
     found = placed(on, "auto", 2 * 2**20, 2**20, 1000, (None, None), tmp_path, {"cpu": cap})
     assert found.streams == streams

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sp3llm import resume
-from sp3llm.checkpoint import RECORD
 from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError
-from sp3llm.execution import Execution, Ranks
+from sp3llm.runtime import journal
+from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.folders import RECORD
+from sp3llm.runtime.processes import Ranks
 from tests.conftest import relative_error, save_model, tiny_model
 from tests.runtime.test_resume import FORKS, content, dense, learned, run, run_and_die, settings  # noqa: F401
 
@@ -28,7 +29,7 @@ def as_rank(rank: int, count: int, port: int, writes: int | None, options: Compr
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate deals out the cores, as if two were one
-    resume._SHARE_OF_TIME = 10.0  # what the first process finds worth keeping, all keep
+    journal._SHARE_OF_TIME = 10.0  # what the first process finds worth keeping, all keep
     run(options) if writes is None else run_and_die(options, writes)
 
 
@@ -163,13 +164,13 @@ def test_a_process_that_fails_ends_all_with_its_message(dense, tmp_path):  # noq
     script = tmp_path / "fail.py"
     script.write_text(
         "import os, sys\n"
-        "import sp3llm.measure\n"
+        "import sp3llm.compression.measuring\n"
         "from sp3llm.cli import main\n"
         "from sp3llm.errors import UserError\n"
         "if os.environ['RANK'] == '1':\n"
         "    def fail(*_, **__):\n"
         "        raise UserError('Expected a whole shard, found half of one: get another.')\n"
-        "    sp3llm.measure.run_layer = fail\n"
+        "    sp3llm.compression.measuring.run_layer = fail\n"
         "main(['compress', *sys.argv[1:]])\n"
     )
     options = ["--samples", 12, "--seq-len", 32, "--calib", dense.with_name("fit.txt")]
@@ -217,7 +218,7 @@ def test_every_window_is_some_processs_and_batches_stay_whole(windows, count):
 
 def test_another_model_is_not_this_one(tmp_path):
     """The fingerprint of a checkpoint changes with any of its weights' bytes that it looks at."""
-    from sp3llm.checkpoint import fingerprint
+    from sp3llm.models.checkpoint import fingerprint
 
     one = save_model(tiny_model("llama", torch.float32), tmp_path / "one")
     other = save_model(tiny_model("llama-biases", torch.float32), tmp_path / "other")

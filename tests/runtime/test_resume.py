@@ -19,13 +19,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from sp3llm import checkpoint, measure, resume
-from sp3llm.checkpoint import RECORD
-from sp3llm.compress import compress
+from sp3llm.compression import measuring
+from sp3llm.compression.story import compress
 from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError, UserError
-from sp3llm.execution import Execution, Ranks
-from sp3llm.resume import Journal, open_journal, read_tensors, write_tensors
+from sp3llm.models import export, stream
+from sp3llm.runtime import journal
+from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.files import file_hash, read_tensors, write_tensors
+from sp3llm.runtime.folders import RECORD
+from sp3llm.runtime.journal import MANIFEST, Journal, _Clock, open_journal
+from sp3llm.runtime.processes import Ranks
 from tests.conftest import save_model, tiny_model
 
 # A server that has everything imported and computed nothing; its children are the runs.
@@ -70,7 +74,7 @@ def run_and_die(
 ) -> None:
     """The run, killed before it renames for the `writes`-th time: nothing is written after it."""
     if shard_bytes is not None:
-        checkpoint._SHARD_BYTES = shard_bytes
+        export._SHARD_BYTES = shard_bytes
     left = writes
     replaced = os.replace
 
@@ -84,7 +88,7 @@ def run_and_die(
     if writes is not None:
         os.replace = count
     # Every layer is worth keeping, however fast.
-    resume._SHARE_OF_TIME = 10.0
+    journal._SHARE_OF_TIME = 10.0
     run(options)
 
 
@@ -224,7 +228,7 @@ def test_run_killed_while_it_clears_up_arrives(dense, expected, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("sp3llm.checkpoint._remove", die)
+        patched.setattr("sp3llm.runtime.folders._remove", die)
         with pytest.raises(KeyboardInterrupt):
             run(options)
     assert options.out.exists()
@@ -246,7 +250,7 @@ def torn(path: Path) -> None:
 
 
 def test_torn_files_and_a_torn_manifest_are_found_and_redone(dense, expected, tmp_path):
-    for which in ("*.safetensors", resume.MANIFEST):
+    for which in ("*.safetensors", MANIFEST):
         out = tmp_path / which.strip("*.") / "small"
         state = stopped(dense, out, 74)
         files = [path for path in state.glob(which) if path.stat().st_size]
@@ -302,7 +306,7 @@ def fail_midway(options: CompressConfig) -> None:
         def fail(*_: Any) -> None:
             raise RuntimeError("midway")
 
-        patched.setattr("sp3llm.checkpoint.copy_companions", fail)
+        patched.setattr("sp3llm.models.companions.copy_companions", fail)
         run(options)
 
 
@@ -319,7 +323,7 @@ def test_disk_streams_equal_memory_streams(dense, expected, tmp_path):
 
 def test_full_disk_ends_in_one_sentence_and_the_run_goes_on(dense, expected, tmp_path, monkeypatch):
     options = settings(dense, tmp_path / "small")
-    written = resume.write_tensors
+    written = write_tensors
     left = 12
 
     def full(path: Path, tensors: Any) -> str:
@@ -331,7 +335,7 @@ def test_full_disk_ends_in_one_sentence_and_the_run_goes_on(dense, expected, tmp
         return written(path, tensors)
 
     with monkeypatch.context() as patched:
-        patched.setattr(resume, "write_tensors", full)
+        patched.setattr(journal, "write_tensors", full)
         with pytest.raises(ResumableError, match="No space left on device") as caught:
             run(options)
     assert "same command" in str(caught.value)
@@ -340,7 +344,7 @@ def test_full_disk_ends_in_one_sentence_and_the_run_goes_on(dense, expected, tmp
 
 def short_of_memory(monkeypatch, windows: int) -> None:
     """A GPU that runs out of memory with more than so many windows at once."""
-    run_layer = measure.run_layer
+    run_layer = stream.run_layer
 
     def limited(*arguments: Any, **kwargs: Any) -> None:
         on = next(argument for argument in arguments if isinstance(argument, Execution))
@@ -348,7 +352,7 @@ def short_of_memory(monkeypatch, windows: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         run_layer(*arguments, **kwargs)
 
-    monkeypatch.setattr(measure, "run_layer", limited)
+    monkeypatch.setattr(measuring, "run_layer", limited)
 
 
 def test_out_of_memory_halves_the_batch_says_so_and_goes_on(dense, tmp_path, monkeypatch):
@@ -397,7 +401,7 @@ def test_tensors_are_written_as_safetensors(tmp_path):
     }
     path = tmp_path / "x.safetensors"
     digest = write_tensors(path, tensors)
-    assert digest == resume.file_hash(path)
+    assert digest == file_hash(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
     for found in (load_file(path), read_tensors(path)):
         assert found.keys() == tensors.keys()
@@ -435,7 +439,7 @@ def test_a_journal_without_a_folder_keeps_nothing():
 
 def test_saving_takes_a_tenth_of_the_time_at_most():
     now = time.monotonic()
-    clock = resume._Clock(started=now - 100.0, saving=9.0)
+    clock = _Clock(started=now - 100.0, saving=9.0)
     assert Journal(Path(), clock=clock).due()
     clock.saving = 11.0
     assert not Journal(Path(), clock=clock).due()

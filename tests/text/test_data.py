@@ -14,23 +14,18 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sp3llm.data import (
-    PARTS,
+from sp3llm.errors import UserError
+from sp3llm.text.sources import (
     TextSource,
-    adds_bos,
-    calibration_windows,
-    content_hash,
-    cut_windows,
     default_evaluation,
-    evaluation_windows,
     manifest,
-    pack,
-    part_of,
     read_documents,
     resolve_source,
-    stdlib_documents,
 )
-from sp3llm.errors import UserError
+from sp3llm.text.split import PARTS, content_hash, part_of
+from sp3llm.text.stdlib import stdlib_documents
+from sp3llm.text.tokenizer import adds_bos
+from sp3llm.text.windows import calibration_windows, cut_windows, evaluation_windows, pack
 
 BOS, EOS = 1, 2
 HUB_SETS = [name for name, source in manifest().items() if not source.stdlib]
@@ -135,7 +130,7 @@ class Stream(io.StringIO):
 def hook(*_):
     "A hook with a docstring long enough to count as a document, as that of a debugger has it."
 stdout, sys.stdout, sys.excepthook = sys.stdout, Stream(), hook
-from sp3llm.data import stdlib_documents
+from sp3llm.text.stdlib import stdlib_documents
 print(hashlib.sha256(repr(stdlib_documents()).encode()).hexdigest(), file=stdout)
 assert "torch" not in sys.modules
 """

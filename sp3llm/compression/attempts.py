@@ -1,0 +1,138 @@
+"""A compression from its journal: continued after a kill, with smaller batches out of memory."""
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sp3llm.compression.job import Job, Result, run_identity
+from sp3llm.config import CompressConfig
+from sp3llm.errors import ResumableError
+from sp3llm.runtime.folders import RECORD
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sp3llm.runtime.devices import Execution
+    from sp3llm.runtime.journal import Journal
+
+
+# Stages, as the journal of a run knows them; the streaming passes have names of their own.
+_BATCH = "batch"
+_FINISHED = "finished"
+
+
+def compress_resumably(
+    job: Job, run_stages: Callable[..., tuple[Result, dict[str, Any]]], console: "Console"
+) -> tuple[Result, dict[str, Any], Job]:
+    """Run the stages of a job, as often as memory asks for.
+
+    `run_stages` is called with the job, its journal, the folder of the model, when all began, and
+    the progress bars. Returns the result, its record, and the job as it ran at last.
+    """
+    import torch
+
+    from sp3llm.runtime.folders import MODEL, run_folder
+    from sp3llm.runtime.journal import open_journal
+    from sp3llm.runtime.progress import progress_bars
+
+    started, settings, ranks = time.monotonic(), job.settings, job.on.ranks
+    with run_folder(job.out, settings.fresh, ranks) as folder:
+        journal = open_journal(
+            folder / f"state-{ranks.index}",
+            run_identity(job),
+            ranks,
+            lambda line: console.print(line, highlight=False, markup=False),
+        )
+        model = folder / MODEL
+        _take_back(journal, job.out, model)
+        job = replace(job, on=_placed(job, journal, folder, settings))
+        result = None
+        with progress_bars(console) as progress:
+            while result is None:
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    result, record = run_stages(job, journal, model, started, progress)
+                if result is None:  # what the attempt held goes with its frames
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                    job = replace(job, on=_halved(job, journal))
+        journal.save(_FINISHED, 0)
+        ranks.gathered(None)  # the first process clears up when all have come here
+    return result, record, job
+
+
+def _take_back(journal: "Journal", out: Path, model: Path) -> None:
+    """A run killed between giving its result the final name and clearing up has that to do again:
+    its result goes back to where the run finds it.
+    """
+    finished = journal.latest(_FINISHED) is not None  # all processes ask together
+    if not (journal.ranks.is_first and finished):
+        return
+    if not any(model.iterdir()) and (out / RECORD).is_file():
+        model.rmdir()
+        out.rename(model)
+
+
+def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig) -> "Execution":
+    """Where streams lie and how much goes through a layer at once; what a run before has found
+    out about the latter holds, since sums depend on it in their last bits.
+    """
+    from sp3llm.models import families
+    from sp3llm.planning.needs import needs_of
+    from sp3llm.runtime.memory import memory_limits
+    from sp3llm.runtime.placement import placed
+
+    seq_len = families.window_length(job.family, job.dense.config, settings.seq_len)
+    needs = needs_of(
+        job.family,
+        job.dense.config,
+        job.shapes[0],
+        settings.samples,
+        settings.eval_samples,
+        seq_len,
+        job.dense_dtype.itemsize,
+        job.on.dtype.itemsize,
+    )
+    before = journal.latest(_BATCH)
+    found = {} if before is None else before.facts
+    known = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]
+    on = placed(
+        job.on,
+        settings.streams,
+        needs.streams,
+        needs.working,
+        needs.token,
+        (min(known, default=None), found.get("share")),
+        folder / "scratch",
+        memory_limits(settings.max_memory),
+    )
+    journal.save(_BATCH, 0, facts={"tokens": on.batch_tokens, "share": on.share_tokens})
+    return on
+
+
+def _halved(job: Job, journal: "Journal") -> "Execution":
+    """Half the tokens at once, after the GPU has run out of memory.
+
+    Raises ResumableError where the run cannot go on by itself.
+    """
+    from sp3llm.models import families
+
+    seq_len = families.window_length(job.family, job.dense.config, job.settings.seq_len)
+    windows = min(job.on.windows_a_batch(seq_len), job.settings.samples)
+    fewer = max(1, windows // 2)
+    journal.save(_BATCH, 0, facts={"tokens": fewer * seq_len, "share": job.on.share_tokens})
+    if windows == 1:
+        raise ResumableError(
+            "The GPU ran out of memory with a single window: give the same command again with "
+            "--streams host or disk, or close what else uses the GPU."
+        )
+    if job.on.ranks.count > 1:
+        raise ResumableError(
+            f"The GPU ran out of memory with {windows} windows at once: give the same command "
+            f"again, which goes on with {fewer}."
+        )
+    journal.say(f"The GPU ran out of memory; going on with {fewer} windows at once, not {windows}.")
+    return replace(job.on, batch_tokens=fewer * seq_len)

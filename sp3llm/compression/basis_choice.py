@@ -1,0 +1,205 @@
+"""The global basis: from second moments and metrics to the projection of a shape."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sp3llm.compression.projection import Narrowing, Projection, norm_of
+from sp3llm.compression.statistics import Moments
+from sp3llm.maths.basis import (
+    eigenbasis,
+    mean_free_frame,
+    metric_basis,
+    spread_mean_free_frame,
+    spreading_turn,
+    tied_rotation,
+)
+from sp3llm.models import families
+from sp3llm.models.checkpoint import Checkpoint, head_tensors
+from sp3llm.models.families import Family
+from sp3llm.models.shapes import Shape
+
+
+def choose_basis(
+    dense: Checkpoint,
+    family: Family,
+    moments: Moments,
+    shape: Shape,
+    tokens: Tensor | None = None,
+    turn: str = "none",
+) -> tuple[Tensor, Projection]:
+    """The global basis: top principal components, or the projector of that rank that costs least.
+
+    Under LayerNorm it is taken in the mean-free frame and turned into another one (DESIGN 3.4).
+
+    Returns all eigenvalues of the summed moments, falling, and the projection.
+    """
+    inside = _inside(family, moments)
+    eigenvalues_C, vectors_CC = eigenbasis(inside.total())
+    kept = shape.hidden_size - family.centred
+    basis_CK = vectors_CC[:, :kept]
+    if inside.metrics_DD:
+        basis_CK = metric_basis(inside.sites_DD, inside.metrics_DD, vectors_CC, kept)
+    basis_DK = _outside(family, basis_CK)
+    return eigenvalues_C, projection_of(dense, family, moments, shape, tokens, basis_DK, turn=turn)
+
+
+def learned_basis(
+    dense: Checkpoint,
+    family: Family,
+    moments: Moments,
+    shape: Shape,
+    tokens: Tensor,
+    columns_DK: Tensor,
+    gates_K: Tensor | None,
+    turn: str = "none",
+) -> tuple[Tensor, Projection]:
+    """As `choose_basis`, of the columns and gates that a mask has learned."""
+    eigenvalues_C, _ = eigenbasis(_inside(family, moments).total())
+    return eigenvalues_C, projection_of(
+        dense, family, moments, shape, tokens, columns_DK, gates_K, turn
+    )
+
+
+def nested_frame(family: Family, moments: Moments, widths: Sequence[int]) -> Tensor:
+    """All coordinates of the stream, those first that a narrower one of `widths` needs too.
+
+    Of each width the subspace that costs least, within that of the next wider one. What a learned
+    mask chooses from.
+
+    Returns orthonormal columns, `(D, D)`, or under LayerNorm `(D, D - 1)` and mean-free.
+    """
+    inside = _inside(family, moments)
+    _, frame_CC = eigenbasis(inside.total())
+    bands, inner_CW = [], frame_CC
+    for width in sorted({width - family.centred for width in widths}, reverse=True):
+        if width >= inner_CW.shape[1] or not inside.metrics_DD:
+            continue
+        within = tuple(
+            tuple(inner_CW.T @ one_CC @ inner_CW for one_CC in those_CC)
+            for those_CC in (inside.sites_DD, inside.metrics_DD)
+        )
+        start_WW = torch.eye(inner_CW.shape[1], dtype=inner_CW.dtype, device=inner_CW.device)
+        kept_WK = metric_basis(*within, start_WW, width)
+        given_up_WR = torch.linalg.qr(kept_WK, mode="complete")[0][:, width:]
+        bands.append(inner_CW @ given_up_WR)
+        inner_CW = inner_CW @ kept_WK
+    return _outside(family, torch.cat([inner_CW, *bands[::-1]], 1))
+
+
+def projection_of(
+    dense: Checkpoint,
+    family: Family,
+    moments: Moments,
+    shape: Shape,
+    tokens: Tensor | None,
+    basis_DK: Tensor,
+    gates_K: Tensor | None = None,
+    turn: str = "none",
+) -> Projection:
+    """The projection of a shape along orthonormal columns, `(D, K)`; under LayerNorm `(D, K - 1)`,
+    which are turned into another mean-free frame. `turn` is one of `config.TURNS`: `hadamard`
+    spreads the energy over the kept channels, where no tie fixes the rotation (3.11).
+
+    For tied models without projections the basis is turned so that the tie holds (DESIGN 3.5),
+    which leaves gates of the stream no place: they count as open. Where embeddings keep a width of
+    their own, a narrower one gets a basis from the calibration `tokens`.
+    """
+    gated_DK = None if gates_K is None else basis_DK * gates_K
+    turn_KK = None
+    if family.centred:
+        spread = turn == "hadamard"
+        new_frame = spread_mean_free_frame if spread else mean_free_frame
+        turn_KK = new_frame(shape.hidden_size, basis_DK.device).T
+    elif turn == "hadamard":
+        turn_KK = spreading_turn(shape.hidden_size, basis_DK.device)
+    if turn_KK is not None:
+        basis_DK = basis_DK @ turn_KK
+        gated_DK = None if gated_DK is None else gated_DK @ turn_KK
+    narrowing = narrowing_of(dense, family, moments, shape)
+    tied_scale_K, embedding_EJ = None, None
+    if shape.tie_word_embeddings and family.projections is None:
+        norm = f"{family.final_norm}.weight"
+        norm_D, _ = norm_of(family, family.final_norm, dense.read([norm]), basis_DK)
+        basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_D)
+        gated_DK = None
+    elif shape.tie_word_embeddings:
+        embedding_EJ = _embedding_basis(dense, family, moments, shape, tokens, basis_DK)
+    return Projection(basis_DK, tied_scale_K, embedding_EJ, gated_DK, narrowing)
+
+
+def _inside(family: Family, moments: Moments) -> Moments:
+    """Moments in the coordinates that a basis is taken in: under LayerNorm the mean-free frame."""
+    if not family.centred:
+        return moments
+    width, device = len(moments.sites_DD[0]), moments.sites_DD[0].device
+    frame_DC = mean_free_frame(width, device)
+
+    def inside(those_DD: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(frame_DC.T @ one_DD @ frame_DC for one_DD in those_DD)
+
+    return Moments(inside(moments.sites_DD), inside(moments.metrics_DD))
+
+
+def _outside(family: Family, basis_CK: Tensor) -> Tensor:
+    """Columns in the stream's own coordinates."""
+    if not family.centred:
+        return basis_CK
+    return mean_free_frame(len(basis_CK) + 1, basis_CK.device) @ basis_CK
+
+
+def narrowing_of(
+    dense: Checkpoint, family: Family, moments: Moments, shape: Shape
+) -> Narrowing | None:
+    """How attention is cut first, in families whose width is heads times head size."""
+    if not families.is_square(family, dense.config):
+        return None
+    groups = Shape.of(family, dense.config).num_key_value_heads
+    return Narrowing(moments.heads, groups, shape.num_key_value_heads, shape.head_dim)
+
+
+def _embedding_basis(
+    dense: Checkpoint,
+    family: Family,
+    moments: Moments,
+    shape: Shape,
+    tokens: Tensor | None,
+    basis_DK: Tensor,
+) -> Tensor:
+    """Embedding coordinates to keep, `(E, J)`: those that stream and head miss least.
+
+    The table has two roles, and an error `Q` in it two costs, each relative to all that the role
+    does: `tr(A Q C Q)` with `C` the second moment of the embeddings that `tokens` look up and `A`
+    what the stream takes from them, and with `C` that of what the table is multiplied with in the
+    end and `A` the table's own moment, free of the mean over the vocabulary, which no softmax
+    sees.
+    """
+    config = dense.config
+    width = families.axis_sizes(family, config)[families.EMBEDDING]
+    like = basis_DK
+    if shape.word_embed_proj_dim == width:
+        return torch.eye(width, dtype=like.dtype, device=like.device)
+    tensors = head_tensors(dense, family)
+    table_VE = tensors[f"{family.head}.weight"].to(like)
+    into, out = (f"{module}.weight" for module in family.projections)
+    into_ED = torch.eye(width, dtype=like.dtype, device=like.device)
+    out_ED = into_ED
+    if families.has_projections(family, config):
+        into_ED, out_ED = dense.read([into])[into].to(like).T, tensors[out].to(like)
+    counts_V = torch.bincount(tokens.flatten(), minlength=len(table_VE)).to(like)
+    looked_up_EE = table_VE.T @ (counts_V[:, None] * table_VE)
+    taken_EE = into_ED @ basis_DK @ basis_DK.T @ into_ED.T
+    norm_D, bias_D = norm_of(family, family.final_norm, tensors, like)
+    read_ED = out_ED * norm_D
+    given_EE = read_ED @ moments.head_DD.to(like) @ read_ED.T
+    if bias_D is not None:
+        given_EE = given_EE + torch.outer(out_ED @ bias_D, out_ED @ bias_D)
+    centred_VE = table_VE - table_VE.mean(0)
+    scored_EE = centred_VE.T @ centred_VE
+    pairs = [(taken_EE, looked_up_EE), (scored_EE, given_EE)]
+    metrics_EE = tuple(a_EE / (a_EE * c_EE).sum() for a_EE, c_EE in pairs)
+    moments_EE = tuple(c_EE for _, c_EE in pairs)
+    # Both of these lie in what the table spans, where nothing needs to be given up.
+    start_EE = eigenbasis(looked_up_EE / looked_up_EE.trace() + scored_EE / scored_EE.trace())[1]
+    return metric_basis(moments_EE, metrics_EE, start_EE, shape.word_embed_proj_dim)

@@ -1,0 +1,231 @@
+"""What a compression is about to do: everything found and checked before any work."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sp3llm.config import CompressConfig
+from sp3llm.errors import UserError, reason
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from torch import Tensor
+
+    from sp3llm.maths.paired import Excess
+    from sp3llm.models.checkpoint import Checkpoint
+    from sp3llm.models.families import Family
+    from sp3llm.models.shapes import Shape
+    from sp3llm.planning.limits import Limits, Plan
+    from sp3llm.runtime.devices import Execution
+    from sp3llm.runtime.processes import Ranks
+    from sp3llm.text.windows import Windows
+
+
+# Fewer calibration windows leave a trial of the search nothing to be scored on.
+_FEWEST_TRIAL_WINDOWS = 4
+# A mask is learned on the whole model, its activations apart: it and its largest table twice.
+_ROOM_TO_LEARN = 1.25
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run produced."""
+
+    name: str
+    out: Path
+    architecture: str
+    command: str
+    plan: "Plan"
+    trials: list[dict[str, Any]]
+    fits: list[dict[str, Any]]
+    eigenvalues: "Tensor"
+    energy_kept: float
+    """Share of the energy of the dense stream, as its second moments have it, inside the basis."""
+    dense_bytes: int
+    weight_bytes: int
+    calibration: "Windows"
+    evaluation: "Windows"
+    dense_perplexity: float
+    perplexity: float
+    excess: "Excess"
+    seconds: float
+    peak_memory: int
+    device_memory: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """The dense model, what it is to become, and where that is computed."""
+
+    settings: CompressConfig
+    folder: Path
+    """Of the dense model."""
+    name: str
+    """To show."""
+    dense: "Checkpoint"
+    family: "Family"
+    dense_dtype: "torch.dtype"
+    dtype: "torch.dtype"
+    """Of the weights written."""
+    limits: "Limits"
+    shapes: "list[Shape]"
+    """Within the budget."""
+    out: Path
+    on: "Execution"
+
+
+def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
+    """Find the model and everything that could be wrong, before any work."""
+    import torch
+
+    from sp3llm.compression.refitter import held_back_from
+    from sp3llm.evaluation.harness import check_scoring
+    from sp3llm.models import families
+    from sp3llm.models.checkpoint import check_tensors, open_checkpoint, with_prefix
+    from sp3llm.models.source import read_config, resolve_model
+    from sp3llm.models.stock import empty_model
+    from sp3llm.planning.candidates import candidates
+    from sp3llm.planning.limits import limits_of, plan_of
+    from sp3llm.quantization.story import check_before
+    from sp3llm.reporting.formatting import human_bytes
+    from sp3llm.runtime.devices import execution
+    from sp3llm.runtime.folders import check_disk, check_output, held_by_run
+    from sp3llm.runtime.memory import memory_limits
+    from sp3llm.runtime.placement import free_memory
+
+    folder, name, note = resolve_model(settings.model)
+    if note:
+        console.print(note, markup=False)
+    family = families.family_of(read_config(folder))
+    dense = with_prefix(open_checkpoint(folder), family)
+    check_tensors(dense, family)
+    dense_dtype = dense.dtype()
+    dtype = _dtype(settings.dtype, dense_dtype)
+    limits = limits_of(settings, dtype.itemsize)
+    shapes = candidates(family, dense.config, limits)
+    if settings.moments == "raw" and families.is_square(family, dense.config):
+        raise UserError(
+            f"Expected --moments normalised for a {family.model_type} model, whose heads are cut "
+            "by what they read, found raw: leave it out."
+        )
+    learned = settings.mask == "learned"
+    if not settings.refit and not learned:
+        shapes = shapes[:1]  # there are no trials to choose by
+    fixed = family.projections is None and any(shape.tie_word_embeddings for shape in shapes)
+    if settings.turn != "none" and fixed:
+        raise UserError(
+            f"Expected --turn none where '{name}' keeps its embeddings tied, which fixes the "
+            f"rotation, found {settings.turn}: leave it out, or add --tie untie."
+        )
+
+    out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
+    check_output(out)
+    if settings.refit:
+        held_back_from(settings.samples)
+    if not learned and len(shapes) > 1 and settings.samples < _FEWEST_TRIAL_WINDOWS:
+        raise UserError(
+            f"The search for a shape needs at least {_FEWEST_TRIAL_WINDOWS} calibration windows, "
+            f"found {settings.samples}: raise --samples, or leave nothing to search for with "
+            "--allocate width, --tie keep and, for OPT, --head-dim."
+        )
+    largest = max(plan_of(family, dense.config, limits, shape).parameters for shape in shapes)
+    check_disk(out, largest * dtype.itemsize - held_by_run(out))
+    memory = memory_limits(settings.max_memory)
+    on = execution(device, torch.promote_types(dense_dtype, dtype), ranks, memory)
+    empty_model(dense.config)  # refuses a config that transformers rejects, before any work
+    if learned:
+        dense_bytes = families.count_parameters(family, dense.config) * on.dtype.itemsize
+        room = free_memory(on, memory)
+        if dense_bytes * _ROOM_TO_LEARN > room:
+            raise UserError(
+                "Expected room for the whole dense model for --mask learned, "
+                f"{human_bytes(dense_bytes * _ROOM_TO_LEARN)} on {on.device}, found "
+                f"{human_bytes(room)}: use --mask closed-form, which streams it."
+            )
+    if settings.score:
+        check_scoring(settings)
+    if settings.quantize:
+        check_before(settings.quantize, on.device, family, dense.config, shapes, out)
+    return Job(settings, folder, name, dense, family, dense_dtype, dtype, limits, shapes, out, on)
+
+
+def run_identity(job: Job) -> dict[str, Any]:
+    """Everything that the weights depend on, for a run to be continued by the same one only."""
+    import json
+
+    from sp3llm.models.checkpoint import fingerprint
+    from sp3llm.runtime import machine
+
+    texts = f"{job.settings.calib or ''},{job.settings.eval_text or ''}".split(",")
+    versions = machine.versions()
+    identity = {
+        **job.settings.of_result(),
+        **{f"the model's {name}": found for name, found in fingerprint(job.dense).items()},
+        **{f"the text of {name}": _content(Path(name)) for name in texts if Path(name).is_file()},
+        "the number of processes": job.on.ranks.count,
+        "the kind of device": job.on.device.type,
+        **{
+            f"the version of {name}": versions[name] for name in ("sp3llm", "torch", "transformers")
+        },
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _content(path: Path) -> str:
+    """A hash of a file of text.
+
+    Raises UserError if it cannot be read.
+    """
+    from sp3llm.runtime.files import file_hash
+
+    try:
+        return str(file_hash(path))[:16]
+    except OSError as error:
+        raise UserError(
+            f"Cannot read the text '{path}' ({reason(error)}): name a file that can be read."
+        ) from error
+
+
+def _dtype(asked: str, dense: "torch.dtype") -> "torch.dtype":
+    import torch
+
+    return dense if asked == "auto" else getattr(torch, asked)
+
+
+def with_dtype(
+    config: Mapping[str, Any], dtype: "torch.dtype", dense: "torch.dtype"
+) -> dict[str, Any]:
+    """State the dtype under the key the config already uses, where it changes or is missing."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config]
+    if keys and dtype == dense:
+        return dict(config)
+    return {**config, **dict.fromkeys(keys or ["torch_dtype"], str(dtype).removeprefix("torch."))}
+
+
+def hub_id(settings: CompressConfig, name: str) -> str | None:
+    """The hub id that the user named; None where it was a folder."""
+    is_hub_id = settings.model is not None and not Path(settings.model).exists()
+    return name if is_hub_id else None
+
+
+def calibration_sets(settings: CompressConfig) -> str:
+    """The calibration sets, the default resolved."""
+    return settings.calib or ("stdlib" if settings.model is None else "wikitext2")
+
+
+def compress_command(settings: CompressConfig) -> str:
+    """The command line that gives these settings."""
+    defaults = asdict(CompressConfig())
+    words = ["sp3llm", "compress", *([settings.model] if settings.model else [])]
+    for key, value in asdict(settings).items():
+        if key in ("model", "fresh") or (key != "keep" and value == defaults[key]):
+            continue
+        option = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,143 @@
+"""Fold, rotate and cut groups of parameters, prefetched and rounded for the export."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from sp3llm.compression.attention import narrow_attention
+from sp3llm.compression.projection import (
+    Projection,
+    project_group,
+)
+from sp3llm.compression.refitter import (
+    Built,
+)
+from sp3llm.compression.units import cut_units, gate_writers, gated_writers
+from sp3llm.errors import UserError
+from sp3llm.models import families
+from sp3llm.models.checkpoint import Checkpoint, head_tensors
+from sp3llm.models.families import VOCAB, Family, Group
+from sp3llm.models.shapes import Shape
+from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.prefetch import ahead
+
+# Entries of a vocabulary's table that are transformed at once, in float64.
+_TABLE_PIECE = 2**23
+
+
+def plain_groups(
+    dense: Checkpoint,
+    family: Family,
+    projection: Projection,
+    dtype: torch.dtype,
+    on: Execution,
+    start: int = 0,
+) -> Iterator[Built]:
+    """Fold, rotate and cut every group from number `start` on, and nothing else."""
+    groups = families.groups(family, dense.config)[start:]
+    for index, (group, source) in enumerate(
+        prefetch_groups(dense, family, groups, on, start), start
+    ):
+        device = on.turn(index).device
+        here = projection.to(device)
+        tensors = project_and_round(family, here, dtype, device, group, source)
+        yield Built(index, group, _without_losers(dense, family, here, group, tensors))
+
+
+def _without_losers(
+    dense: Checkpoint,
+    family: Family,
+    projection: Projection,
+    group: Group,
+    tensors: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """A layer without what a learned mask does not keep, where no refit cuts it away."""
+    sizes = families.axis_sizes(family, dense.config)
+    for _, axis in gated_writers(family, group) if projection.winners else ():
+        kept_U = projection.winners.kept(axis, group.layer)
+        narrowed = axis == families.QUERY and projection.narrowing is not None
+        if kept_U is not None and not narrowed:
+            units = unit_sizes(Shape.of(family, dense.config), axis)
+            tensors = cut_units(group, tensors, kept_U, units, sizes)
+    return tensors
+
+
+def unit_sizes(dense: Shape, axis: str) -> dict[str, int]:
+    """Length of a unit along every axis that goes with it."""
+    if axis == families.FFN:
+        return {families.FFN: 1}
+    unit = dense.num_attention_heads // dense.num_key_value_heads * dense.head_dim
+    return {families.QUERY: unit, families.KEY_VALUE: dense.head_dim}
+
+
+def prefetch_groups(
+    dense: Checkpoint, family: Family, groups: list[Group], on: Execution, start: int
+) -> Iterator[tuple[Group, Mapping[str, Tensor]]]:
+    """Groups with their dense tensors, read ahead; the head with a tied table under its name."""
+
+    def load(group: Group) -> Mapping[str, Tensor]:
+        if group.name == "head":
+            return head_tensors(dense, family)
+        return dense.read(group.parameters)
+
+    return ahead(groups, load, on, start)
+
+
+def project_and_round(
+    family: Family,
+    projection: Projection,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group,
+    source: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """A group in the small model's coordinates, rounded to the dtype of the export."""
+    found: dict[str, list[Tensor]] = {}
+    for piece in vocabulary_pieces(family, projection, group, source):
+        tensors = {name: tensor.to(device) for name, tensor in piece.items()}
+        if group.prefix:
+            tensors = gate_writers(family, group, tensors, projection.winners)
+            tensors = narrow_attention(family, group, tensors, projection)
+        projected = project_group(family, group, tensors, projection)
+        for name, tensor in projected.items():
+            if not found.get(name) or _in_rows(family, group, name):
+                found.setdefault(name, []).append(rounded(name, tensor, dtype))
+    return {name: torch.cat(p) if len(p) > 1 else p[0] for name, p in found.items()}
+
+
+def _in_rows(family: Family, group: Group, name: str) -> bool:
+    """Whether a tensor has a row for every token of the vocabulary."""
+    is_head = group.name == "head" and name == f"{family.head}.weight"
+    return is_head or group.parameters.get(name, ("",))[0] == VOCAB
+
+
+def vocabulary_pieces(
+    family: Family, projection: Projection, group: Group, source: Mapping[str, Tensor]
+) -> Iterator[Mapping[str, Tensor]]:
+    """A group's tensors with the rows of a vocabulary's table a few at a time, where every row is
+    transformed by itself: in float64 a whole table is larger than any layer.
+    """
+    tables = [name for name in source if _in_rows(family, group, name)]
+    as_whole = projection.embedding_EJ is not None or projection.tied_scale_K is not None
+    if not tables or (group.name == "head" and as_whole):
+        yield source
+        return
+    rows, width = source[tables[0]].shape
+    step = max(1, _TABLE_PIECE // width)
+    for start in range(0, rows, step):
+        yield {**source, **{name: source[name][start : start + step] for name in tables}}
+
+
+def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the dtype of the export.
+
+    Raises UserError if a value does not fit it.
+    """
+    result = value.to(dtype)
+    if not torch.isfinite(result).all():
+        raise UserError(
+            f"Tensor '{name}' of the compressed model does not fit {dtype}: use a --dtype of "
+            "wider range, or look for extreme values in the checkpoint."
+        )
+    return result

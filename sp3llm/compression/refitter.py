@@ -1,0 +1,139 @@
+"""What every fit of the second pass needs: both models, the fit over all processes, the log."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sp3llm.compression.projection import Projection
+from sp3llm.errors import UserError
+from sp3llm.maths.refit import (
+    RIDGES,
+    Fit,
+    Gram,
+    add_to_gram,
+    parts,
+    ridge_errors,
+    ridge_fit,
+)
+from sp3llm.models import families
+from sp3llm.models.checkpoint import Checkpoint
+from sp3llm.models.families import Family, Group
+from sp3llm.models.shapes import Shape
+from sp3llm.models.stream import Stream
+from sp3llm.runtime.devices import Execution
+
+# Held back from every fit to choose its ridge: one window in this many, one at least.
+_HELD_BACK = 8
+
+
+@dataclass(frozen=True)
+class Refitter:
+    """What every step of the second pass needs."""
+
+    dense: Checkpoint
+    family: Family
+    shape: Shape
+    projection: Projection
+    dtype: torch.dtype
+    """Of the export: fitted tensors are rounded to it before their output is used."""
+    on: Execution
+    choose: str
+    """How neurons and groups are chosen: see `refit.choose_units`."""
+    held_from: int
+    """First window that is held back to choose ridges."""
+    unseen_from: int
+    """First window that no fit sees at all, for trials to be scored on."""
+    log: list[dict[str, Any]]
+    """One entry a fit."""
+
+    @property
+    def eps(self) -> float:
+        """The norms' epsilon."""
+        return families.norm_eps(self.family, self.dense.config)
+
+    @property
+    def multiplier(self) -> float:
+        """The family's factor on what writers add to the stream."""
+        return families.residual_multiplier(self.family, self.dense.config)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished group, and both streams behind it."""
+
+    index: int
+    group: Group
+    tensors: Mapping[str, Tensor]
+    dense: Stream | None = None
+    small: Stream | None = None
+
+
+# --------------------------------------------------------------------------- readers
+
+
+def add_tokens(
+    refitter: Refitter,
+    grams: tuple[Gram, Gram],
+    rows: slice,
+    a: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+) -> None:
+    """Add a batch of windows to the fitting Gram and to the one held back."""
+    bounds = (0, refitter.held_from, refitter.unseen_from)
+    first, second, third = (min(max(bound - rows.start, 0), len(a)) for bound in bounds)
+    for gram, part in zip(grams, (slice(first, second), slice(second, third)), strict=True):
+        if len(a[part]):
+            add_to_gram(gram, a[part], y[part], None if weight is None else weight[part])
+
+
+def all_reduce_grams(refitter: Refitter, grams: tuple[Gram, Gram]) -> None:
+    """Sum what every process saw of its windows."""
+    for gram in grams:
+        refitter.on.ranks.add_(*parts(gram))
+
+
+def fit_ridge(
+    refitter: Refitter,
+    name: str,
+    grams: tuple[Gram, Gram],
+    prior_PQ: Tensor,
+    prior_intercept_Q: Tensor | None = None,
+) -> Fit:
+    """A ridge fit whose solves are shared out over processes, and its entry in the log."""
+    ranks, intercept = refitter.on.ranks, prior_intercept_Q is not None
+    own = ridge_errors(*grams, prior_PQ, intercept, ranks.share(RIDGES))
+    by_rank = ranks.gathered(own)
+    errors = [by_rank[i % ranks.count][i // ranks.count] for i in range(len(RIDGES))]
+    fit = ridge_fit(*grams, prior_PQ, prior_intercept_Q, errors)
+    ranks.copy_(fit.solution_PQ, fit.intercept_Q)
+    _log(refitter, name, fit)
+    return fit
+
+
+def _log(refitter: Refitter, name: str, fit: Fit) -> None:
+    refitter.log.append(
+        {
+            "name": name,
+            "ridge": None if fit.ridge == float("inf") else fit.ridge,
+            "error": fit.error,
+            "plain_error": fit.plain_error,
+            "raised": fit.raised,
+        }
+    )
+
+
+def held_back_from(windows: int) -> int:
+    """First window that is held back to choose ridges.
+
+    Raises UserError if there is nothing to hold back.
+    """
+    if windows < 2:
+        raise UserError(
+            f"The refit needs at least 2 calibration windows, one of them held back, found "
+            f"{windows}: raise --samples, or use --no-refit."
+        )
+    return windows - max(1, windows // _HELD_BACK)

@@ -1,0 +1,142 @@
+"""What the basis is made from: second moments of the dense stream, and what errors in it cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sp3llm.compression.projection import HeadMoments
+from sp3llm.errors import UserError
+from sp3llm.maths.moments import add_second_moment, column_sums
+from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.processes import Ranks
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of the dense stream, float64."""
+
+    sites_DD: tuple[Tensor, ...]
+    """Mean second moments, summed over neighbouring read sites; in the order of the stream."""
+    metrics_DD: tuple[Tensor, ...] = ()
+    """What an error in the normalised stream costs there; nothing for principal components."""
+    head_DD: Tensor | None = None
+    """Mean second moment of what the head reads."""
+    heads: tuple[HeadMoments, ...] = ()
+    """Of every layer, where the width is heads times head size."""
+
+    def total(self) -> Tensor:
+        """Sum over all sites, `(D, D)`."""
+        return sum(self.sites_DD[1:], self.sites_DD[0].clone())
+
+
+@dataclass
+class MomentSum:
+    """Second moments and means of vectors, in `B` blocks of `W` channels, as they come."""
+
+    squares_BWW: Tensor
+    sums_BW: Tensor
+    count: int = 0
+
+    @staticmethod
+    def of(blocks: int, width: int, on: Execution) -> "MomentSum":
+        """Nothing yet."""
+        squares_BWW = torch.zeros(blocks, width, width, dtype=torch.float64, device=on.device)
+        return MomentSum(squares_BWW, torch.zeros_like(squares_BWW[..., 0]))
+
+    def add(self, x: Tensor) -> None:
+        """Add `(..., B W)`, float."""
+        blocks, width = self.sums_BW.shape
+        x_NBW = x.reshape(-1, blocks, width)
+        for block, squares_WW in enumerate(self.squares_BWW):
+            add_second_moment(squares_WW, x_NBW[:, block])
+        self.sums_BW += column_sums(x_NBW.flatten(1)).view(blocks, width)
+        self.count += len(x_NBW)
+
+    def over(self, ranks: Ranks) -> "MomentSum":
+        """The same with what every process has seen."""
+        count = self.sums_BW.new_tensor([self.count])
+        ranks.add_(self.squares_BWW, self.sums_BW, count)
+        return MomentSum(self.squares_BWW, self.sums_BW, int(count.item()))
+
+    def moments(self) -> Tensor:
+        """Mean second moments, `(B, W, W)`."""
+        return self.squares_BWW / self.count
+
+    def means(self) -> Tensor:
+        """Means, `(B, W)`."""
+        return self.sums_BW / self.count
+
+
+@dataclass(frozen=True)
+class SiteSlots:
+    """Moments and metrics of all read sites, neighbouring ones summed."""
+
+    sums: list[Tensor]
+    metrics: list[Tensor]
+    sites: int
+
+    @staticmethod
+    def of(sites: int, most: int, width: int, on: Execution) -> "SiteSlots":
+        """Nothing yet, in `most` slots or as many as there are sites."""
+
+        def zeros() -> list[Tensor]:
+            return [
+                torch.zeros(width, width, dtype=torch.float64, device=on.device)
+                for _ in range(min(most, sites))
+            ]
+
+        return SiteSlots(zeros(), zeros(), sites)
+
+    def of_site(self, site: int) -> int:
+        """The slot that a site is summed into."""
+        return site * len(self.sums) // self.sites
+
+    def restore(self, named: Mapping[str, Tensor]) -> None:
+        """Take over what `_packed` had."""
+        for name, totals in (("sites_DD", self.sums), ("metrics_DD", self.metrics)):
+            for index, total_DD in enumerate(totals):
+                total_DD.copy_(named[f"{name}.{index}"])
+
+    def check_finite(self) -> None:
+        """Raises UserError if anything overflowed."""
+        if not all(torch.isfinite(total_DD).all() for total_DD in self.sums):
+            raise UserError(
+                "The second moments of the stream do not fit float32: its activations are extreme; "
+                "use --moments normalised, or a checkpoint in float64."
+            )
+        if not all(torch.isfinite(metric_DD).all() for metric_DD in self.metrics):
+            raise UserError(
+                "The gradients of the loss hold NaN or infinity: use --basis readers, or --dtype "
+                "float32."
+            )
+
+
+def pack(moments: Moments) -> dict[str, Tensor]:
+    """Moments as named tensors."""
+    named: dict[str, Tensor | None] = {"head": moments.head_DD}
+    for name in ("sites_DD", "metrics_DD"):
+        named |= {f"{name}.{i}": tensor for i, tensor in enumerate(getattr(moments, name))}
+    for layer, head in enumerate(moments.heads):
+        named |= {f"heads.{layer}.{name}": tensor for name, tensor in vars(head).items()}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def unpack(named: Mapping[str, Tensor], on: Execution) -> Moments:
+    """What `_packed` had."""
+
+    def of(prefix: str) -> dict[str, Tensor]:
+        start = f"{prefix}."
+        found = {n.removeprefix(start): t for n, t in named.items() if n.startswith(start)}
+        return {name: tensor.to(on.device, copy=True) for name, tensor in found.items()}
+
+    def listed(prefix: str) -> tuple[Tensor, ...]:
+        found = of(prefix)
+        return tuple(found[str(i)] for i in range(len(found)))
+
+    layers = {int(name.split(".")[1]) for name in named if name.startswith("heads.")}
+    heads = tuple(HeadMoments(**of(f"heads.{layer}")) for layer in sorted(layers))
+    head_DD = named.get("head")
+    head_DD = None if head_DD is None else head_DD.to(on.device, copy=True)
+    return Moments(listed("sites_DD"), listed("metrics_DD"), head_DD, heads)

@@ -1,0 +1,236 @@
+"""Compress a decoder model into a smaller one of the same stock architecture.
+
+The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for the whole stream):
+
+1. find the model, its family and its tokenizer; refuse what cannot be done before any work;
+2. list the shapes within the budget;
+3. stream the dense model over calibration text, layer by layer, and sum the second moments of the
+   normalised residual stream; held-out text goes along for the perplexity before;
+4. take one global basis of the stream;
+5. choose the shape that loses least, by trial refits on a little of the text; or with `--mask
+   learned` let gates learn what to keep, and the shape with it;
+6. layer by layer beside the dense model: fold the norms, rotate, cut, refit what is left in closed
+   form, write it;
+7. stream the result over the held-out text for the perplexity after;
+8. with `--recover-steps`, tune it against the dense model; with `--score`, score both on tasks of
+   lm-eval; with `--quantize`, write it in few bits too.
+
+`python -m sp3llm.compress [MODEL] --keep 0.75` is the same as `sp3llm compress`.
+"""
+
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sp3llm.compression.afterwards import (
+    is_being_recovered,
+    quantize_result,
+    recover_result,
+    write_report,
+)
+from sp3llm.compression.attempts import compress_resumably
+from sp3llm.compression.job import Job, Result, compress_command, hub_id, prepare, with_dtype
+from sp3llm.compression.stages import build, choose_shape, energy_kept, final_basis, learn_mask
+from sp3llm.compression.texts import draw_windows, read_mask_windows, read_windows
+from sp3llm.config import CompressConfig
+from sp3llm.reporting.record import read_record
+from sp3llm.runtime.folders import RECORD
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sp3llm.runtime.devices import Execution
+    from sp3llm.runtime.journal import Journal
+
+
+def compress(settings: CompressConfig, console: "Console") -> Result | None:
+    """Run the whole pipeline; the output folder holds the compressed model when it returns.
+
+    What a killed run of the same settings has finished is not done again; None where that was the
+    compression itself. Under `accelerate launch` every process calls this, and the first one
+    writes.
+
+    Raises UserError for anything the user can mend; nothing is then left in the output folder.
+    """
+    from sp3llm.evaluation.harness import score_compressed
+    from sp3llm.reporting.card import write_card
+    from sp3llm.reporting.compression import closing_table, next_steps
+    from sp3llm.runtime.processes import joined
+
+    ranks, device = joined(settings.device)
+    job = None
+
+    def look() -> None:
+        nonlocal job
+        job = prepare(settings, ranks, device, console)
+
+    ranks.from_first(look)  # it may download; the others then find everything there
+    job = job or prepare(settings, ranks, device, console)
+    out = Path(os.path.abspath(job.out))  # where `.` is when it has been replaced
+    result = None
+    if ranks.from_first(lambda: is_being_recovered(job)):
+        console.print(f"'{job.out}' is compressed; going on with its recovery.", markup=False)
+        tokens = ranks.from_first(lambda: read_windows(job))[1].tokens
+    else:
+        result, record, job = compress_resumably(job, run_stages, console)
+        tokens = result.evaluation.tokens
+        console.print(closing_table(record))
+        if ranks.is_first:
+            write_report(job, out, tokens, record, console)
+        console.print(next_steps(result, settings.report), highlight=False, markup=False)
+        ranks.from_first(lambda: None)  # the result has its final name when the others go on
+    if settings.recover_steps:
+        recover_result(job, ranks.from_first(lambda: read_record(out)), console)
+    if settings.score:
+        score_compressed(settings, out, console)
+    if (settings.recover_steps or settings.score) and ranks.is_first:
+        record = read_record(out)
+        write_card(out, record, job.folder)
+        write_report(job, out, tokens, record, console)
+    if settings.quantize and ranks.is_first:
+        quantize_result(settings, out, console)
+    return result
+
+
+def run_stages(
+    job: Job, journal: "Journal", model: Path, started: float, progress: "Progress"
+) -> tuple[Result, dict[str, Any]]:
+    """All stages, and their record; what `journal` has of one is not done again. `model` holds
+    everything then.
+    """
+    from sp3llm.compression.measuring import measure_dense
+    from sp3llm.evaluation.perplexity import measure_losses
+    from sp3llm.maths.paired import excess_log_perplexity, perplexity
+    from sp3llm.models import families
+    from sp3llm.models.basis_file import write_basis
+    from sp3llm.models.companions import copy_companions
+    from sp3llm.models.export import written
+    from sp3llm.models.shapes import resized_config
+    from sp3llm.planning.limits import plan_of
+    from sp3llm.reporting.card import write_card
+    from sp3llm.reporting.plans import plan_line
+    from sp3llm.runtime.files import write_json
+    from sp3llm.runtime.machine import device_memory, peak_memory
+    from sp3llm.runtime.memory import give_back
+
+    settings, dense, family, on = job.settings, job.dense, job.family, job.on
+    calibration, evaluation = draw_windows(job, journal)
+    lessons = None
+    if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
+        lessons = on.ranks.from_first(lambda: read_mask_windows(job, evaluation))
+    moments, dense_losses = measure_dense(
+        dense,
+        family,
+        calibration.tokens,
+        evaluation.tokens,
+        settings.moments,
+        settings.basis,
+        on,
+        progress,
+        journal,
+    )
+    if lessons is not None:
+        mask, about_mask = learn_mask(job, moments, lessons, journal, progress)
+        shape, trials = mask.shape, []
+    else:
+        mask, about_mask = None, {}
+        shape, trials = choose_shape(job, moments, calibration.tokens, journal, progress)
+    plan = plan_of(family, dense.config, job.limits, shape)
+    progress.console.print(plan_line(job.name, plan), highlight=False, markup=False)
+    small_config = resized_config(family, dense.config, shape)
+    small_config = with_dtype(small_config, job.dtype, job.dense_dtype)
+    eigenvalues, projection = final_basis(job, shape, moments, calibration.tokens, journal, mask)
+    energy = energy_kept(moments, projection)
+    del moments  # at large widths several matrices that nothing needs any more
+    give_back()
+    fits = build(job, shape, projection, calibration.tokens, small_config, model, journal, progress)
+    small = on.ranks.from_first(lambda: written(family, small_config, job.dtype, model))
+    losses = measure_losses(small, family, evaluation.tokens, on, progress, journal)
+    result = Result(
+        name=job.name,
+        out=job.out,
+        architecture=family.architecture,
+        command=compress_command(settings),
+        plan=plan,
+        trials=trials,
+        fits=fits,
+        eigenvalues=eigenvalues,
+        energy_kept=energy,
+        dense_bytes=plan.dense_parameters * job.dense_dtype.itemsize,
+        weight_bytes=plan.parameters * job.dtype.itemsize,
+        calibration=calibration,
+        evaluation=evaluation,
+        dense_perplexity=perplexity(dense_losses),
+        perplexity=perplexity(losses),
+        excess=excess_log_perplexity(losses, dense_losses),
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+        device_memory=device_memory(str(on.device)),
+    )
+    record = {
+        **_record(result, settings, on, job.dtype),
+        **about_mask,
+        "parameters": {
+            "dense": families.count_parts(family, dense.config),
+            "small": families.count_parts(family, small_config),
+        },
+    }
+    if on.ranks.is_first:
+        record["files_copied"] = copy_companions(job.folder, model)
+        write_json(model / RECORD, record)
+        write_card(model, record, job.folder)
+        write_basis(model, projection.writes())
+        write_json(model / "config.json", small_config)
+    return result, record
+
+
+def _record(
+    result: Result,
+    settings: CompressConfig,
+    on: "Execution",
+    dtype: "torch.dtype",
+) -> dict[str, Any]:
+    """`sp3llm.json`: everything needed to know, and repeat, what was done."""
+    from sp3llm.runtime.machine import machine, versions
+
+    resolved = replace(
+        settings,
+        out=str(result.out),
+        calib=",".join(result.calibration.sources),
+        eval_text=",".join(result.evaluation.sources),
+        seq_len=result.calibration.tokens.shape[1],
+        allocate=settings.allocation,
+        multiple_of=result.plan.multiple_of,
+        device=str(on.device),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    return {
+        "model": result.name,
+        "base_model": hub_id(settings, result.name),
+        "architecture": result.architecture,
+        "command": result.command,
+        "settings": asdict(resolved),
+        "plan": result.plan.describe(),
+        "calibration": result.calibration.describe(),
+        "evaluation": result.evaluation.describe(),
+        "dense_perplexity": result.dense_perplexity,
+        "perplexity": result.perplexity,
+        "excess_log_perplexity": result.excess.describe(),
+        "trials": result.trials,
+        "fits": result.fits,
+        "eigenvalues": result.eigenvalues.tolist(),
+        "energy_kept": result.energy_kept,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": str(on.dtype).removeprefix("torch."),
+        "dense_weight_bytes": result.dense_bytes,
+        "weight_bytes": result.weight_bytes,
+        "seconds": round(result.seconds, 2),
+        "peak_memory_bytes": result.peak_memory,
+        "device_memory_bytes": result.device_memory,
+        "versions": versions(),
+        "machine": machine(str(on.device)),
+    }

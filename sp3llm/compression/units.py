@@ -1,0 +1,86 @@
+"""Neurons and KV groups: gating and cutting them, with everything that goes with them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sp3llm.compression.projection import (
+    Winners,
+)
+from sp3llm.models.families import Axis, Family, Group
+
+
+def gate_writers(
+    family: Family, group: Group, tensors: Mapping[str, Tensor], winners: Winners | None
+) -> dict[str, Tensor]:
+    """The same layer with the gates of a learned mask folded into what its writers read."""
+    found = dict(tensors)
+    for writer, axis in gated_writers(family, group):
+        gates_LU = None if winners is None else winners.gates(axis)
+        name = f"{group.prefix}{writer}.weight"
+        if gates_LU is not None:
+            gates_U = gates_LU[group.layer]
+            gates_P = gates_U.repeat_interleave(tensors[name].shape[1] // len(gates_U))
+            found[name] = tensors[name].to(gates_P) * gates_P
+    return found
+
+
+def gated_writers(family: Family, group: Group) -> list[tuple[str, str]]:
+    """Writers of a layer whose inputs a mask may cut, with the axis that they read; a block of
+    experts has none.
+    """
+    if not group.prefix:
+        return []
+    count = len(family.writers) - group.sparse
+    return [(writer, family.layer[f"{writer}.weight"][1]) for writer in family.writers[:count]]
+
+
+def cut_units(
+    group: Group,
+    tensors: Mapping[str, Tensor],
+    kept_U: Tensor,
+    units: Mapping[str, int],
+    sizes: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Keep some units only of the tensors given, of `units` members along every axis that goes
+    with them; `sizes` are the axes' lengths before.
+    """
+    found = dict(tensors)
+    for name, axes in group.parameters.items():
+        for dim, axis in enumerate(axes):
+            rows = kept_rows(axis, kept_U, units, sizes)
+            if rows is not None and name in found:
+                found[name] = found[name].index_select(dim, rows.to(found[name].device))
+    return found
+
+
+def kept_rows(
+    axis: Axis, kept_U: Tensor, cut_axes: Mapping[str, int], sizes: Mapping[str, int]
+) -> Tensor | None:
+    """Indices along an axis that belong to kept units, `cut_axes` of them an axis; None: all."""
+    parts = (axis,) if isinstance(axis, str) else axis
+    if not any(part in cut_axes for part in parts):
+        return None
+    rows, start = [], 0
+    for part in parts:
+        size = cut_axes.get(part)
+        if size is None:
+            rows.append(start + torch.arange(sizes[part], device=kept_U.device))
+        else:
+            offsets = torch.arange(size, device=kept_U.device)
+            rows.append(start + (kept_U[:, None] * size + offsets).reshape(-1))
+        start += sizes[part]
+    return torch.cat(rows)
+
+
+def unit_members(units_U: Tensor, size: int) -> Tensor:
+    """Indices of the members of units of one size."""
+    return (units_U[:, None] * size + torch.arange(size, device=units_U.device)).reshape(-1)
+
+
+def complement(units_U: Tensor, count: int) -> Tensor:
+    """Numbers below `count` that are not among those given, rising."""
+    is_left = torch.ones(count, dtype=torch.bool, device=units_U.device)
+    is_left[units_U] = False
+    return is_left.nonzero()[:, 0]

@@ -1,0 +1,314 @@
+"""What the difference between two models' scores is worth: paired by question, with its error."""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sp3llm.evaluation.selection import Mean, Selection, TokenPerplexity
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
+
+    from sp3llm.text.windows import Windows
+
+
+_RESAMPLES = 1000
+# As lm-eval has it: a resample of these takes seconds.
+_FEW_RESAMPLES = {"bleu": 100, "chrf": 100, "ter": 100}
+
+Items = dict[Hashable, Any]
+"""By document: what a metric found there."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one model scored."""
+
+    values: dict[tuple[str, str], float]
+    """By task or group, and by metric and filter, as in lm-eval's results."""
+    errors: dict[tuple[str, str], float]
+    """lm-eval's standard errors of them, where it has one."""
+    counts: dict[str, int]
+    """Questions of each task or group."""
+    higher_is_better: dict[str, dict[str, bool | None]]
+    """By task or group, and by metric."""
+    items: dict[tuple[str, str], Items]
+    """Each metric's finding on each document."""
+    windows: "dict[TokenPerplexity, Windows]"
+    """Text of the token perplexities."""
+    losses: "dict[TokenPerplexity, Tensor]"
+    """Token losses on it, `(windows, tokens - 1)`, float64, nats."""
+    hashes: dict[str, str]
+    """lm-eval's hash of each task's questions."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison."""
+
+    task: str
+    metric: str
+    """With its filter, as lm-eval has it: `acc,none`."""
+    samples: int
+    """Questions, or windows."""
+    small: float
+    standard_error: float | None
+    """Of `small` by itself."""
+    higher_is_better: bool | None = None
+    dense: float | None = None
+    paired_standard_error: float | None = None
+    """Of `small - dense`, over the same questions."""
+
+    @property
+    def difference(self) -> float | None:
+        """`small - dense`."""
+        return None if self.dense is None else self.small - self.dense
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values, for JSON, which knows no NaN."""
+        found = {**asdict(self), "difference": self.difference}
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in found.items()
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `sp3llm score` found."""
+
+    model: str
+    against: str | None
+    rows: list[Row]
+    notes: list[str]
+    """What was not measured, and why."""
+    hashes: dict[str, str]
+    """Of what the small model was asked: each task's questions, each text's token ids."""
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {
+            "model": self.model,
+            "against": self.against,
+            "rows": [row.describe() for row in self.rows],
+            "notes": self.notes,
+            "sha256": self.hashes,
+        }
+
+
+def mean(values: Sequence[float]) -> float:
+    """The plain mean."""
+    return float(np.mean(np.asarray(values, dtype=np.float64)))
+
+
+def paired_standard_error(
+    small: Sequence[Any],
+    dense: Sequence[Any] | None,
+    aggregate: Callable[[Any], float] | None = None,
+    resamples: int = _RESAMPLES,
+) -> float | None:
+    """Standard error of `aggregate(small) - aggregate(dense)`, the documents in the same order;
+    without `dense` that of `aggregate(small)`.
+
+    Where the aggregate is a mean (None), it is the sample deviation of the differences over
+    `sqrt(n)`. Anything else is resampled, both models with the same documents (seed 0). None where
+    it is unknown: fewer than two documents.
+    """
+    count = len(small)
+    if count < 2:
+        return None
+    if aggregate is None:
+        differences = np.asarray(small, dtype=np.float64)
+        if dense is not None:
+            differences = differences - np.asarray(dense, dtype=np.float64)
+        return float(differences.std(ddof=1) / math.sqrt(count))
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(resamples):
+        drawn = generator.integers(count, size=count)
+        value = aggregate([small[at] for at in drawn])
+        found.append(value - aggregate([dense[at] for at in drawn]) if dense else value)
+    return float(np.std(found, ddof=1))
+
+
+def compare(
+    loaded: Mapping[str, Any], selection: Selection, small: Scored, dense: Scored | None
+) -> list[Row]:
+    """All rows: tasks and groups as lm-eval lists them, means, token perplexities."""
+    rows: dict[tuple[str, str], Row] = {}
+    for (name, key), value in small.values.items():
+        row = Row(
+            task=name,
+            metric=key,
+            samples=small.counts[name],
+            small=value,
+            standard_error=small.errors.get((name, key)),
+            higher_is_better=small.higher_is_better.get(name, {}).get(key.partition(",")[0]),
+        )
+        if dense is not None and (name, key) in dense.values:
+            error = _error_of_task(loaded, small, dense, name, key)
+            row = replace(row, dense=dense.values[name, key], paired_standard_error=error)
+        rows[name, key] = row
+    for name, group in loaded["groups"].items():
+        for key in [key for task, key in rows if task == name]:
+            rows[name, key] = _with_error_of_group(group, rows[name, key], rows)
+    means = [row for asked in selection.means for row in [_mean_row(asked, rows)] if row]
+    return [*rows.values(), *means, *_perplexity_rows(small, dense)]
+
+
+def _error_of_task(
+    loaded: Mapping[str, Any], small: Scored, dense: Scored, name: str, key: str
+) -> float | None:
+    ours, theirs = small.items.get((name, key), {}), dense.items.get((name, key), {})
+    if name not in loaded["tasks"] or set(ours) != set(theirs):
+        return None
+    metric = key.partition(",")[0]
+    aggregate = loaded["tasks"][name].aggregation().get(metric)
+    is_mean = aggregate is None or getattr(aggregate, "__name__", "") == "mean"
+    order = sorted(ours)
+    return paired_standard_error(
+        [ours[at] for at in order],
+        [theirs[at] for at in order],
+        None if is_mean else aggregate,
+        _FEW_RESAMPLES.get(metric, _RESAMPLES),
+    )
+
+
+def _with_error_of_group(group: Any, row: Row, rows: Mapping[tuple[str, str], Row]) -> Row:
+    """A group's score is a weighted mean of its tasks', which err independently."""
+    metric = row.metric.partition(",")[0]
+    how = next(h for h in group.aggregate_metric_list if h.metric == metric)
+    names = [task.task_name for task in group.get_all_tasks()]
+    tasks = [rows[name, row.metric] for name in names if (name, row.metric) in rows]
+    weights = [task.samples if how.weight_by_size else 1 for task in tasks]
+    return replace(row, paired_standard_error=_combined(tasks, weights))
+
+
+def _combined(rows: Sequence[Row], weights: Sequence[float]) -> float | None:
+    """Standard error of the weighted mean of independent differences."""
+    errors = [row.paired_standard_error for row in rows]
+    if not errors or None in errors:
+        return None
+    squares = sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True))
+    return math.sqrt(squares) / sum(weights)
+
+
+def _mean_row(asked: Mean, rows: Mapping[tuple[str, str], Row]) -> Row | None:
+    """The mean that a preset asks for; None where it names a task that has none of its metrics."""
+    found = []
+    for task in asked.tasks:
+        named = {row.metric.partition(",")[0]: row for (name, _), row in rows.items()
+                 if name == task}  # fmt: skip
+        found += [next((named[metric] for metric in asked.metrics if metric in named), None)]
+    if not found or None in found:
+        return None
+    alone = [row.standard_error for row in found]
+    squares = None if None in alone else sum(error**2 for error in alone)
+    return Row(
+        task=f"mean ({asked.preset}, {len(found)} tasks)",
+        metric=" or ".join(asked.metrics),
+        samples=sum(row.samples for row in found),
+        small=mean([row.small for row in found]),
+        standard_error=None if squares is None else math.sqrt(squares) / len(found),
+        higher_is_better=found[0].higher_is_better,
+        dense=None if found[0].dense is None else mean([row.dense for row in found]),
+        paired_standard_error=_combined(found, [1] * len(found)),
+    )
+
+
+def _perplexity_rows(small: Scored, dense: Scored | None) -> list[Row]:
+    """Token perplexity and its logarithm, paired where both models saw the same windows."""
+    rows = []
+    for asked, losses in small.losses.items():
+        ours = losses.mean(1).tolist()
+        theirs, same = None, False
+        if dense is not None:
+            theirs = dense.losses[asked].mean(1).tolist()
+            same = small.windows[asked].sha256 == dense.windows[asked].sha256
+        for metric, aggregate in (("token perplexity", _exp_mean), ("log perplexity", None)):
+            value = aggregate or mean
+            rows.append(
+                Row(
+                    task=str(asked),
+                    metric=metric,
+                    samples=len(ours),
+                    small=value(ours),
+                    standard_error=paired_standard_error(ours, None, aggregate),
+                    higher_is_better=False,
+                    dense=None if theirs is None else value(theirs),
+                    paired_standard_error=paired_standard_error(ours, theirs, aggregate)
+                    if same
+                    else None,
+                )
+            )
+    return rows
+
+
+def _exp_mean(values: Sequence[float]) -> float:
+    return math.exp(mean(values))
+
+
+# --------------------------------------------------------------------------- the table
+
+
+def cells(row: Row, compared: bool) -> list[str]:
+    """A row as text: task, metric, number of questions, and the figures."""
+    better = {True: " ↑", False: " ↓", None: ""}[row.higher_is_better]
+    head = [row.task, row.metric.removesuffix(",none") + better, str(row.samples)]
+    if not compared:
+        return [*head, _figure(row.small), _figure(row.standard_error)]
+    difference = "" if row.difference is None else f"{row.difference:+.4f}"
+    error = _figure(row.paired_standard_error)
+    return [*head, _figure(row.dense), _figure(row.small), difference, error]
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def columns(compared: bool) -> list[str]:
+    """Headings of `cells`."""
+    figures = ["dense", "small", "difference", "±"] if compared else ["score", "±"]
+    return ["task", "metric", "n", *figures]
+
+
+def markdown(comparison: Comparison, record: Mapping[str, Any]) -> str:
+    """The comparison as a page of its own."""
+    from sp3llm.reporting.formatting import provenance
+
+    compared = comparison.against is not None
+    head = columns(compared)
+    lines = [f"# {comparison.model}" + (f" against {comparison.against}" if compared else ""), ""]
+    lines += [f"    {record['command']}", ""]
+    lines += ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
+    lines += ["| " + " | ".join(cells(row, compared)) + " |" for row in comparison.rows]
+    return "\n".join([*lines, "", _legend(compared), *comparison.notes, provenance(record), ""])
+
+
+def _legend(compared: bool) -> str:
+    return (
+        "± is the standard error of the difference, both models paired over the same n questions "
+        "or windows."
+        if compared
+        else "± is the standard error of the score."
+    )
+
+
+def table(comparison: Comparison) -> "Table":
+    """The comparison for the terminal."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    compared = comparison.against is not None
+    title = comparison.model + (f" against {comparison.against}" if compared else "")
+    found = Table(title=Text(title), caption=Text(_legend(compared)), box=SIMPLE)
+    for at, column in enumerate(columns(compared)):
+        found.add_column(column, justify="left" if at < 2 else "right")
+    for row in comparison.rows:
+        found.add_row(*map(Text, cells(row, compared)))
+    return found

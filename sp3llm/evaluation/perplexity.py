@@ -1,0 +1,45 @@
+"""Token losses of a checkpoint, streamed layer by layer."""
+
+from rich.progress import Progress
+from torch import Tensor
+
+from sp3llm.models import families
+from sp3llm.models.checkpoint import Checkpoint, head_tensors
+from sp3llm.models.families import Family
+from sp3llm.models.head import token_losses
+from sp3llm.models.stock import empty_model
+from sp3llm.models.stream import open_stream, run_layer
+from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.journal import NOTHING_KEPT, Journal
+from sp3llm.runtime.prefetch import ahead
+from sp3llm.runtime.progress import tracked
+
+# What a journal knows the last pass as.
+LOSSES = "losses"
+
+
+def measure_losses(
+    checkpoint: Checkpoint,
+    family: Family,
+    tokens: Tensor,
+    on: Execution,
+    progress: Progress | None = None,
+    journal: Journal = NOTHING_KEPT,
+    what: str = "compressed model, perplexity",
+) -> Tensor:
+    """Token losses of a checkpoint, streamed: `(windows, tokens - 1)`, float64, nats."""
+    model = empty_model(checkpoint.config)
+    embeddings, *layers, _ = families.groups(family, checkpoint.config)
+    mine = on.mine(*tokens.shape)
+    own = tokens[mine]
+    before = journal.latest(LOSSES)
+    start, saved = (0, None) if before is None else (before.step, before.tensors["stream"])
+    stream = open_stream(model, family, checkpoint.read(embeddings.parameters), own, on, saved)
+    sources = ahead(layers[start:], lambda group: checkpoint.read(group.parameters), on, start)
+    bar = tracked(progress, what, sources, start, len(layers))
+    for index, (_, tensors) in enumerate(bar, start):
+        run_layer(model, family, index, tensors, [(stream, {})], on.turn(index))
+        if journal.due():
+            journal.save(LOSSES, index + 1, {"stream": stream.hidden})
+    losses = token_losses(model, family, head_tensors(checkpoint, family), stream, own, on)
+    return on.ranks.assembled(losses, mine, len(tokens))

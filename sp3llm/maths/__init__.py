@@ -1,0 +1,1 @@
+"""Tensor mathematics: no Hugging Face, no options, nothing of ours."""

@@ -1,0 +1,40 @@
+"""Second moments of the residual stream. Tensors only.
+
+Shape suffixes: N tokens, D residual width, P columns.
+"""
+
+import torch
+from torch import Tensor
+
+from sp3llm.maths.products import symmetric_product, widen
+
+# Products are taken in float32 over this many tokens and summed in float64: the error of a
+# product does not grow with the number of tokens, and no float64 matrix product is needed.
+_BLOCK = 4096
+
+
+def normalise(x_ND: Tensor, eps: float, centred: bool = False) -> Tensor:
+    """The stream as a norm sees it before its own weight: `x / sqrt(mean(x^2) + eps)`, and for a
+    LayerNorm (`centred`) with the mean over channels removed first.
+
+    `x_ND` has shape `(..., D)`; the result is float32 (float64 for float64 input).
+    """
+    x_ND = widen(x_ND)
+    if centred:
+        x_ND = x_ND - x_ND.mean(-1, keepdim=True)
+    return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps)
+
+
+def add_second_moment(total_DD: Tensor, x_ND: Tensor) -> None:
+    """Add `sum_n x_n x_n^T` to the float64 `total_DD`, in place. `x_ND` is `(..., D)`, float."""
+    rows_ND = x_ND.reshape(-1, x_ND.shape[-1])
+    for block_ND in rows_ND.split(_BLOCK):
+        total_DD += symmetric_product(block_ND, block_ND).to(total_DD)
+
+
+def column_sums(x_NP: Tensor) -> Tensor:
+    """`sum_n x_n`, `(P,)`, float64. By products with ones: reductions that widen are far slower."""
+    total_P = torch.zeros(x_NP.shape[1], dtype=torch.float64, device=x_NP.device)
+    for block_NP in x_NP.split(_BLOCK):
+        total_P += block_NP.new_ones(len(block_NP)) @ block_NP
+    return total_P

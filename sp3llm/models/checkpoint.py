@@ -1,0 +1,271 @@
+"""Read a checkpoint on disk, never more of it than the tensors asked for."""
+
+import functools
+import hashlib
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sp3llm.errors import UserError, reason
+from sp3llm.models import families
+from sp3llm.models.families import Family, is_tied, parameter_shapes
+from sp3llm.models.source import read_config
+
+# What bitsandbytes, GPTQ, AWQ, compressed-tensors and float8 checkpoints keep beside or in place of
+# weights; not all of them say so in their config.json.
+_QUANTIZED = (
+    *(".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".scales", ".g_idx"),
+    *(".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_format"),
+)
+
+# What a fingerprint looks at of a shard.
+_SAMPLED_PIECES, _SAMPLED_BYTES = 256, 2**14
+
+
+# --------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint on disk: its config, and where each tensor lies."""
+
+    folder: Path
+    """The folder of the checkpoint."""
+    config: Mapping[str, Any]
+    """`config.json` as it stands."""
+    files: Mapping[str, Path]
+    """Tensor name to the shard that holds it."""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """Tensor name to its name in the shard, where the two differ."""
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors, on the CPU and in their own dtype.
+
+        Raises UserError if a shard is damaged or a tensor holds NaN or infinity.
+        """
+        tensors = {
+            name: _read_tensor(self.files[name], self.stored.get(name, name)) for name in names
+        }
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"Tensor '{name}' in '{self.files[name].name}' holds NaN or infinity: get an "
+                    "undamaged copy of the checkpoint."
+                )
+        return tensors
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint's weights: that of its first matrix."""
+        for name, path in self.files.items():
+            tensor = _read_tensor(path, self.stored.get(name, name))
+            if tensor.ndim == 2:
+                return tensor.dtype
+        raise UserError(f"'{self.folder}' holds no matrix: expected a model's weights.")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Find config and weights in a folder, without reading the weights.
+
+    Raises UserError if one is missing, or a shard is missing or damaged.
+    """
+    return Checkpoint(folder, read_config(folder), _locate_tensors(folder))
+
+
+def _locate_tensors(folder: Path) -> dict[str, Path]:
+    for index, single in (
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
+        if (folder / index).is_file():
+            weight_map = _weight_map(folder / index)
+            shards = {
+                shard: set(_shard_names(folder / shard)) for shard in set(weight_map.values())
+            }
+            for name, shard in weight_map.items():
+                if name not in shards[shard]:
+                    raise UserError(
+                        f"Expected tensor '{name}' in shard '{shard}', as {index} says, found "
+                        "none: get an undamaged copy of the checkpoint."
+                    )
+            return {name: folder / shard for name, shard in weight_map.items()}
+        if (folder / single).is_file():
+            return dict.fromkeys(_shard_names(folder / single), folder / single)
+    raise UserError(
+        f"Expected weights in '{folder}' (model.safetensors, pytorch_model.bin, or shards with an "
+        "index), found none: name a folder that holds the model's weights."
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): os.fspath(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{index}' is no index of shards ({type(error).__name__}: {reason(error)}): get an "
+            "undamaged copy of it."
+        ) from error
+
+
+def _damaged(shard: Path, why: str) -> UserError:
+    return UserError(
+        f"Shard '{shard}' is truncated or corrupt ({why}): get an undamaged copy of it."
+    )
+
+
+def _shard_names(shard: Path) -> list[str]:
+    if not shard.is_file():
+        raise UserError(f"Shard '{shard}' is missing: get a complete copy of the checkpoint.")
+    if shard.suffix == ".bin":
+        return list(_load_bin(shard))
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _damaged(shard, reason(error)) from error
+
+
+@functools.lru_cache(maxsize=1)
+def _load_bin(shard: Path) -> dict[str, Tensor]:
+    """A legacy shard, mapped into memory where its format allows. Never runs code from it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols
+            try:
+                tensors = torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                tensors = torch.load(shard, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text goes on about weights_only=False
+        if "GLOBAL" in str(error) or "Unsupported class" in str(error):
+            raise UserError(
+                f"Shard '{shard}' holds objects other than tensors, which can run code when they "
+                "are loaded: get the model as safetensors."
+            ) from error
+        raise _damaged(shard, "no file of tensors") from error
+    except Exception as error:  # zip and torch raise many kinds for damaged files
+        raise _damaged(shard, reason(error, 80)) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
+        raise UserError(
+            f"Expected a dictionary of tensors in shard '{shard}', found something else: get the "
+            "model's own pytorch_model.bin, or its safetensors."
+        )
+    return tensors
+
+
+def _read_tensor(shard: Path, name: str) -> Tensor:
+    if shard.suffix == ".bin":
+        return _load_bin(shard)[name]
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(shard, reason(error)) from error
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells a model from another one: `config.json` and, of every shard, its size and a hash
+    of its header and of pieces all over it. Reading 140 GB whole would take minutes.
+    """
+    found: dict[str, Any] = {"config.json": _sha256(json.dumps(dict(checkpoint.config)).encode())}
+    for path in sorted(set(checkpoint.files.values())):
+        size = path.stat().st_size
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            for piece in range(_SAMPLED_PIECES):
+                file.seek(size * piece // _SAMPLED_PIECES)
+                digest.update(file.read(_SAMPLED_BYTES))
+        found[path.name] = f"{size} bytes, {digest.hexdigest()[:16]}"
+    return found
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def with_prefix(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint under the causal model's names, where it was saved from the bare decoder.
+
+    Such files, OPT's among them, lack the names' first part; transformers loads them all the same.
+    """
+    prefix = family.embedding.partition(".")[0] + "."
+    bare = family.embedding.removeprefix(prefix)
+    if family.embedding in checkpoint.files or bare not in checkpoint.files:
+        return checkpoint
+    head = f"{family.head}."
+    named = {name if name.startswith(head) else prefix + name: name for name in checkpoint.files}
+    files = {name: checkpoint.files[stored] for name, stored in named.items()}
+    return replace(checkpoint, files=files, stored=named)
+
+
+def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
+    """Compare the names, shapes and dtypes on disk with what the family's table predicts.
+
+    Raises UserError naming the first tensor that is missing, not expected, or of another shape.
+    """
+    expected = parameter_shapes(family, checkpoint.config)
+    tied_head = f"{family.head}.weight" if is_tied(family, checkpoint.config) else None
+    for name in checkpoint.files:
+        known = name in expected or name == tied_head or name.endswith(family.ignored_suffixes)
+        if not known and name.endswith(_QUANTIZED):
+            raise UserError(
+                f"Found tensor '{name}', which only quantized checkpoints have: load the "
+                "unquantized one it was made from."
+            )
+        if not known:
+            raise UserError(
+                f"Found tensor '{name}' that a {family.architecture} of this config.json does not "
+                "have: the checkpoint holds more than this model, or a variant of it; choose "
+                "another."
+            )
+    for name, shape in expected.items():
+        if name not in checkpoint.files:
+            raise UserError(
+                f"Expected tensor '{name}', which config.json asks for, found none in "
+                f"'{checkpoint.folder}': get a complete copy of the checkpoint."
+            )
+        stored = checkpoint.stored.get(name, name)
+        found_shape, found_dtype = _shape_and_dtype(checkpoint.files[name], stored)
+        if found_dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(
+                f"Expected tensor '{name}' in float32, float16 or bfloat16, found {found_dtype}: "
+                "the checkpoint is quantized; load the unquantized one it was made from."
+            )
+        if found_shape != shape:
+            raise UserError(
+                f"Expected tensor '{name}' of shape {shape}, found {found_shape}: config.json and "
+                "weights do not belong together."
+            )
+
+
+def _shape_and_dtype(shard: Path, name: str) -> tuple[tuple[int, ...], str]:
+    if shard.suffix == ".bin":
+        tensor = _load_bin(shard)[name]
+        names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
+        names[torch.bfloat16] = "BF16"
+        return tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype))
+    with safe_open(shard, framework="pt") as file:
+        view = file.get_slice(name)
+        return tuple(view.get_shape()), view.get_dtype()
+
+
+def head_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:
+    """Final norm and head; a tied head's table under the head's own name."""
+    *_, head = families.groups(family, checkpoint.config)
+    tensors = checkpoint.read(head.parameters)
+    if families.is_tied(family, checkpoint.config):
+        table = checkpoint.read([family.embedding])[family.embedding]
+        tensors[f"{family.head}.weight"] = table
+    return tensors

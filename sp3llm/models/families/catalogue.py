@@ -1,0 +1,104 @@
+"""The families there are, and those that are refused, with the reason.
+
+Matching is by `config.model_type` and exact: a family that is not here is refused, never
+approximated.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sp3llm.errors import UserError
+from sp3llm.models.families.llama import (
+    GEMMA,
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+)
+from sp3llm.models.families.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from sp3llm.models.families.neox import GPT_NEOX
+from sp3llm.models.families.opt import OPT
+from sp3llm.models.families.schema import (
+    Family,
+)
+from sp3llm.models.families.sizes import (
+    setting,
+)
+from sp3llm.models.families.stablelm import STABLELM
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA,
+        GRANITE,
+        SMOLLM3,
+        PHI3,
+        STABLELM,
+        OPT,
+        GPT_NEOX,
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+    )
+}
+
+_POST_NORM = "its norms sit after the sublayer, on the stream, so no exact rotation exists"
+REFUSED: Mapping[str, str] = {
+    "gemma2": _POST_NORM,
+    "gemma3": _POST_NORM,
+    "gemma3_text": _POST_NORM,
+    "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`.
+
+    Raises UserError, with the list of what is supported, for any other `model_type`, for a class
+    that is not the family's causal language model, and for a quantized checkpoint.
+    """
+    model_type = config.get("model_type")
+    supported = ", ".join(sorted(FAMILIES))
+    if model_type in REFUSED:
+        raise UserError(
+            f"Model family '{model_type}' cannot be compressed into a stock model: "
+            f"{REFUSED[model_type]}; supported families are {supported}."
+        )
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"Expected a model of a supported family ({supported}), found model_type "
+            f"'{model_type}' in config.json: choose a model of a supported family."
+        )
+    family = FAMILIES[model_type]
+    stated = config.get("architectures") or [family.architecture]
+    architecture = stated[0] if isinstance(stated, list) else stated
+    if architecture != family.architecture:
+        raise UserError(
+            f"Expected architecture {family.architecture}, found {architecture} in "
+            "config.json: choose the causal language model of this family."
+        )
+    for key, (value, why) in family.unsupported.items():
+        found = setting(family, config, key)
+        if found != value:
+            raise UserError(
+                f"A {model_type} model with {key} = {json.dumps(found)} cannot be compressed: "
+                f"{why}; choose another model."
+            )
+    if config.get("quantization_config"):
+        details = config["quantization_config"]
+        known = isinstance(details, dict) and details.get("quant_method")
+        method = known or "by an unknown method"
+        raise UserError(
+            f"The checkpoint is quantized ({method}), and its weights cannot be rotated: load the "
+            "unquantized checkpoint it was made from, and quantize the compressed model instead."
+        )
+    return family

@@ -1,0 +1,113 @@
+"""True parameter counts, tied weights once."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sp3llm.models.families.schema import (
+    EACH,
+    Family,
+    Table,
+)
+from sp3llm.models.families.sizes import (
+    axis_size,
+    axis_sizes,
+    expert_counts,
+    groups,
+    is_sparse,
+    layer_table,
+    parameter_shapes,
+    setting,
+)
+
+
+def count_parameters(family: Family, config: Mapping[str, Any]) -> int:
+    """True number of parameters, tied weights once."""
+    experts, _ = expert_counts(family, config)
+    return _count(family, config, experts, matrices_only=False)
+
+
+def count_parts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """True number of parameters of every part of a model, tied weights once: `embeddings`,
+    `attention`, `FFN` (`experts`, router and shared expert among them), `norms` and `head`.
+
+    Projections around the embeddings and learned positions count as embeddings.
+    """
+    parts = dict.fromkeys(("embeddings", "attention", "FFN", "norms", "head"), 0)
+    shapes = parameter_shapes(family, config)
+    for group in groups(family, config):
+        norms = {f"{group.prefix}{site.norm}" for site in group.sites} | {family.final_norm}
+        attention = f"{group.prefix}{family.sites[0].block}."
+        for name in group.parameters:
+            module = name.rpartition(".")[0]
+            if module in norms:
+                part = "norms"
+            elif not group.prefix:
+                part = "head" if module == family.head else "embeddings"
+            else:
+                part = "attention" if name.startswith(attention) else "FFN"
+            parts[part] += math.prod(shapes[name])
+    return parts
+
+
+def count_matrix_parameters(family: Family, config: Mapping[str, Any]) -> int:
+    """Those in matrices that a token meets, the embedding table included.
+
+    Of a sparse layer these are the router's, the experts' that a token goes through, and a shared
+    expert's with its gate.
+    """
+    _, active = expert_counts(family, config)
+    return _count(family, config, active, matrices_only=True)
+
+
+def count_largest_layer(family: Family, config: Mapping[str, Any]) -> int:
+    """True number of parameters of the layer that has most."""
+    experts, _ = expert_counts(family, config)
+    kinds = {is_sparse(family, config, n) for n in range(_layers(family, config))}
+    tables = [layer_table(family, config, sparse) for sparse in kinds]
+    return max(_size(family, config, table, experts, matrices_only=False) for table in tables)
+
+
+def _layers(family: Family, config: Mapping[str, Any]) -> int:
+    return setting(family, config, "num_hidden_layers")
+
+
+def _count(family: Family, config: Mapping[str, Any], experts: int, matrices_only: bool) -> int:
+    # Layers are of two kinds at most: one of each is counted, and one expert of all, so that a
+    # plan can count hundreds of shapes in a second.
+    layers = _layers(family, config)
+    sparse = sum(is_sparse(family, config, index) for index in range(layers))
+    tables = [(group.parameters, 1) for group in groups(family, {**config, "num_hidden_layers": 0})]
+    tables += [(layer_table(family, config, False), layers - sparse)]
+    tables += [(layer_table(family, config, True), sparse)]
+    return sum(
+        repeats * _size(family, config, table, experts, matrices_only) for table, repeats in tables
+    )
+
+
+def _size(
+    family: Family, config: Mapping[str, Any], table: Table, experts: int, matrices_only: bool
+) -> int:
+    """Number of parameters of a table, those of `experts` experts among them."""
+    sizes = axis_sizes(family, config)
+    return sum(
+        (experts if EACH in name else 1) * math.prod(axis_size(sizes, axis) for axis in axes)
+        for name, axes in table.items()
+        if len(axes) == 2 or not matrices_only
+    )
+
+
+def linear_modules(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Linear modules outside the head, with the shapes of their weights.
+
+    Experts and their routers are no such modules in transformers.
+    """
+    tables = (*family.embeddings, f"{family.head}.weight")
+    found = {}
+    for group in groups(family, config):
+        for name, axes in group.parameters.items():
+            of_experts = group.sparse and (".experts." in name or name.endswith(".gate.weight"))
+            if len(axes) == 2 and name not in tables and not of_experts:
+                found[name.removesuffix(".weight")] = name
+    shapes = parameter_shapes(family, config)
+    return {module: shapes[name] for module, name in found.items()}

@@ -1,0 +1,156 @@
+"""What a family is: which parameter lives on which axes, who reads and writes the stream.
+
+Names are those on disk. A parameter's axes are given in the order of its shape.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+RESIDUAL = "hidden_size"
+FFN = "intermediate_size"
+QUERY = "num_attention_heads * head_dim"
+KEY_VALUE = "num_key_value_heads * head_dim"
+INTERLEAVED = "num_attention_heads * 3 * head_dim"
+HEAD_DIM = "head_dim"
+VOCAB = "vocab_size"
+EMBEDDING = "word_embed_proj_dim"
+POSITIONS = "max_position_embeddings + offset"
+EXPERTS = "num_experts"
+EXPERT_FFN = "moe_intermediate_size"
+SHARED_FFN = "shared_expert_intermediate_size"
+ONE = "1"
+
+EACH = "{expert}"
+"""Stands in a name for the number of an expert."""
+
+Axis = str | tuple[str, ...]
+"""One axis of a parameter; a tuple: several one after the other, as fused matrices have them."""
+Axes = tuple[Axis, ...]
+Table = Mapping[str, Axes]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where the residual stream is normalised and read."""
+
+    norm: str
+    """Module, relative to the layer, whose input is the stream."""
+    readers: tuple[str, ...]
+    """Modules, relative to the layer, that read the normalised stream."""
+    block: str
+    """Module, relative to the layer, whose output is added to the stream."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The sparse layers of a family: experts, of which a router sends each token to a few.
+
+    `EACH` in a name stands for every expert.
+    """
+
+    number: tuple[str, ...]
+    """Config keys that may hold the number of experts; of two the class takes the first."""
+    layer: Table
+    """Parameters of a sparse layer, in place of `Family.layer`."""
+    site: Site
+    """Where a sparse layer reads the stream last, in place of the last of `Family.sites`."""
+    writers: tuple[str, ...]
+    """Modules of that block that add to the stream, weighed by router and gate, in place of the
+    last of `Family.writers`. A single regression does not fit them: they stay projected."""
+    fused: Mapping[str, tuple[str, ...]]
+    """The class's name to those on disk, where they differ, relative to the layer: with `EACH` in
+    them, all experts' tensors on a first axis, several names one after the other on the next."""
+    active: str = "num_experts_per_tok"
+    """Config key of the number of experts that a token goes through."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything sp3llm knows about one `model_type`."""
+
+    model_type: str
+    """The `model_type` of `config.json`."""
+    architecture: str
+    """The stock class, as `architectures` names it."""
+    defaults: Mapping[str, Any]
+    """Values that the stock config class supplies where `config.json` is silent."""
+    embeddings: Table
+    """Parameters before the layers."""
+    layer: Table
+    """Parameters of one layer without experts, relative to `layer_prefix`."""
+    optional: Mapping[str, Table]
+    """Further parameters of a layer, present where the config's flag is true."""
+    sites: tuple[Site, ...]
+    """Where a layer reads the stream, in order."""
+    writers: tuple[str, ...]
+    """Modules of a layer that add to the stream, in order."""
+    final_norm: str = "model.norm"
+    """The norm after the last layer, read by the head."""
+    head: str = "lm_head"
+    """The output head; with tied embeddings it has no parameter of its own."""
+    layer_prefix: str = "model.layers.{layer}."
+    """Prefix of layer parameters."""
+    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Buffers that old checkpoints carry and the class recomputes."""
+    head_module: str = "lm_head"
+    """The head's module, which in some families has another name than on disk."""
+    keys: Mapping[str, str | None] = field(default_factory=dict)
+    """Where the config names a size otherwise than Llama's: the key, or None if it has none."""
+    centred: bool = False
+    """The norms are LayerNorms: they remove the mean over channels first (DESIGN 3.4)."""
+    norm_bias: bool = False
+    """The norms have biases."""
+    norm_offset: float = 0.0
+    """What the class adds to a norm's stored weight."""
+    eps: str | float = "rms_norm_eps"
+    """The norms' epsilon, or the config key that holds it."""
+    residual_multiplier: str | None = None
+    """Config key of the factor on everything that is added to the stream."""
+    scales_embeddings: bool = False
+    """The class multiplies embeddings by the square root of the hidden size."""
+    square: bool = False
+    """The class demands `hidden_size = num_attention_heads * head_dim` (DESIGN 3.6)."""
+    rotary: bool = True
+    """Positions are rotated into queries and keys, which cannot be projected then."""
+    projections: tuple[str, str] | None = None
+    """Modules from the embedding width into the stream, and from the stream to it before the head;
+    the class has them where the two widths differ (DESIGN 3.5)."""
+    position_offset: int = 0
+    """Rows of the table of learned positions before the first position's."""
+    parallel: str | None = None
+    """Config key that says whether a layer's blocks read the same stream and are added together."""
+    experts: Experts | None = None
+    """What sparse layers have instead; with it no FFN width is cut, nor the number of experts."""
+    unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """Config key to the only value that is supported, and why no other is."""
+
+    @property
+    def layers_module(self) -> str:
+        """Module path of the list of layers."""
+        return self.layer_prefix.partition(".{")[0]
+
+    @property
+    def embedding(self) -> str:
+        """Name of the token embedding table."""
+        return next(iter(self.embeddings))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are read, transformed and written together."""
+
+    name: str
+    """`embeddings`, `layer 0`, ..., `head`."""
+    parameters: Table = field(default_factory=dict)
+    """Full name on disk to axes."""
+    prefix: str = ""
+    """What a full name begins with."""
+    layer: int = -1
+    """Which layer it is, if it is one."""
+    sparse: bool = False
+    """Whether it is a layer whose last block is one of experts."""
+    sites: tuple[Site, ...] = ()
+    """Where the layer reads the stream, in order."""
+    writers: tuple[str, ...] = ()
+    """Modules of the layer that add to the stream, in order; one a site, but for experts."""

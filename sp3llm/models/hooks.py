@@ -1,0 +1,158 @@
+"""Stand in for modules, and look at what goes through them: context managers over a stock model."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sp3llm.runtime.devices import Execution
+
+Probe = Callable[[slice, Tensor], None]
+"""Called with the rows of a batch and what a module is called with there: for a norm the stream at
+its read site, `(windows, tokens, D)`."""
+
+Returns = dict[str, int | None]
+"""By submodule: how many values it returns; None: a tensor alone."""
+
+
+class Recorder(nn.Module):
+    """Stands where a layer stood and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+        """Keep the call, and hand the stream on as it is."""
+        self.hidden, self.kwargs = hidden_states, kwargs
+        return hidden_states
+
+
+class Injector(nn.Module):
+    """Stands where a layer stood and hands on a stream computed elsewhere."""
+
+    def __init__(self, hidden: Any) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """The stream it was made with."""
+        return self.hidden
+
+
+@contextmanager
+def materialized(model: nn.Module, tensors: Mapping[str, Tensor], on: Execution) -> Iterator[None]:
+    """Give the named parameters real values for the duration of the block."""
+    from accelerate.utils import set_module_tensor_to_device
+
+    for name, tensor in tensors.items():
+        set_module_tensor_to_device(
+            model, name, on.device, value=tensor, dtype=on.dtype, clear_cache=False
+        )
+    try:
+        yield
+    finally:
+        for name in tensors:
+            set_module_tensor_to_device(model, name, "meta")
+
+
+@contextmanager
+def replaced(model: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
+    """Put another module at `path` for the duration of the block."""
+    stock = model.get_submodule(path)
+    owner_path, _, attribute = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    setattr(owner, attribute, module)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, stock)
+
+
+class _Reached(Exception):  # noqa: N818  (not an error: the way out of a forward)
+    """The module that a layer was to be run up to has been reached."""
+
+
+@contextmanager
+def arities_noted(layer: nn.Module, note: "Returns | None") -> Iterator[None]:
+    """Tell how many values submodules return."""
+
+    def hook_of(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
+            note[path] = len(output) if isinstance(output, tuple) else None
+
+        return hook
+
+    paths = list(note or {})
+    handles = [layer.get_submodule(p).register_forward_hook(hook_of(p)) for p in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def zeroed_blocks(
+    layer: nn.Module, batch: Tensor, silent: "Mapping[str, int | None]"
+) -> Iterator[None]:
+    """Let zeros stand for what submodules return."""
+    with ExitStack() as stack:
+        for path, count in silent.items():
+            zeros = torch.zeros_like(batch)
+            whole = zeros if count is None else (zeros, *[None] * (count - 1))
+            stack.enter_context(replaced(layer, path, Injector(whole)))
+        yield
+
+
+@contextmanager
+def probed(
+    layer: nn.Module, rows: slice, probes: Mapping[str, Probe], until: str | None
+) -> Iterator[None]:
+    """Show modules' inputs to probes; leave the block at once when `until` is reached."""
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name in probes:
+                seen = args[0]  # OPT's layers put windows and tokens on one axis
+                probes[name](rows, seen.reshape(rows.stop - rows.start, -1, seen.shape[-1]))
+            if name == until:
+                raise _Reached
+
+        return hook
+
+    names = dict.fromkeys([*probes, *([until] if until else [])])
+    handles = [layer.get_submodule(n).register_forward_pre_hook(hook_of(n)) for n in names]
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def bypassed(model: nn.Module, paths: list[str]) -> Iterator[None]:
+    """Let modules hand on what they are given, where the model has them."""
+    with ExitStack() as stack:
+        for path in paths:
+            owner, _, attribute = path.rpartition(".")
+            if getattr(model.get_submodule(owner), attribute) is not None:
+                stack.enter_context(replaced(model, path, nn.Identity()))
+        yield
+
+
+@contextmanager
+def outputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the modules return, in the order they run."""
+    seen: list[Tensor] = []
+    handles = [m.register_forward_hook(lambda _m, _a, out: seen.append(out)) for m in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

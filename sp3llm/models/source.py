@@ -1,0 +1,131 @@
+"""Where a model comes from: a folder, the hub, or the package itself. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sp3llm.errors import UserError, reason
+
+BUNDLED = "bundled/llama-8m"
+
+# Repositories in Meta's own format, and the Hugging Face twin of each.
+_HF_TWINS = {
+    f"meta-llama/Llama-2-{size}{chat}": f"meta-llama/Llama-2-{size}{chat}-hf"
+    for size in ("7b", "13b", "70b")
+    for chat in ("", "-chat")
+}
+# The same weights in another format, beside those that are read.
+_NOT_FETCHED = ["consolidated*", "original/*"]
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+
+
+def bundled_model() -> Path:
+    """The small trained model that comes with the package."""
+    return Path(__file__).parents[1] / BUNDLED
+
+
+def resolve_model(model: str | None) -> tuple[Path, str, str | None]:
+    """Turn what the user named into a local folder.
+
+    `model` is None (the bundled model), a folder, or a hub id, which is downloaded into the hub
+    cache (safetensors where there are any, `.bin` shards otherwise).
+
+    Returns the folder, the name to show, and a line to print if another repository was taken.
+    Raises UserError if there is no such model or it is not in Hugging Face format.
+    """
+    if model is None:
+        return bundled_model(), "the bundled Llama", None
+    folder = Path(model)
+    if folder.is_dir():
+        return folder, folder.resolve().name, None
+    if folder.exists():
+        raise UserError(
+            f"Expected a model folder or a hub id, found the file '{model}': name the folder that "
+            "holds config.json and the weights."
+        )
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(
+            f"Expected a model folder or a hub id (owner/name), found '{model}', which is no "
+            "folder here: check the path."
+        )
+    name, note = _hub_name(model)
+    return _download(name), name, note
+
+
+def _hub_name(model: str) -> tuple[str, str | None]:
+    """The repository to take, and a line to print where it is not the one named."""
+    if model not in _HF_TWINS:
+        return model, None
+    twin = _HF_TWINS[model]
+    return twin, f"{model} is in Meta's own format; taking its Hugging Face twin {twin}."
+
+
+def _unreachable(model: str, error: Exception) -> UserError:
+    return UserError(
+        f"Cannot get '{model}' from the hub ({type(error).__name__}: {reason(error)}): check "
+        "the name, the network, and for gated models `hf auth login`, or name a local folder."
+    )
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(model, allow_patterns=_HUB_PATTERNS, ignore_patterns=_NOT_FETCHED)
+        )
+        has_weights = any(folder.glob("*.safetensors"))
+        if (folder / "config.json").exists() and not has_weights:
+            folder = Path(snapshot_download(model, allow_patterns=[*_HUB_PATTERNS, "*.bin"]))
+    except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
+        raise _unreachable(model, error) from error
+    return folder
+
+
+def resolve_config(model: str | None) -> tuple[dict[str, Any], str, str | None]:
+    """`config.json` of what the user named, without its weights.
+
+    Returns the config, the name to show, and a line to print if another repository was taken.
+    Raises UserError as `resolve_model` does.
+    """
+    if model is None or Path(model).exists() or model.count("/") != 1:
+        folder, name, note = resolve_model(model)
+        return read_config(folder), name, note
+    name, note = _hub_name(model)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
+        raise _unreachable(name, error) from error
+    return read_config(path.parent), name, note
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model folder.
+
+    Raises UserError where there is none, and says so where the folder is in Meta's own format.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "params.json").exists() or any(folder.glob("consolidated.*")):
+            raise UserError(
+                f"'{folder}' is in Meta's own format (params.json, consolidated.*.pth): name the "
+                "Hugging Face version of the model, usually called the same with -hf."
+            )
+        raise UserError(
+            f"Expected config.json in '{folder}', found none: name the folder of a Hugging Face "
+            "model."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"'{path}' is not JSON ({reason(error)}): get an undamaged copy of the checkpoint."
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(
+            f"Expected an object in '{path}', found {type(config).__name__}: get an undamaged copy "
+            "of the checkpoint."
+        )
+    return config

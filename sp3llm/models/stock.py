@@ -1,0 +1,103 @@
+"""Stock models: empty ones to run layer by layer, and frozen ones in memory."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sp3llm.errors import UserError, reason
+from sp3llm.models.families import EACH, Family
+
+
+def load_frozen(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The stock model of a checkpoint, whole, on a device; no dropout, whatever its config says.
+
+    On a GPU it keeps no activations of a layer but what enters it.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    from sp3llm.models.stock import run_layers_again, training_config
+
+    transformers.utils.logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=training_config(folder), dtype=dtype, experts_implementation="eager",
+    ).to(device)  # fmt: skip
+    if device.type == "cuda":
+        run_layers_again(model)
+        return model.train()  # the only mode in which they do; there is no dropout
+    return model.eval()
+
+
+def empty_model(config: Mapping[str, Any]) -> nn.Module:
+    """The stock model of a config, with weights on the meta device and real buffers."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        stock.use_cache = False
+        stock.output_router_logits = False  # a loss for training, from layers that do not run here
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            # Experts by the class's own loop: the grouped kernel knows no float64.
+            model = AutoModelForCausalLM.from_config(stock, experts_implementation="eager")
+    except Exception as error:  # each config class checks its values in its own way
+        raise UserError(
+            "Expected a config.json that transformers accepts, found one it rejects "
+            f"({type(error).__name__}: {reason(error)}): mend it, or update transformers."
+        ) from error
+    return model.eval()
+
+
+def by_parameter(family: Family, index: int, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A layer's tensors as the class has them, which keeps its experts as one: `(E, ..., ...)`."""
+    prefix = family.layer_prefix.format(layer=index)
+    found = dict(tensors)
+    for fused, stored in family.experts.fused.items() if family.experts else ():
+        parts = []
+        for name in stored:
+            first, each, last = f"{prefix}{name}".partition(EACH)
+            if not each:
+                parts += [found.pop(first)] if first in found else []
+                continue
+            experts = []
+            while (expert := f"{first}{len(experts)}{last}") in found:
+                experts.append(found.pop(expert))
+            parts += [torch.stack(experts)] if experts else []
+        if parts:  # a layer without experts has none
+            found[f"{prefix}{fused}"] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return found
+
+
+# Config keys of dropout, and of noise that routers train with.
+_DROPOUT = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop",
+            "resid_pdrop", "embd_pdrop", "attn_pdrop", "router_jitter_noise")  # fmt: skip
+
+
+def training_config(folder: Path) -> Any:
+    """The stock config of a checkpoint, without cache and dropout.
+
+    There are a few hundred steps and the teacher's answer to every token: noise only costs, and
+    without it two processes train what one does.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    config.use_cache = False
+    for key in _DROPOUT:
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    return config
+
+
+def run_layers_again(model: nn.Module) -> None:
+    """In training keep no activations of a layer but what enters it, and compute them again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5 renamed it midway
+        # Only this kind passes on gradients under frozen embeddings, as adapters and gates have.
+        model.gradient_checkpointing_enable({"use_reentrant": False})

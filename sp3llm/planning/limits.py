@@ -1,0 +1,160 @@
+"""What a plan may do, and the plan that a chosen shape makes."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from sp3llm.config import CompressConfig
+from sp3llm.models.families import Family, is_square
+from sp3llm.models.shapes import Shape, cost_of
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan may do: the budget, and everything fixed by hand."""
+
+    keep: float
+    """Fraction of the dense model's count to keep; never exceeded."""
+    of: str = "params"
+    """What is counted: `params`, `bytes`, `flops` or `kv-cache`."""
+    multiple_of: int | None = None
+    """What `hidden_size` must be a multiple of; None: by `width_multiple`."""
+    hidden_size: int | None = None
+    """Fixed by hand."""
+    intermediate_size: int | None = None
+    """Fixed by hand."""
+    num_key_value_heads: int | None = None
+    """Fixed by hand."""
+    head_dim: int | None = None
+    """Fixed by hand, in families whose heads can shrink."""
+    word_embed_proj_dim: int | None = None
+    """Fixed by hand, in families that have it."""
+    tie: str = "keep"
+    """What becomes of a tied head: `keep`, `untie`, or `auto`, both to choose from."""
+    square: bool = False
+    """Keep `hidden_size = num_attention_heads * head_dim`, where the family does not demand it."""
+    only_width: bool = False
+    """Spend all of the budget on the hidden size; what is not fixed by hand stays."""
+    tensor_parallel: int = 1
+    """Heads, KV groups and widths stay divisible by this many devices."""
+    context: int = 2048
+    """Tokens of context that attention FLOPs are counted at."""
+    itemsize: int = 2
+    """Bytes of a weight, and of an entry of the KV cache."""
+
+
+def limits_of(settings: CompressConfig, itemsize: int) -> Limits:
+    """The limits that settings put on a plan.
+
+    With `--allocate width`, which `--no-refit` implies, FFN and KV groups stay as they are; without
+    the refit there are no trials, and a tie is kept.
+    """
+    names = {field.name for field in fields(Limits)} & {field.name for field in fields(settings)}
+    limits = Limits(itemsize=itemsize, **{name: getattr(settings, name) for name in names})
+    tie = "keep" if settings.tie == "auto" and not settings.refit else settings.tie
+    return replace(limits, only_width=settings.allocation == "width", tie=tie)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shape of the compressed model and what it counts."""
+
+    keep_asked: float
+    """Fraction that was asked for."""
+    of: str
+    """What it counts."""
+    keep: float
+    """Fraction achieved of that; never more than asked for."""
+    keep_params: float
+    """Fraction of the true parameters."""
+    dense_parameters: int
+    """True parameters before, tied weights once."""
+    parameters: int
+    """True parameters after, tied weights once."""
+    dense_shape: Shape
+    """Before."""
+    shape: Shape
+    """After."""
+    multiple_of: int
+    """What `hidden_size` is a multiple of."""
+    intermediate_multiple_of: int
+    """What `intermediate_size` is a multiple of, where it was cut."""
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+def width_multiple(hidden_size: int, num_attention_heads: int, tensor_parallel: int = 1) -> int:
+    """The number that a new hidden size must be a multiple of.
+
+    The heads must divide it (Hugging Face's Llama rejects anything else, and other tools derive
+    head sizes from the quotient). Beyond that 256 is preferred for widths of 2048 and more
+    (tensor cores; llama.cpp's K-quants), 64 where the heads make 256 coarser than an eighth of
+    the width, 8 for small models.
+    """
+    for preferred in (256, 64) if hidden_size >= 2048 else ():
+        multiple = math.lcm(preferred, num_attention_heads, tensor_parallel)
+        if multiple <= hidden_size // 8:
+            return multiple
+    return math.lcm(8, num_attention_heads, tensor_parallel)
+
+
+def intermediate_multiple(hidden_size: int, tensor_parallel: int = 1) -> int:
+    """The number that a new FFN width must be a multiple of: 256, or 8 for small models."""
+    return math.lcm(256 if hidden_size >= 2048 else 8, tensor_parallel)
+
+
+def width_step(limits: Limits, dense: Shape) -> int:
+    """What the hidden size must be a multiple of: as asked, or by `width_multiple`."""
+    return limits.multiple_of or width_multiple(
+        dense.hidden_size, dense.num_attention_heads, limits.tensor_parallel
+    )
+
+
+def stays_square(family: Family, config: Mapping[str, Any], limits: Limits) -> bool:
+    """Whether `hidden_size` must stay heads times head size, by the family or by hand."""
+    return limits.square or is_square(family, config)
+
+
+def _width_step(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> int:
+    """What the hidden size of a chosen shape is a multiple of."""
+    dense = Shape.of(family, config)
+    if not stays_square(family, config, limits):
+        return width_step(limits, dense)
+    if shape.head_dim < dense.head_dim:
+        return dense.num_attention_heads * math.gcd(8, shape.head_dim)
+    return shape.head_dim * dense.num_attention_heads // dense.num_key_value_heads
+
+
+def cost_in(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> int:
+    """What a shape counts, of what the budget is about."""
+    return cost_of(family, config, shape, limits.context, limits.itemsize).of(limits.of)
+
+
+def shrinks_heads(family: Family, config: Mapping[str, Any], limits: Limits) -> bool:
+    """Whether heads lose dimensions in step with the width, and none goes whole."""
+    return stays_square(family, config, limits) and not family.rotary
+
+
+def plan_of(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> Plan:
+    """The plan that a chosen shape makes."""
+    dense_shape = Shape.of(family, config)
+    dense, small = (
+        cost_of(family, config, s, limits.context, limits.itemsize) for s in (dense_shape, shape)
+    )
+    return Plan(
+        keep_asked=limits.keep,
+        of=limits.of,
+        keep=small.of(limits.of) / dense.of(limits.of),
+        keep_params=small.params / dense.params,
+        dense_parameters=dense.params,
+        parameters=small.params,
+        dense_shape=dense_shape,
+        shape=shape,
+        multiple_of=_width_step(family, config, limits, shape),
+        intermediate_multiple_of=intermediate_multiple(
+            dense_shape.hidden_size, limits.tensor_parallel
+        ),
+    )

@@ -1,0 +1,148 @@
+"""What a recovery will need of a device's memory, from `config.json` alone. Imports no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sp3llm.config import RecoverConfig
+from sp3llm.errors import UserError
+from sp3llm.models.families import (
+    FFN,
+    KEY_VALUE,
+    QUERY,
+    RESIDUAL,
+    VOCAB,
+    Family,
+    axis_sizes,
+    count_parameters,
+    setting,
+)
+from sp3llm.models.families.counts import linear_modules
+from sp3llm.models.shapes import Shape, resized_config
+
+# Tokens that a process runs at once where nothing else is said.
+_TOKENS_A_MICRO_BATCH = 2048
+# Bytes a parameter of bitsandbytes' formats: nf4 with a float32 scale to 64 weights, int8 with one
+# a row.
+_NF4, _INT8 = 0.5 + 4 / 64, 1.0
+# Tensors of the size of the logits, float32, that are alive at once: the model's own, both models'
+# log-probabilities, the teacher's probabilities, what they make, and the gradients.
+_LOGITS = 8
+# What a CUDA context, cuBLAS and gaps between blocks take: so much, and a part of all the rest.
+_MARGIN, _GAPS = 10**9, 0.05
+
+
+@dataclass(frozen=True)
+class RecoveryNeeds:
+    """Bytes on one device that trains with bfloat16 autocast."""
+
+    teacher: int
+    """The dense model's weights."""
+    weights: int
+    """The compressed model's, adapters included."""
+    optimizer: int
+    """Gradients and AdamW's moments, float32."""
+    activations: int
+    """What the backward pass needs, and the widest layer's on the way."""
+    logits: int
+    """Logits of both models and what the loss makes of them."""
+    total: int
+    """All of it, and what a device takes for itself."""
+
+
+def micro_batch_of(settings: RecoverConfig, seq_len: int, processes: int = 1) -> int:
+    """Windows that a process runs at once; they divide its share of a step.
+
+    Raises UserError where what was asked for does not divide.
+    """
+    if settings.batch % processes:
+        raise UserError(
+            f"Expected --batch to divide among {processes} processes, found {settings.batch}: use "
+            "a multiple."
+        )
+    share = settings.batch // processes
+    if settings.micro_batch is not None:
+        if share % settings.micro_batch:
+            raise UserError(
+                f"Expected --micro-batch to divide a process's {share} windows a step, found "
+                f"{settings.micro_batch}: use a divisor."
+            )
+        return settings.micro_batch
+    most = max(1, _TOKENS_A_MICRO_BATCH // seq_len)
+    return max(count for count in range(1, min(share, most) + 1) if share % count == 0)
+
+
+def recovery_needs_of(
+    family: Family,
+    config: Mapping[str, Any],
+    shape: Shape,
+    settings: RecoverConfig,
+    seq_len: int,
+    itemsize: int,
+) -> RecoveryNeeds:
+    """Estimate the device memory of `sp3llm recover` for a model cut to `shape`.
+
+    `itemsize` is that of the checkpoints' weights. With adapters the model's own weights stay in
+    it; otherwise they are float32, and autocast keeps copies in bfloat16 for the backward pass.
+    """
+    small = resized_config(family, config, shape)
+    tokens = micro_batch_of(settings, seq_len) * seq_len
+    parameters = count_parameters(family, small)
+    if settings.lora is None:
+        trained, weights = parameters, (4 + 2) * parameters
+    else:
+        trained = adapter_parameters(family, small, settings.lora)
+        weights = itemsize * parameters + 4 * trained
+    teacher = teacher_bytes(family, config, settings.teacher_dtype, itemsize)
+    if settings.teacher_memory is not None:
+        teacher = min(teacher, int(settings.teacher_memory * 1e9))
+    if settings.teacher_logits is not None:
+        teacher = 0
+    layers = setting(family, small, "num_hidden_layers")
+    a_layer = _layer_activations(family, small)
+    kept = 4 * axis_sizes(family, small)[RESIDUAL]  # the stream as it enters a layer
+    if settings.gradient_checkpointing:
+        activations = tokens * (layers * kept + 2 * a_layer)
+    else:
+        activations = tokens * (layers * a_layer + a_layer)
+    logits = _LOGITS * 4 * tokens * axis_sizes(family, small)[VOCAB]
+    optimizer = (4 + 8) * trained
+    needed = teacher + weights + optimizer + activations + logits
+    return RecoveryNeeds(
+        teacher=teacher,
+        weights=weights,
+        optimizer=optimizer,
+        activations=activations,
+        logits=logits,
+        total=int(needed * (1 + _GAPS)) + _MARGIN,
+    )
+
+
+def adapter_parameters(family: Family, config: Mapping[str, Any], rank: int) -> int:
+    """Parameters of adapters on `linear_modules`: `rank (in + out)` each."""
+    return rank * sum(map(sum, linear_modules(family, config).values()))
+
+
+def teacher_bytes(
+    family: Family, config: Mapping[str, Any], teacher_dtype: str, itemsize: int
+) -> int:
+    """Of the dense model's weights on a GPU; embeddings, head and norms are never in low bits."""
+    parameters = count_parameters(family, config)
+    if teacher_dtype in ("auto", "float32", "bfloat16"):
+        return parameters * {"auto": itemsize, "float32": 4, "bfloat16": 2}[teacher_dtype]
+    low = sum(map(math.prod, linear_modules(family, config).values()))
+    size = {"int8": _INT8, "nf4": _NF4}[teacher_dtype]
+    return int(low * size) + (parameters - low) * itemsize
+
+
+def _layer_activations(family: Family, config: Mapping[str, Any]) -> int:
+    """Bytes a token that one layer keeps for its backward pass under bfloat16 autocast.
+
+    Counted in torch on a Llama, weights and their copies apart: 26 a channel of the stream, 2.7 a
+    row of queries, keys and values, 8 a neuron of the FFN, with adapters 18, 3.4 and 8; rounded up
+    for other kernels.
+    """
+    sizes = axis_sizes(family, config)
+    heads = sizes[QUERY] + 2 * sizes[KEY_VALUE]
+    return 28 * sizes[RESIDUAL] + 4 * heads + 10 * sizes[FFN]

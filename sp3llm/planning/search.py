@@ -1,0 +1,82 @@
+"""Which candidate loses least: the walk over their grid."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sp3llm.models.families import Family, is_square
+from sp3llm.models.shapes import Shape
+
+
+def row_of(family: Family, config: Mapping[str, Any], shape: Shape) -> int:
+    """Which row of candidates a shape belongs to: neighbouring rows differ by one step."""
+    if not is_square(family, config):
+        return -shape.num_key_value_heads
+    dense = Shape.of(family, config)
+    if shape.head_dim == dense.head_dim:
+        return -1
+    if not shape.tie_word_embeddings:
+        return 0
+    return (dense.word_embed_proj_dim or 0) - (shape.word_embed_proj_dim or 0)
+
+
+def learnable(family: Family, config: Mapping[str, Any], shapes: list[Shape]) -> list[Shape]:
+    """Of the candidates those that a learned mask chooses from: which width, FFN and number of KV
+    groups it finds; ties and embedding widths are as in the first.
+    """
+    first, dense = shapes[0], Shape.of(family, config)
+    heads_shrink = any(shape.head_dim != dense.head_dim for shape in shapes)
+    return [
+        shape
+        for shape in shapes
+        if shape.tie_word_embeddings == first.tie_word_embeddings
+        and (shape.word_embed_proj_dim == first.word_embed_proj_dim or not family.projections
+             or not first.tie_word_embeddings)
+        and not (heads_shrink and shape.num_key_value_heads != dense.num_key_value_heads)
+    ]  # fmt: skip
+
+
+def nearest(shapes: list[Shape], sizes: Mapping[str, float]) -> Shape:
+    """The shape whose sizes, `sizes` by field, are off by the smallest factors; what no shape
+    reaches counts as what the nearest does.
+    """
+    found = {name: [getattr(shape, name) for shape in shapes] for name in sizes}
+    wanted = {n: min(max(size, min(found[n])), max(found[n])) for n, size in sizes.items()}
+
+    def distance(shape: Shape) -> float:
+        return sum(math.log(getattr(shape, name) / size) ** 2 for name, size in wanted.items())
+
+    return min(shapes, key=distance)
+
+
+def search(
+    shapes: list[Shape], loss_of: Callable[[Shape], float], row_of: Callable[[Shape], int]
+) -> tuple[Shape, dict[Shape, float]]:
+    """Walk from the first candidate to the neighbour that loses least until none loses less.
+
+    Neighbours differ by one step of width (the FFN takes up the remainder) or by one row (of KV
+    groups, of the embedding width), so a handful of trials is enough where the loss has one
+    valley.
+
+    Returns the best shape and every loss found out.
+    """
+    numbers = sorted({row_of(shape) for shape in shapes})
+    rows = [[shape for shape in shapes if row_of(shape) == number] for number in numbers]
+    losses: dict[Shape, float] = {}
+
+    def loss(shape: Shape) -> float:
+        if shape not in losses:
+            losses[shape] = loss_of(shape)
+        return losses[shape]
+
+    best = shapes[0]
+    while True:
+        row = numbers.index(row_of(best))
+        column = rows[row].index(best)
+        steps = [(row, column + 1), (row + 1, column), (row, column - 1), (row - 1, column)]
+        steps = [(i, j) for i, j in steps if 0 <= i < len(rows) and j >= 0]
+        around = [rows[i][j] for i, j in steps if j < len(rows[i])]
+        better = min([best, *around], key=loss)
+        if better == best:
+            return best, losses
+        best = better

@@ -1,0 +1,1 @@
+"""Few bits: the story of `sp3llm quantize`, and bitsandbytes."""

@@ -1,0 +1,250 @@
+"""What a recovery starts from: both models, checked against each other, and three texts."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sp3llm.config import RecoverConfig
+from sp3llm.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from rich.console import Console
+    from torch import Tensor
+
+    from sp3llm.models.checkpoint import Checkpoint
+    from sp3llm.models.families import Family
+    from sp3llm.text.windows import Windows
+
+
+# Settings that change neither the course of training nor what its checkpoints hold.
+_FREE = (
+    *("model", "teacher", "out", "train", "stop_text", "eval_text", "eval_samples", "track"),
+    *("checkpoint_every", "teacher_memory", "device"),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The compressed model and its teacher, as they lie on disk."""
+
+    small: "Checkpoint"
+    family: "Family"
+    name: str
+    record: dict[str, Any]
+    """`sp3llm.json` of the compressed model; empty where it has none."""
+    dense: "Checkpoint"
+    dense_family: "Family"
+    teacher: str
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Three sets of windows that share no document."""
+
+    training: "Windows"
+    stopping: "Windows"
+    evaluation: "Windows"
+
+    def taught(self) -> "Tensor":
+        """What the teacher is asked about: training windows, then those for stopping."""
+        import torch
+
+        return torch.cat([self.training.tokens, self.stopping.tokens])
+
+
+# --------------------------------------------------------------------------- before any work
+
+
+def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
+    """Both models, checked against each other."""
+    from sp3llm.models import families
+    from sp3llm.models.checkpoint import check_tensors, open_checkpoint, with_prefix
+    from sp3llm.models.source import read_config, resolve_model
+    from sp3llm.runtime.folders import RECORD
+    from sp3llm.text.tokenizer import load_tokenizer
+
+    folder, name, note = resolve_model(settings.model)
+    record = _record_of(folder)
+    if settings.teacher is None and "settings" not in record:
+        raise UserError(
+            f"Expected --teacher for '{name}', which has no {RECORD} that names the dense "
+            "model it came from, found none: name it."
+        )
+    teacher = settings.teacher or record["settings"]["model"]
+    dense_folder, dense_name, dense_note = resolve_model(teacher)
+    if settings.teacher is None:
+        dense_note = f"The teacher is {dense_name}, which {name} was made from."
+    for line in filter(None, (note, dense_note)):
+        console.print(line, markup=False)
+
+    def opened(folder: Path) -> "tuple[Checkpoint, Family]":
+        family = families.family_of(read_config(folder))
+        found = with_prefix(open_checkpoint(folder), family)
+        check_tensors(found, family)
+        return found, family
+
+    small, family = opened(folder)
+    dense, dense_family = opened(dense_folder)
+    sizes = [
+        families.axis_sizes(f, c.config)[families.VOCAB]
+        for f, c in ((family, small), (dense_family, dense))
+    ]
+    tokenizers = [load_tokenizer(folder).get_vocab() for folder in (folder, dense_folder)]
+    if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:
+        raise UserError(
+            f"Expected a teacher with the vocabulary of '{name}' ({sizes[0]} tokens), found "
+            f"another in '{dense_name}' ({sizes[1]} tokens): name the dense model that it was "
+            "made from."
+        )
+    return Pair(small, family, name, record, dense, dense_family, dense_name)
+
+
+def _record_of(folder: Path) -> dict[str, Any]:
+    from sp3llm.runtime.folders import RECORD
+
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"'{path}' is no record of sp3llm ({reason(error)}): get an undamaged copy, or remove "
+            "it."
+        ) from error
+
+
+def disk_bytes(settings: RecoverConfig, pair: Pair) -> int:
+    """Of the output, two checkpoints with moments, and the best weights."""
+    from sp3llm.models import families
+    from sp3llm.planning.recovery_needs import adapter_parameters
+
+    config = pair.small.config
+    parameters = trained = families.count_parameters(pair.family, config)
+    if settings.lora is not None:
+        trained = adapter_parameters(pair.family, config, settings.lora)
+    return parameters * pair.small.dtype().itemsize + (2 * 3 + 1) * 4 * trained
+
+
+def window_length_of(settings: RecoverConfig, pair: Pair) -> int:
+    """Tokens a training window: as asked, or what both models have positions for."""
+    from sp3llm.models import families
+
+    return min(
+        families.window_length(family, model.config, settings.seq_len)
+        for family, model in ((pair.family, pair.small), (pair.dense_family, pair.dense))
+    )
+
+
+def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
+    """Windows of the three texts. What is reported on is the compression's own, where known."""
+    from sp3llm.models import families
+    from sp3llm.text.sources import default_evaluation
+    from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.text.windows import evaluation_windows, training_windows
+
+    tokenizer = load_tokenizer(pair.small.folder)
+    seq_len = window_length_of(settings, pair)
+    calibrated = pair.record.get("calibration", {})
+    evaluated = pair.record.get("evaluation", {})
+    names = settings.train or ",".join(calibrated.get("sources", ["wikitext2"]))
+    eval_names = (
+        settings.eval_text or ",".join(evaluated.get("sources", [])) or default_evaluation(names)
+    )
+    evaluation = evaluation_windows(
+        eval_names,
+        tokenizer,
+        settings.eval_samples,
+        evaluated.get("seq_len", seq_len),
+        _calibrated_documents(pair.record, eval_names, tokenizer),
+    )
+    training = training_windows(
+        names,
+        tokenizer,
+        settings.steps * settings.batch,
+        seq_len,
+        settings.seed,
+        evaluation.documents,
+    )
+    stopping = training_windows(
+        settings.stop_text or names,
+        tokenizer,
+        settings.stop_windows,
+        seq_len,
+        0,
+        evaluation.documents | training.documents,
+        stopping=settings.stop_text is None,
+    )
+    vocabulary = families.axis_sizes(pair.family, pair.small.config)[families.VOCAB]
+    largest = max(w.tokens.max().item() for w in (training, stopping, evaluation))
+    if largest >= vocabulary:
+        raise UserError(
+            f"Expected token ids below the model's vocab_size {vocabulary}, found {largest}: the "
+            f"tokenizer in '{pair.small.folder}' belongs to another model."
+        )
+    return Texts(training, stopping, evaluation)
+
+
+def _calibrated_documents(record: dict[str, Any], names: str, tokenizer: Any) -> frozenset[str]:
+    """Documents that the compression was calibrated on, where it read sets that are also to be
+    reported on: they are left out, as the compression left them out.
+    """
+    from sp3llm.text.sources import resolve_source
+    from sp3llm.text.windows import calibration_windows
+
+    calibrated = record.get("calibration", {})
+    sources = calibrated.get("sources", [])
+    shared = set(sources) & {name.strip() for name in names.split(",")}
+    if all(resolve_source(name).stdlib for name in shared):
+        return frozenset()  # divided by content already
+    samples, seq_len = calibrated["samples"], calibrated["seq_len"]
+    seed = record["settings"]["seed"]
+    return calibration_windows(",".join(sources), tokenizer, samples, seq_len, seed).documents
+
+
+def say_epochs(settings: RecoverConfig, texts: Texts, console: "Console") -> None:
+    """Tell how often the training text is gone through."""
+    windows = len(texts.training.tokens)
+    epochs = settings.steps * settings.batch / windows
+    console.print(
+        f"{settings.steps} steps of {settings.batch} windows of {texts.training.tokens.shape[1]} "
+        f"tokens; the text holds {windows} windows"
+        + (f", gone through {epochs:.1f} times." if epochs > 1 else "."),
+        highlight=False,
+        markup=False,
+    )
+
+
+def run_identity(
+    settings: RecoverConfig, accelerator: "Accelerator", pair: Pair, texts: Texts
+) -> dict[str, Any]:
+    """What checkpoints depend on: a run that differs in any of it cannot continue from them."""
+    chosen = {key: value for key, value in asdict(settings).items() if key not in _FREE}
+    logits = chosen.pop("teacher_logits")
+    if logits is None:
+        del chosen["top_k"]
+    return {
+        **chosen,
+        "teacher_logits": None if logits is None else str(logits),
+        "precision": accelerator.mixed_precision,
+        "device": accelerator.device.type,
+        "processes": accelerator.num_processes,
+        "engine": str(accelerator.distributed_type.value),
+        "training_text": texts.training.sha256,
+        "stopping_text": texts.stopping.sha256,
+        "model_weights": weights_digest(pair.small),
+        "teacher_weights": weights_digest(pair.dense),
+    }
+
+
+def weights_digest(checkpoint: "Checkpoint") -> str:
+    """Hash of a checkpoint's weights, as they lie on disk."""
+    digest = hashlib.sha256()
+    for path in sorted(set(checkpoint.files.values())):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,187 @@
+"""What a recovery leaves: a stock model again, its losses, its record."""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sp3llm.config import RecoverConfig
+from sp3llm.recovery.inputs import (
+    Pair,
+    Texts,
+)
+from sp3llm.recovery.lesson import default_lr, load_student
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch import Tensor
+
+    from sp3llm.maths.paired import Excess
+    from sp3llm.models.checkpoint import Checkpoint
+    from sp3llm.recovery.engine import State
+    from sp3llm.text.windows import Windows
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a run produced."""
+
+    name: str
+    teacher: str
+    out: Path
+    architecture: str
+    command: str
+    state: "State"
+    trained_parameters: int
+    training: "Windows"
+    stopping: "Windows"
+    evaluation: "Windows"
+    dense_perplexity: float
+    perplexity_before: float
+    perplexity: float
+    excess_before: "Excess"
+    excess: "Excess"
+    seconds: float
+    peak_memory: int
+    device_memory: int
+
+
+# --------------------------------------------------------------------------- the result
+
+
+def export(
+    settings: RecoverConfig, pair: Pair, best: "dict[str, Tensor]", folder: Path
+) -> "Checkpoint":
+    """Write the best weights as the stock model's, adapters merged in float32, in its own dtype.
+
+    Returns the checkpoint written. `config.json` is not yet: the folder does not load until the
+    caller says it is whole.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from sp3llm.models.checkpoint import Checkpoint, check_tensors
+    from sp3llm.models.export import share_file
+
+    dtype = pair.small.dtype()
+    wide = torch.promote_types(dtype, torch.float32)
+    model, names = load_student(settings, pair, wide)
+    assert names == best.keys()
+    model.load_state_dict(best, strict=False)
+    if settings.lora is not None:
+        model = model.merge_and_unload()
+    model.to(dtype).save_pretrained(folder, max_shard_size="2GB")
+    for name in ("config.json", "generation_config.json"):  # the model's own are copied instead
+        (folder / name).unlink(missing_ok=True)
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        share_file(path)
+        with safe_open(path, framework="pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    written = Checkpoint(folder, pair.small.config, files)
+    check_tensors(written, pair.family)
+    return written
+
+
+def measure_three(
+    pair: Pair, written: "Checkpoint", texts: Texts, device: str, progress: "Progress"
+) -> "tuple[Tensor, Tensor, Tensor]":
+    """Token losses on the held-out windows: recovered, before, dense."""
+    import torch
+
+    from sp3llm.evaluation.perplexity import measure_losses
+    from sp3llm.runtime.devices import execution
+
+    tokens = texts.evaluation.tokens
+    found = []
+    for checkpoint, family in (
+        (written, pair.family),
+        (pair.small, pair.family),
+        (pair.dense, pair.dense_family),
+    ):
+        dtype = torch.promote_types(pair.dense.dtype(), checkpoint.dtype())
+        on = execution(device, dtype)
+        found.append(measure_losses(checkpoint, family, tokens, on, progress))
+    return tuple(found)
+
+
+def write_result(
+    settings: RecoverConfig,
+    pair: Pair,
+    result: Recovery,
+    folder: Path,
+    device: str,
+    processes: int,
+) -> None:
+    """Everything of the output but its weights; `config.json` last."""
+    from sp3llm.models.basis_file import BASIS
+    from sp3llm.models.companions import copy_companions
+    from sp3llm.reporting import recovery
+    from sp3llm.reporting.record import MEASURED
+    from sp3llm.runtime.files import write_json
+    from sp3llm.runtime.folders import RECORD
+
+    copy_companions(pair.small.folder, folder)
+    if (pair.small.folder / BASIS).is_file():
+        shutil.copyfile(pair.small.folder / BASIS, folder / BASIS)
+    record = dict(pair.record)
+    earlier = record.pop("recoveries", [])
+    for measured in MEASURED:  # on the weights before
+        record.pop(measured, None)
+    entry = _entry(settings, pair, result, device, processes)
+    write_json(folder / RECORD, {**record, "recoveries": [*earlier, entry]})
+    card = pair.small.folder / "README.md"
+    before = card.read_text(encoding="utf-8") if pair.record and card.is_file() else ""
+    text = recovery.card(before, result)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", dict(pair.small.config))
+
+
+def _entry(
+    settings: RecoverConfig, pair: Pair, result: Recovery, device: str, processes: int
+) -> dict[str, Any]:
+    """What `sp3llm.json` keeps of a recovery."""
+    from sp3llm.models import families
+    from sp3llm.runtime.machine import machine, versions
+
+    state, training = result.state, result.training
+    width = families.axis_sizes(pair.family, pair.small.config)[families.RESIDUAL]
+    resolved = replace(
+        settings,
+        out=str(result.out),
+        teacher=pair.teacher,
+        train=",".join(training.sources),
+        stop_text=",".join(result.stopping.sources),
+        eval_text=",".join(result.evaluation.sources),
+        seq_len=training.tokens.shape[1],
+        lr=settings.lr or default_lr(width, settings.lora is not None),
+        check_every=settings.checked_every,
+        checkpoint_every=settings.saved_every,
+        teacher_logits=None if settings.teacher_logits is None else str(settings.teacher_logits),
+        device=device,
+    )
+    return {
+        "command": result.command,
+        "settings": asdict(resolved),
+        "trained_parameters": result.trained_parameters,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "stopped_early": state.stopped,
+        "held_out_losses": state.held_out,
+        "training_losses": state.trained,
+        "training": training.describe(),
+        "stopping": result.stopping.describe(),
+        "evaluation": result.evaluation.describe(),
+        "dense_perplexity": result.dense_perplexity,
+        "perplexity_before": result.perplexity_before,
+        "perplexity": result.perplexity,
+        "excess_log_perplexity_before": result.excess_before.describe(),
+        "excess_log_perplexity": result.excess.describe(),
+        "processes": processes,
+        "training_seconds": round(state.seconds, 2),
+        "seconds": round(result.seconds, 2),
+        "peak_memory_bytes": result.peak_memory,
+        "device_memory_bytes": result.device_memory,
+        "versions": versions(),
+        "machine": machine(device),
+    }

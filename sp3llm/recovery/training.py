@@ -1,0 +1,140 @@
+"""The steps of a recovery, the held-out loss, and when to stop."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sp3llm.errors import UserError
+from sp3llm.recovery.lesson import Lesson
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch import Tensor
+
+    from sp3llm.recovery.engine import State
+
+
+def train(lesson: Lesson, work: Path, progress: "Progress") -> "State":
+    """Take the steps that are left; the best weights are on disk when it returns.
+
+    Raises UserError if the loss is no number any more.
+    """
+    from sp3llm.recovery.engine import load_checkpoint, save_checkpoint
+
+    settings, accelerator = lesson.settings, lesson.accelerator
+    state = load_checkpoint(accelerator, work)
+    if state.step:
+        progress.console.print(f"Continuing from step {state.step}.", highlight=False)
+    else:
+        _check(lesson, state, [], work)
+    bar = progress.add_task("recovery", total=settings.steps, completed=state.step)
+    recent: list[Tensor] = []
+    with _kept_time(state) as lap:
+        while state.step < settings.steps and not state.stopped:
+            recent.append(_step(lesson, state.step))
+            state.step += 1
+            at_end = state.step == settings.steps
+            if state.step % settings.checked_every == 0 or at_end:
+                _check(lesson, state, recent, work)
+                recent = []
+                what = f"recovery, held-out loss {state.held_out[-1][1]:.4f}"
+                progress.update(bar, description=what)
+            if state.step % settings.saved_every == 0 or at_end or state.stopped:
+                lap()
+                # A mean of the training loss that a kill cuts in two is not worth a file.
+                save_checkpoint(accelerator, work, state)
+            progress.update(bar, completed=state.step)
+    return state
+
+
+@contextmanager
+def _kept_time(state: "State") -> Iterator[Any]:
+    """Adds the time spent to the state whenever what it yields is called."""
+    last = time.monotonic()
+
+    def lap() -> None:
+        nonlocal last
+        now = time.monotonic()
+        state.seconds, last = state.seconds + now - last, now
+
+    yield lap
+
+
+def _step(lesson: Lesson, step: int) -> "Tensor":
+    """One optimizer step over this process's share; returns the share's loss."""
+    import torch
+
+    from sp3llm.recovery.engine import share_of_step
+
+    settings, accelerator = lesson.settings, lesson.accelerator
+    share = share_of_step(
+        settings, lesson.training, step, accelerator.process_index, accelerator.num_processes
+    )
+    micro_batches = share.split(lesson.micro_batch)
+    total = torch.zeros((), device=accelerator.device)
+    for number, rows in enumerate(micro_batches, 1):
+        is_last = number == len(micro_batches)
+        with nullcontext() if is_last else accelerator.no_sync(lesson.model):
+            loss = _loss(lesson, rows) / len(micro_batches)
+            accelerator.backward(loss)
+        total += loss.detach()
+    accelerator.clip_grad_norm_(lesson.model.parameters(), settings.clip)
+    lesson.optimizer.step()
+    lesson.schedule.step()
+    lesson.optimizer.zero_grad()
+    return total
+
+
+def _loss(lesson: Lesson, rows: "Tensor") -> "Tensor":
+    """The loss on windows of `Lesson.tokens`, a mean over tokens."""
+    from sp3llm.maths.losses import language_model_loss, stream_error
+
+    settings = lesson.settings
+    tokens = lesson.tokens[rows].to(lesson.accelerator.device)
+    logits = lesson.model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    found, dense = lesson.teacher.divergence(logits, rows, tokens, settings.temperature)
+    loss = settings.kl_weight * found
+    if settings.lm_weight:
+        loss = loss + settings.lm_weight * language_model_loss(logits, tokens[:, 1:])
+    if lesson.tap is not None:
+        small = lesson.tap.take()
+        loss = loss + settings.hidden_weight * stream_error(small, dense, lesson.target_DK)
+    return loss
+
+
+def _check(lesson: Lesson, state: "State", recent: "list[Tensor]", work: Path) -> None:
+    """Take the held-out loss, keep the weights if they are the best so far, decide to stop."""
+    import torch
+
+    from sp3llm.recovery.engine import save_best
+
+    settings, accelerator = lesson.settings, lesson.accelerator
+    rows = torch.arange(lesson.training, len(lesson.tokens))
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    total = torch.zeros((), device=accelerator.device)
+    with torch.no_grad():
+        for some in mine.split(lesson.micro_batch) if len(mine) else ():
+            total += len(some) * _loss(lesson, some)
+    loss = accelerator.reduce(total, "sum").item() / len(rows)
+    values = {"held_out_loss": loss}
+    if recent:
+        mean = accelerator.reduce(torch.stack(recent).mean(), "mean").item()
+        state.trained.append([state.step, mean])
+        values |= {"loss": mean, "lr": lesson.schedule.get_last_lr()[0]}
+    if not math.isfinite(loss):
+        raise UserError(
+            f"Expected a finite loss at step {state.step}, found {loss}: use a smaller --lr, or "
+            "--precision float32."
+        )
+    state.held_out.append([state.step, loss])
+    if settings.track:
+        accelerator.log(values, step=state.step)
+    if state.best_loss is None or loss < state.best_loss:
+        state.best_step, state.best_loss, state.worse = state.step, loss, 0
+        save_best(accelerator, lesson.model, lesson.names, work)
+    else:
+        state.worse += 1
+        state.stopped = state.worse >= settings.patience

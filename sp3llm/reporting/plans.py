@@ -1,0 +1,83 @@
+"""What `sp3llm plan` shows: the shapes within a budget, and what a run will need."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from sp3llm.reporting.formatting import human_bytes
+
+if TYPE_CHECKING:
+    from sp3llm.config import CompressConfig
+    from sp3llm.models.families import Family
+    from sp3llm.models.shapes import Shape
+    from sp3llm.planning.limits import Limits, Plan
+    from sp3llm.planning.needs import Needs
+
+
+def changed_sizes(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Sizes of two shapes: the main ones, and any other that changes."""
+    main = ("hidden_size", "intermediate_size", "num_key_value_heads")
+    changed = [key for key in after if before[key] != after[key] and key != "tie_word_embeddings"]
+    return [(key, before[key], after[key]) for key in after if key in (*main, *changed)]
+
+
+def plan_line(name: str, plan: "Plan") -> str:
+    """One line: what becomes what."""
+    changes = [
+        f"{key} {before} -> {after}"
+        for key, before, after in changed_sizes(asdict(plan.dense_shape), asdict(plan.shape))
+        if before != after
+    ]
+    return (
+        f"{name}: {plan.dense_parameters:,} -> {plan.parameters:,} parameters "
+        f"({100 * plan.keep_params:.2f} %), {', '.join(changes)}"
+    )
+
+
+def plan_table(
+    name: str, family: "Family", config: dict[str, Any], limits: "Limits", shapes: list["Shape"]
+) -> Table:
+    """Candidate shapes beside the dense one, and what each costs."""
+    from sp3llm.models.shapes import Shape, cost_of
+
+    table = Table(title=Text(f"{name}: shapes that keep {limits.keep:g} of the {limits.of}"))
+    dense = Shape.of(family, config)
+    columns = ["width", "FFN", "heads/KV", "parameters", "kept", "weights", "FLOPs", "cache"]
+    if dense.tie_word_embeddings:
+        # In 80 columns there is room for one of the two.
+        columns[columns.index("weights")] = "table"
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.caption = "FLOPs and KV cache are those of one token"
+    whole = cost_of(family, config, dense, limits.context, limits.itemsize)
+    for shape in [dense, *shapes]:
+        cost = cost_of(family, config, shape, limits.context, limits.itemsize)
+        tie = "tied" if shape.tie_word_embeddings else "untied"
+        width = shape.word_embed_proj_dim if shape.tie_word_embeddings else None
+        table.add_row(
+            str(shape.hidden_size),
+            str(shape.intermediate_size),
+            f"{shape.num_attention_heads}/{shape.num_key_value_heads}",
+            f"{cost.params / 1e6:,.1f} M",
+            f"{100 * cost.of(limits.of) / whole.of(limits.of):.1f} %",
+            f"{tie} {width or ''}".strip()
+            if dense.tie_word_embeddings
+            else human_bytes(cost.bytes),
+            f"{cost.flops / 1e9:.2g}G" if cost.flops < 1e9 else f"{cost.flops / 1e9:.1f}G",
+            human_bytes(cost.kv_cache),
+            end_section=shape == dense,
+        )
+    return table
+
+
+def needs_line(settings: "CompressConfig", seq_len: int, needs: "Needs") -> str:
+    """What a run of these settings will need."""
+    return (
+        f"A run with {settings.samples} + {settings.eval_samples} windows of {seq_len} tokens "
+        f"needs about {human_bytes(needs.streams)} for the streams (on the GPU, the host or the "
+        f"disk: --streams) and {human_bytes(needs.working)} of memory for a layer and its Gram "
+        "matrices, in float32 arithmetic; on a GPU the streams take half. On disk the result takes "
+        f"{human_bytes(needs.disk)}, and the run {human_bytes(needs.kept)} until it is done."
+    )

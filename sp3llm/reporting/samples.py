@@ -1,0 +1,166 @@
+"""Held-out text continued by the dense and the compressed model, side by side."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sp3llm.errors import UserError, reason
+from sp3llm.reporting.origins import find_dense, held_out_tokens
+from sp3llm.reporting.record import add_to_record
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from torch import Tensor
+
+
+_TEXTS = 4
+_PROMPT_TOKENS = 32
+_NEW_TOKENS = 48
+# Weights take this much memory when a model is loaded and run on a few short texts.
+_MEMORY_MARGIN = 1.3
+
+
+def with_samples(
+    folder: Path,
+    record: dict[str, Any],
+    console: "Console",
+    device: str,
+    named: str | None = None,
+    dense: Path | None = None,
+    tokens: "Tensor | None" = None,
+) -> tuple[dict[str, Any], str | None]:
+    """The record with samples, made where it has none or a dense model is `named`, and otherwise
+    the reason why it has none.
+
+    Raises UserError if the dense model that was named will not do.
+    """
+    if "samples" in record and named is None:
+        return record, None
+    try:
+        dense = dense or find_dense(record, named)
+        tokens = held_out_tokens(record, folder) if tokens is None else tokens
+        samples = continuations(folder, record, dense, tokens, device, console)
+    except UserError as error:
+        if named is not None:
+            raise
+        return record, str(error)
+    return add_to_record(folder, samples=samples), None
+
+
+def continuations(
+    folder: Path,
+    record: dict[str, Any],
+    dense: Path,
+    tokens: "Tensor",
+    device: str,
+    console: "Console",
+) -> dict[str, Any]:
+    """Continue held-out text with both models, greedily: the entry `samples` of the record.
+
+    `tokens` are evaluation windows, `(windows, tokens)`, of which a few are taken, spread evenly.
+
+    Raises UserError if memory does not hold the models, or one does not run.
+    """
+    import torch
+
+    from sp3llm.runtime.devices import execution
+    from sp3llm.text.tokenizer import load_tokenizer
+
+    on = execution(device, torch.float32).device
+    _check_memory(max(record["dense_weight_bytes"], record["weight_bytes"]), on)
+    rows = torch.linspace(0, len(tokens) - 1, min(_TEXTS, len(tokens))).long()
+    prompt = min(_PROMPT_TOKENS, tokens.shape[1] // 2)
+    new = min(_NEW_TOKENS, tokens.shape[1] - prompt)
+    texts = tokens[rows]
+    tokenizer = load_tokenizer(folder)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    with console.status("samples of the dense model"):
+        dense_ids = _continued(dense, texts[:, :prompt], new, pad, on)
+    with console.status("samples of the compressed model"):
+        small_ids = _continued(folder, texts[:, :prompt], new, pad, on)
+
+    def text(ids: "Tensor") -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    samples = [
+        {
+            "prompt": text(row[:prompt]),
+            "text": text(row[prompt : prompt + new]),
+            "dense": text(by_dense),
+            "small": text(by_small),
+        }
+        for row, by_dense, by_small in zip(texts, dense_ids, small_ids, strict=True)
+    ]
+    return {"new_tokens": new, "texts": samples}
+
+
+def _continued(folder: Path, prompts: "Tensor", new: int, pad: int, on: "torch.device") -> "Tensor":
+    """What a model adds to prompts `(texts, tokens)`: `(texts, new)` at most."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet(), torch.no_grad():
+            # Not moved there: a quantized model does not let itself be.
+            place = {"dtype": "auto", "device_map": {"": on}}
+            model = AutoModelForCausalLM.from_pretrained(folder, **place).eval()
+            ids = model.generate(
+                prompts.to(on),
+                attention_mask=torch.ones_like(prompts, device=on),
+                do_sample=False,
+                max_new_tokens=new,
+                pad_token_id=pad,
+            )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _too_large(f"memory ran out on {on}") from error
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(
+            f"The model in '{folder}' does not continue text ({type(error).__name__}: "
+            f"{reason(error)}): try it in transformers alone."
+        ) from error
+    return ids[:, prompts.shape[1] :].cpu()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars, over at once, its remarks on settings that are not used, and
+    bitsandbytes' at every call on how it casts.
+    """
+    from logging import ERROR, getLogger
+
+    from transformers.utils import logging
+
+    getLogger("bitsandbytes").setLevel(ERROR)
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _check_memory(weight_bytes: int, on: "torch.device") -> None:
+    import psutil
+    import torch
+
+    from sp3llm.reporting.formatting import human_bytes
+
+    needed = _MEMORY_MARGIN * weight_bytes
+    free = psutil.virtual_memory().available
+    if on.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(on)[0]
+    if free < needed:
+        raise _too_large(f"{human_bytes(needed)} are needed on {on}, {human_bytes(free)} are free")
+
+
+def _too_large(why: str) -> UserError:
+    return UserError(
+        f"The dense model does not fit into memory ({why}): run sp3llm report with another "
+        "--device, or where there is more."
+    )

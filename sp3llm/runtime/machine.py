@@ -1,0 +1,44 @@
+"""The machine and the versions that a number was measured with."""
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("sp3llm", "torch", "transformers", "tokenizers", "safetensors", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The machine a number was measured on."""
+    found = {"processor": platform.machine(), "cpus": os.cpu_count(), "device": device}
+    if device.startswith("cuda"):
+        import torch
+
+        found["device_name"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_memory(device: str) -> int:
+    """Most memory that torch ever held on an accelerator, bytes; 0 on a CPU."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)

@@ -1,0 +1,89 @@
+"""Memory: what there is, what may be taken, and giving it back."""
+
+import ctypes
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sp3llm.errors import UserError, reason
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps what a layer's activations took, several
+    times what is in use, for whatever comes next.
+    """
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:  # other systems' allocators give back by themselves
+        trim(0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def memory_limits(text: str | None) -> dict[str, int]:
+    """`--max-memory`, in bytes: `0=10GiB,cpu=30GiB`, or JSON, as accelerate writes sizes.
+
+    Raises UserError if it is neither, or names a GPU that is not there.
+    """
+    if text is None:
+        return {}
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        if text.lstrip().startswith("{"):
+            pairs = json.loads(text).items()
+        else:
+            pairs = [part.split("=") for part in text.split(",")]
+        found = {str(key).strip(): convert_file_size_to_int(str(size)) for key, size in pairs}
+    except (ValueError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"Expected --max-memory like 0=10GiB,cpu=30GiB, found '{text}' ({reason(error, 80)}): "
+            "give a GPU's number, or cpu, and a size with its unit."
+        ) from error
+    for key in found:
+        gpus = torch.cuda.device_count()
+        if key != "cpu" and not (key.isdecimal() and int(key) < gpus):
+            raise UserError(
+                f"Expected --max-memory to name cpu or one of {gpus} GPUs by its number from 0, "
+                f"found '{key}': leave it out."
+            )
+    return found
+
+
+def gpu_memory(device: torch.device, max_memory: Mapping[str, int]) -> int:
+    """Bytes that can be had of a GPU, within what the user allows."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(free, max_memory.get(str(device.index or 0), free))
+
+
+def host_memory(max_memory: Mapping[str, int]) -> int:
+    """Memory that can be had without swapping, by what the kernel and the control group say."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            free = min(free, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such group, or no limit
+            continue
+    return min(free, max_memory.get("cpu", free))
+
+
+def mapped_tensor(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file that nobody else sees and that goes with its last user."""
+    import tempfile
+
+    count = torch.Size(shape).numel()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        # A hole in a mapped file that finds the disk full ends the process: take the blocks now.
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)

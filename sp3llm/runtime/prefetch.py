@@ -1,0 +1,58 @@
+"""Read what comes next while the caller works."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.processes import Item
+
+
+def ahead(
+    items: Iterable[Item],
+    load: Callable[[Item], Mapping[str, Tensor]],
+    on: Execution,
+    first: int = 0,
+) -> Iterator[tuple[Item, Mapping[str, Tensor]]]:
+    """Each item with what `load` reads for it, the next one read while the caller works.
+
+    Where there are GPUs the tensors go to the one whose turn it is; the first item has number
+    `first`.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        before = None
+        for turn, item in enumerate(items, first):
+            after = item, pool.submit(_loaded, load, item, on.turn(turn).device)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = after
+        if before is not None:
+            yield before[0], before[1].result()
+
+
+@functools.cache
+def _copying(device: torch.device) -> "torch.cuda.Stream":
+    """One for all layers: torch keeps freed memory for the stream that it was taken on."""
+    return torch.cuda.Stream(device)
+
+
+def _loaded(
+    load: Callable[[Item], Mapping[str, Tensor]], item: Item, device: torch.device
+) -> Mapping[str, Tensor]:
+    tensors = load(item)
+    if device.type != "cuda":
+        return tensors
+    # A stream of its own, so that the copy does not wait for the layer that is computing.
+    copying = _copying(device)
+    with torch.cuda.stream(copying):
+        moved = {
+            name: tensor.pin_memory().to(device, non_blocking=True)
+            for name, tensor in tensors.items()
+        }
+    copying.synchronize()
+    for tensor in moved.values():
+        tensor.record_stream(torch.cuda.default_stream(device))
+    return moved

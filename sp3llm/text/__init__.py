@@ -1,0 +1,1 @@
+"""Text: named sets, files, token windows."""

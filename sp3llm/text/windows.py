@@ -1,0 +1,285 @@
+"""Text for calibration and evaluation: documents in, fixed-length token windows out.
+
+Three rules hold everywhere, training script included:
+
+* **One split.** `part_of` sends a document to `train`, `calibration` or `evaluation` by a hash
+  of its own content, so no list of files has to be kept and no run can leak into another.
+* **Packed, never padded.** Documents are tokenized, joined and cut into windows of exactly
+  `seq_len` tokens; each window begins with the tokenizer's BOS where the tokenizer adds one.
+* **Same seed, same windows.** The order of documents depends on the seed and their content only.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from sp3llm.errors import UserError
+from sp3llm.text.sources import TextSource, read_documents, read_hub, resolve_source, split_names
+from sp3llm.text.split import content_hash, is_for_stopping
+from sp3llm.text.tokenizer import adds_bos, encode
+
+if TYPE_CHECKING:
+    import torch
+
+
+# Documents joined by text are tokenized in runs of about this many characters.
+_RUN_CHARS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows with what a reader needs to trust them."""
+
+    tokens: "torch.Tensor"
+    """Token ids, `(samples, seq_len)`, int64."""
+    sources: tuple[str, ...]
+    """The sets drawn from."""
+    documents: frozenset[str]
+    """Content hashes of every document drawn."""
+    begins_with_bos: bool
+    """Each window begins with the tokenizer's BOS."""
+    dropped_documents: int = 0
+    """Documents left out since they also occur in an excluded set."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids, shape included."""
+        header = repr(tuple(self.tokens.shape)).encode()
+        return hashlib.sha256(header + self.tokens.numpy().tobytes()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What `sp3llm.json` records of these windows."""
+        return {
+            "sources": list(self.sources),
+            "samples": self.tokens.shape[0],
+            "seq_len": self.tokens.shape[1],
+            "begins_with_bos": self.begins_with_bos,
+            "documents": len(self.documents),
+            "dropped_documents": self.dropped_documents,
+            "sha256": self.sha256,
+        }
+
+
+def pack(documents: Iterable[str], tokenizer: Any, join: str) -> Iterator[list[int]]:
+    """Yield runs of token ids whose concatenation is the packed text.
+
+    With `join="eos"` every document is followed by the tokenizer's EOS (a blank line where there
+    is none); otherwise documents are joined by that text before they are tokenized.
+    """
+    if join == "eos" and tokenizer.eos_token_id is not None:
+        for document in documents:
+            yield [*encode(tokenizer, document), tokenizer.eos_token_id]
+        return
+    separator = "\n\n" if join == "eos" else join
+    run: list[str] = []
+    for document in documents:
+        run.append(document)
+        if sum(map(len, run)) >= _RUN_CHARS:
+            yield encode(tokenizer, separator.join(run) + separator)
+            run = []
+    if run:
+        yield encode(tokenizer, separator.join(run) + separator)
+
+
+def cut_windows(
+    runs: Iterable[list[int]], seq_len: int, bos_token_id: int | None
+) -> Iterator[list[int]]:
+    """Cut packed runs into consecutive windows of exactly `seq_len` ids, BOS first if given.
+
+    The tail that does not fill a window is dropped.
+    """
+    head = [] if bos_token_id is None else [bos_token_id]
+    body = seq_len - len(head)
+    pending: list[int] = []
+    for run in runs:
+        pending.extend(run)
+        while len(pending) >= body:
+            yield head + pending[:body]
+            pending = pending[body:]
+
+
+def calibration_windows(
+    names: str, tokenizer: Any, samples: int, seq_len: int, seed: int
+) -> Windows:
+    """Exactly `samples` windows of `seq_len` tokens from the comma-separated sets `names`.
+
+    Several sets give equal shares (the first ones one window more where it does not divide).
+    Documents are taken in an order drawn from `seed`.
+
+    Raises UserError if a set is unknown, unreadable, empty or too small.
+    """
+    sources = [resolve_source(name) for name in split_names(names)]
+    rows: list[list[int]] = []
+    hashes: set[str] = set()
+    for index, source in enumerate(sources):
+        share = samples // len(sources) + (index < samples % len(sources))
+        documents: Iterable[str] = read_documents(source, "calibration", seed)
+        if not (source.dataset and source.streaming):
+            documents = sorted(documents, key=content_hash)
+            random.Random(seed).shuffle(documents)
+        found = _take(documents, source, tokenizer, share, seq_len, hashes)
+        if len(found) < share:
+            raise UserError(
+                f"Calibration set '{source.name}' holds {len(found)} windows of {seq_len} tokens, "
+                f"{share} were asked for: lower --samples or --seq-len, or add a set to --calib."
+            )
+        rows.extend(found)
+    return _windows(rows, sources, hashes, tokenizer, dropped=0)
+
+
+def evaluation_windows(
+    names: str,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    exclude: frozenset[str] = frozenset(),
+) -> Windows:
+    """At most `samples` windows of held-out text, in a fixed order that no seed changes.
+
+    Documents whose content hash is in `exclude` (the calibration documents) are dropped and
+    counted.
+
+    Raises UserError if not even one window is left.
+    """
+    sources = [resolve_source(name) for name in split_names(names)]
+    rows: list[list[int]] = []
+    hashes: set[str] = set()
+    dropped: list[str] = []
+    for index, source in enumerate(sources):
+        share = samples // len(sources) + (index < samples % len(sources))
+
+        documents = _without(read_documents(source, "evaluation"), exclude, dropped)
+        rows.extend(_take(documents, source, tokenizer, share, seq_len, hashes))
+    if not rows:
+        raise UserError(
+            f"Evaluation text '{names}' does not fill one window of {seq_len} tokens after "
+            f"{len(dropped)} documents that also occur in the calibration set were dropped: choose "
+            "other text with --eval-text."
+        )
+    return _windows(rows, sources, hashes, tokenizer, len(dropped))
+
+
+def unbroken_windows(name: str, tokenizer: Any, seq_len: int) -> Windows:
+    """All windows of a set's evaluation split, cut as papers on pruning cut them.
+
+    GPTQ, SparseGPT and SliceGPT join the rows of the split by blank lines, empty rows too,
+    tokenize that text at once (a BOS, where the tokenizer adds one, comes at its very beginning
+    only) and cut it into windows that do not overlap. `evaluation_windows` differs: it drops
+    duplicates, knows where documents end, and begins every window with the BOS.
+
+    Raises UserError if the set is unknown, unreadable or shorter than one window.
+    """
+    source = resolve_source(name)
+    if source.dataset and source.evaluation_split:
+        rows = list(read_hub(replace(source, document_start=None), source.evaluation_split, 0))
+    else:
+        rows = list(read_documents(source, "evaluation"))
+    ids = tokenizer("\n\n".join(rows), verbose=False)["input_ids"]
+    windows = list(cut_windows([ids], seq_len, None))
+    if not windows:
+        raise UserError(
+            f"Evaluation text '{name}' holds {len(ids)} tokens, fewer than one window of "
+            f"{seq_len}: choose other text or shorter windows."
+        )
+    import torch
+
+    return Windows(
+        tokens=torch.tensor(windows, dtype=torch.int64),
+        sources=(source.name,),
+        documents=frozenset(map(content_hash, rows)),
+        begins_with_bos=False,
+    )
+
+
+def training_windows(
+    names: str,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    exclude: frozenset[str],
+    stopping: bool = False,
+) -> Windows:
+    """At most `samples` windows to train on from the comma-separated sets `names`, or, with
+    `stopping`, of what is kept apart from that to decide when to stop.
+
+    Sets give equal shares, or all they have. Documents whose content hash is in `exclude` (those
+    of the evaluation) are dropped and counted; the others come in an order drawn from `seed`.
+
+    Raises UserError if a set is unknown or unreadable, or not one window is left.
+    """
+    sources = [resolve_source(name) for name in split_names(names)]
+    rows: list[list[int]] = []
+    hashes: set[str] = set()
+    dropped: list[str] = []
+    for index, source in enumerate(sources):
+        share = samples // len(sources) + (index < samples % len(sources))
+        apart = (d for d in read_documents(source, "train", seed) if is_for_stopping(d) == stopping)
+        documents: Iterable[str] = _without(apart, exclude, dropped)
+        if not (source.dataset and source.streaming):
+            documents = sorted(documents, key=content_hash)
+            random.Random(seed).shuffle(documents)
+        rows.extend(_take(documents, source, tokenizer, share, seq_len, hashes))
+    if not rows:
+        what = "a sixteenth of the training text, kept to decide when to stop," if stopping else ""
+        kept = "" if stopping else " and a sixteenth kept apart to decide when to stop recovery"
+        advice = (
+            "name text for it with --stop-text" if stopping else "choose text of more documents"
+        )
+        raise UserError(
+            f"Expected at least one window of {seq_len} tokens in {what or 'the training text'} "
+            f"'{names}' after {len(dropped)} documents of the evaluation were dropped"
+            f"{kept}, found none: {advice}, or lower --seq-len."
+        )
+    return _windows(rows, sources, hashes, tokenizer, len(dropped))
+
+
+def _without(
+    documents: Iterable[str], exclude: frozenset[str], dropped: list[str]
+) -> Iterator[str]:
+    """The documents whose content hash is not in `exclude`; the others' hashes go to `dropped`."""
+    for document in documents:
+        digest = content_hash(document)
+        if digest in exclude:
+            dropped.append(digest)
+        else:
+            yield document
+
+
+def _take(
+    documents: Iterable[str],
+    source: TextSource,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    hashes: set[str],
+) -> list[list[int]]:
+    def noted() -> Iterator[str]:
+        for document in documents:
+            hashes.add(content_hash(document))
+            yield document
+
+    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+    runs = pack(noted(), tokenizer, source.join)
+    return list(islice(cut_windows(runs, seq_len, bos), samples))
+
+
+def _windows(
+    rows: list[list[int]],
+    sources: list[TextSource],
+    hashes: set[str],
+    tokenizer: Any,
+    dropped: int,
+) -> Windows:
+    import torch
+
+    return Windows(
+        tokens=torch.tensor(rows, dtype=torch.int64),
+        sources=tuple(source.name for source in sources),
+        documents=frozenset(hashes),
+        begins_with_bos=adds_bos(tokenizer),
+        dropped_documents=dropped,
+    )
