@@ -58,21 +58,21 @@ def refitted_groups(
             family, refitter.projection, refitter.dtype, on.device, groups[0], table
         )
         small_stream = open_stream(shells[0], family, projected, tokens, on, saved[1])
-    sources = prefetch_groups(refitter.dense, family, groups[start:], on, start)
+    sources = prefetch_groups(refitter.dense, family, groups[start:], on.device)
     for index, (group, source) in enumerate(sources, start):
-        here = on.turn(index)
-        at = replace(refitter, on=here, projection=refitter.projection.to(here.device))
-        tensors = project_and_round(family, at.projection, at.dtype, here.device, group, source)
+        tensors = project_and_round(
+            family, refitter.projection, refitter.dtype, on.device, group, source
+        )
         if group.name == "embeddings":
-            dense_stream = open_stream(dense_model, family, source, tokens, here)
-            small_stream = open_stream(shells[0], family, tensors, tokens, here)
-            if fit_embeddings(at, tensors, tokens, dense_stream, small_stream):
-                small_stream = open_stream(shells[0], family, tensors, tokens, here)
+            dense_stream = open_stream(dense_model, family, source, tokens, on)
+            small_stream = open_stream(shells[0], family, tensors, tokens, on)
+            if fit_embeddings(refitter, tensors, tokens, dense_stream, small_stream):
+                small_stream = open_stream(shells[0], family, tensors, tokens, on)
         elif group.name == "head":
-            fit_head(at, source, tensors, dense_stream, small_stream)
+            fit_head(refitter, source, tensors, dense_stream, small_stream)
         else:
             _fit_layer(
-                at, index - 1, group, source, tensors, dense_model, shells, dense_stream,
+                refitter, index - 1, group, source, tensors, dense_model, shells, dense_stream,
                 small_stream,
             )  # fmt: skip
         yield Built(index, group, tensors, dense_stream, small_stream)

@@ -91,7 +91,7 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     from sp3llm.planning.limits import limits_of, plan_of
     from sp3llm.quantization.story import check_before
     from sp3llm.reporting.formatting import human_bytes
-    from sp3llm.runtime.devices import execution
+    from sp3llm.runtime.devices import execution, idle_gpus_line
     from sp3llm.runtime.folders import check_disk, check_output, held_by_run
     from sp3llm.runtime.memory import memory_limits
     from sp3llm.runtime.placement import free_memory
@@ -147,6 +147,9 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
             )
     if settings.score:
         check_scoring(settings)
+    line = idle_gpus_line(on, "sp3llm.compress")
+    if line:
+        console.print(line, markup=False, highlight=False)
     if settings.quantize:
         check_before(settings.quantize, on.device, family, dense.config, shapes, out)
     return Job(settings, folder, name, dense, family, dense_dtype, dtype, limits, shapes, out, on)

@@ -111,7 +111,7 @@ def _forward(
 
     def close(site: int, total: MomentSum, tensors: Mapping[str, Tensor], norm: str,
               readers: list[str]) -> None:  # fmt: skip
-        moment_DD = total.moments()[0].to(on.device)
+        moment_DD = total.moments()[0]
         slots.sums[slots.of_site(site)] += moment_DD
         if basis == "readers":
             metric_DD = _reader_metric(family, tensors, norm, readers, on)
@@ -137,27 +137,25 @@ def _forward(
     if saved:
         slots.restore(saved)
     square = families.is_square(family, dense.config)
-    sources = ahead(layers[start:], lambda group: dense.read(group.parameters), on, start)
+    sources = ahead(layers[start:], lambda group: dense.read(group.parameters), on.device)
     bar = tracked(progress, "dense model, second moments", sources, start, len(layers))
     for index, (group, tensors) in enumerate(bar, start):
-        here = on.turn(index)
         if basis == "gradient":
             inputs.append(journal.keep("input", index, stream.hidden[:traced]))
-        at_sites = [MomentSum.of(1, shape.hidden_size, here) for _ in family.sites]
+        at_sites = [MomentSum.of(1, shape.hidden_size, on) for _ in family.sites]
         probes = {
             site.norm: probe_into(total) for site, total in zip(family.sites, at_sites, strict=True)
         }
         if square:
-            outputs = MomentSum.of(shape.num_attention_heads, shape.head_dim, here)
+            outputs = MomentSum.of(shape.num_attention_heads, shape.head_dim, on)
             probes[family.writers[0]] = lambda _, a, outputs=outputs: outputs.add(widen(a))
         streams = [(stream, probes)] + ([(evaluated, {})] if evaluated else [])
-        run_layer(model, family, index, tensors, streams, here)
+        run_layer(model, family, index, tensors, streams, on)
         at_sites = [total.over(on.ranks) for total in at_sites]
         first = index * len(family.sites)
         if square:
             outputs = outputs.over(on.ranks)
-            found = _head_moments(family, group, tensors, at_sites[0], outputs)
-            heads.append(found.to(on.device))
+            heads.append(_head_moments(family, group, tensors, at_sites[0], outputs))
         for number, (site, total) in enumerate(zip(group.sites, at_sites, strict=True)):
             readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
             norm = f"{group.prefix}{site.norm}"
@@ -265,15 +263,14 @@ def _add_gradient_metrics(
     traced = max(1, _GRADIENT_TOKENS // calibration.shape[1])
     tokens = min(traced, len(calibration)) * calibration.shape[1]
 
-    def add(site: int, gradients: Tensor, norm: str, tensors: Mapping[str, Tensor],
-            here: Execution) -> None:  # fmt: skip
+    def add(site: int, gradients: Tensor, norm: str, tensors: Mapping[str, Tensor]) -> None:
         width = gradients.shape[-1]
-        total_DD = torch.zeros(width, width, dtype=torch.float64, device=here.device)
+        total_DD = torch.zeros(width, width, dtype=torch.float64, device=on.device)
         for window in gradients:
-            seen = widen(window.to(here.device))
+            seen = widen(window.to(on.device))
             add_second_moment(total_DD, seen * norm_of(family, norm, tensors, seen)[0])
         on.ranks.add_(total_DD)
-        slots.metrics[slots.of_site(site)] += (total_DD / tokens).to(on.device)
+        slots.metrics[slots.of_site(site)] += total_DD / tokens
 
     before = journal.latest("gradient")
     sites = len(family.sites)
@@ -281,21 +278,20 @@ def _add_gradient_metrics(
         head = head_tensors(dense, family)
         final = Stream(inputs[-1], calls)
         upstream, at_norm = backward_head(model, family, head, final, windows, on)
-        add(sites * len(layers), at_norm, family.final_norm, head, on)
+        add(sites * len(layers), at_norm, family.final_norm, head)
         start = 0
     else:
         start, upstream = before.step, before.tensors["upstream"]
         slots.restore(before.tensors)
     downwards = list(enumerate(layers))[::-1]
-    alone = replace(on, devices=())  # a backward pass over so little text takes no turns
-    sources = ahead(downwards[start:], lambda pair: dense.read(pair[1].parameters), alone)
+    sources = ahead(downwards[start:], lambda pair: dense.read(pair[1].parameters), on.device)
     bar = tracked(progress, "dense model, loss gradients", sources, start, len(layers))
     for done, ((index, group), tensors) in enumerate(bar, start + 1):
         at = Stream(inputs[index], calls)
         norms = [site.norm for site in family.sites]
         upstream, gradients = backward_layer(model, family, index, tensors, at, upstream, norms, on)
         for number, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
-            add(index * sites + number, gradient, f"{group.prefix}{norm}", tensors, on)
+            add(index * sites + number, gradient, f"{group.prefix}{norm}", tensors)
         if journal.due():
             state = Moments(tuple(slots.sums), tuple(slots.metrics))
             journal.save("gradient", done, {**pack(state), "upstream": upstream})

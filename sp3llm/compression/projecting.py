@@ -36,13 +36,10 @@ def plain_groups(
 ) -> Iterator[Built]:
     """Fold, rotate and cut every group from number `start` on, and nothing else."""
     groups = families.groups(family, dense.config)[start:]
-    for index, (group, source) in enumerate(
-        prefetch_groups(dense, family, groups, on, start), start
-    ):
-        device = on.turn(index).device
-        here = projection.to(device)
-        tensors = project_and_round(family, here, dtype, device, group, source)
-        yield Built(index, group, _without_losers(dense, family, here, group, tensors))
+    sources = prefetch_groups(dense, family, groups, on.device)
+    for index, (group, source) in enumerate(sources, start):
+        tensors = project_and_round(family, projection, dtype, on.device, group, source)
+        yield Built(index, group, _without_losers(dense, family, projection, group, tensors))
 
 
 def _without_losers(
@@ -72,7 +69,7 @@ def unit_sizes(dense: Shape, axis: str) -> dict[str, int]:
 
 
 def prefetch_groups(
-    dense: Checkpoint, family: Family, groups: list[Group], on: Execution, start: int
+    dense: Checkpoint, family: Family, groups: list[Group], device: torch.device
 ) -> Iterator[tuple[Group, Mapping[str, Tensor]]]:
     """Groups with their dense tensors, read ahead; the head with a tied table under its name."""
 
@@ -81,7 +78,7 @@ def prefetch_groups(
             return head_tensors(dense, family)
         return dense.read(group.parameters)
 
-    return ahead(groups, load, on, start)
+    return ahead(groups, load, device)
 
 
 def project_and_round(

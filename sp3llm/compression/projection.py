@@ -12,7 +12,7 @@ Everything is computed in float64; the caller rounds once, when it writes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,10 +38,6 @@ class HeadMoments:
     """Second moments of queries, biases included; None under rotary embedding."""
     key_HEE: Tensor | None = None
     """Covariances of keys."""
-
-    def to(self, device: torch.device) -> "HeadMoments":
-        """The same on another device."""
-        return HeadMoments(*(None if m is None else m.to(device) for m in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,6 @@ class Winners:
         gates_LU = self.gates(axis)
         return None if gates_LU is None else gates_LU[layer].nonzero()[:, 0]
 
-    def to(self, device: torch.device) -> "Winners":
-        """The same on another device."""
-        return Winners(*(None if g is None else g.to(device) for g in vars(self).values()))
-
 
 @dataclass(frozen=True)
 class Projection:
@@ -106,19 +98,6 @@ class Projection:
     def writes(self) -> Tensor:
         """What the dense stream goes through to become the small one, but for `c`."""
         return self.basis_DK if self.gated_DK is None else self.gated_DK
-
-    def to(self, device: torch.device) -> "Projection":
-        """The same on another device."""
-        if device == self.basis_DK.device:
-            return self
-        moved = {name: None if t is None else t.to(device) for name, t in self.tensors().items()}
-        narrowing, winners = self.narrowing, self.winners
-        if narrowing is not None:
-            heads = tuple(moments.to(device) for moments in narrowing.heads)
-            narrowing = replace(narrowing, heads=heads)
-        if winners is not None:
-            winners = winners.to(device)
-        return Projection(**moved, narrowing=narrowing, winners=winners)
 
     def tensors(self) -> dict[str, Tensor | None]:
         """Its matrices, by name."""

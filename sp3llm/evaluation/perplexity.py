@@ -35,10 +35,10 @@ def measure_losses(
     before = journal.latest(LOSSES)
     start, saved = (0, None) if before is None else (before.step, before.tensors["stream"])
     stream = open_stream(model, family, checkpoint.read(embeddings.parameters), own, on, saved)
-    sources = ahead(layers[start:], lambda group: checkpoint.read(group.parameters), on, start)
+    sources = ahead(layers[start:], lambda group: checkpoint.read(group.parameters), on.device)
     bar = tracked(progress, what, sources, start, len(layers))
     for index, (_, tensors) in enumerate(bar, start):
-        run_layer(model, family, index, tensors, [(stream, {})], on.turn(index))
+        run_layer(model, family, index, tensors, [(stream, {})], on)
         if journal.due():
             journal.save(LOSSES, index + 1, {"stream": stream.hidden})
     losses = token_losses(model, family, head_tensors(checkpoint, family), stream, own, on)

@@ -52,16 +52,6 @@ def _rows(windows: Tensor, on: Execution) -> list[slice]:
     return _batches(len(windows), on.windows_a_batch(windows.shape[1]))
 
 
-def _call(stream: Stream, windows: int, index: int, on: Execution) -> dict[str, Any]:
-    """What layer `index` is called with, on the device it runs on."""
-    kwargs = stream.calls[windows][index]
-    if len(on.devices) < 2:
-        return kwargs
-    from accelerate.utils import send_to_device
-
-    return send_to_device(kwargs, on.device)
-
-
 @torch.no_grad()
 def open_stream(
     model: nn.Module,
@@ -138,7 +128,7 @@ def run_layer(
             for rows in _rows(hidden, on):
                 batch = hidden[rows].to(on.device)
                 with probed(layer, rows, probes, until), zeroed_blocks(layer, batch, silent):
-                    output = layer(batch, **_call(stream, len(batch), index, on))
+                    output = layer(batch, **stream.calls[len(batch)][index])
                     output = output[0] if isinstance(output, tuple) else output
                     hidden[rows] = output.to(hidden.device)
             if until is None:
@@ -204,7 +194,7 @@ def backward_layer(
             rows = slice(row, row + 1)
             batch = stream.hidden[rows].to(on.device).requires_grad_()
             with outputs_of(*(layer.get_submodule(norm) for norm in norms)) as seen:
-                output = layer(batch, **_call(stream, 1, index, on))
+                output = layer(batch, **stream.calls[1][index])
             output = output[0] if isinstance(output, tuple) else output
             upper = upstream[rows].to(on.device)
             gradients = torch.autograd.grad(output, [batch, *seen], upper)

@@ -5,7 +5,7 @@ the host, or in files mapped into memory.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,8 +25,6 @@ class Execution:
 
     device: torch.device
     dtype: torch.dtype
-    devices: tuple[torch.device, ...] = ()
-    """Those that take layers in turn; empty: `device` alone."""
     ranks: Ranks = field(default_factory=Ranks)
     streams: str = "host"
     """Where residual streams lie: `gpu`, `host` or `disk`."""
@@ -36,12 +34,6 @@ class Execution:
     """Tokens that go through a layer at once, in whole windows (one at least)."""
     share_tokens: int | None = None
     """Tokens that are dealt out to processes at once, for as long as a run lasts; None: a batch."""
-
-    def turn(self, layer: int) -> "Execution":
-        """The same, on the device whose turn `layer` is."""
-        if len(self.devices) < 2:
-            return self
-        return replace(self, device=self.devices[layer % len(self.devices)])
 
     def windows_a_batch(self, seq_len: int) -> int:
         """Windows that go through a layer at once."""
@@ -76,12 +68,12 @@ def execution(
     ranks: Ranks | None = None,
     max_memory: Mapping[str, int] | None = None,
 ) -> Execution:
-    """Resolve `--device` (`auto`: all GPUs, if there is one) and the arithmetic that goes with it.
+    """Resolve `--device` (`auto`: a GPU, if there is one) and the arithmetic that goes with it.
 
     `dtype` is the wider of the dense checkpoint's and the export's. On a CPU everything runs in
     float32 (float64 for float64 weights), on an accelerator in that dtype. TF32 is never used.
-    `max_memory` caps what torch may take of each GPU, in bytes; where it names some, the others
-    are left alone.
+    `max_memory` caps what torch may take of a GPU, in bytes; where it names some, the first of
+    those is the one.
 
     Raises UserError if there is no such device.
     """
@@ -96,14 +88,24 @@ def execution(
             f"Expected a device on which torch can use float64, found '{device}' "
             f"({reason(error, 120)}): use --device cpu or auto."
         ) from error
-    devices: tuple[torch.device, ...] = ()
     if device == "cuda":
-        found = named or range(torch.cuda.device_count())
-        devices = tuple(torch.device("cuda", index) for index in found)
-        resolved = devices[0]
-    for index in (d.index for d in devices or (resolved,) if str(d.index) in (max_memory or {})):
-        total = torch.cuda.get_device_properties(index).total_memory
-        share = min(1.0, max_memory[str(index)] / total)
-        torch.cuda.set_per_process_memory_fraction(share, index)
+        resolved = torch.device("cuda", named[0] if named else torch.cuda.current_device())
+    most = (max_memory or {}).get(str(resolved.index))
+    if most is not None:
+        total = torch.cuda.get_device_properties(resolved).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), resolved)
     on_cpu = resolved.type == "cpu" and dtype != torch.float64
-    return Execution(resolved, torch.float32 if on_cpu else dtype, devices, ranks or Ranks())
+    return Execution(resolved, torch.float32 if on_cpu else dtype, ranks or Ranks())
+
+
+def idle_gpus_line(execution: Execution, module: str) -> str | None:
+    """A line to print where one process leaves GPUs idle; `module` is the command's, for
+    `accelerate launch -m`.
+    """
+    count = torch.cuda.device_count() if execution.device.type == "cuda" else 1
+    if count < 2 or execution.ranks.count > 1:
+        return None
+    return (
+        f"Using one of {count} GPUs, {execution.device}; `accelerate launch --num_processes "
+        f"{count} -m {module} ...` uses all of them."
+    )

@@ -7,25 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.processes import Item
 
 
 def ahead(
     items: Iterable[Item],
     load: Callable[[Item], Mapping[str, Tensor]],
-    on: Execution,
-    first: int = 0,
+    device: torch.device,
 ) -> Iterator[tuple[Item, Mapping[str, Tensor]]]:
-    """Each item with what `load` reads for it, the next one read while the caller works.
+    """Yield each item with what `load` reads for it, the next one read while the caller works.
 
-    Where there are GPUs the tensors go to the one whose turn it is; the first item has number
-    `first`.
+    On a GPU the tensors are there when they come; elsewhere they are as `load` returns them.
     """
     with ThreadPoolExecutor(1) as pool:
         before = None
-        for turn, item in enumerate(items, first):
-            after = item, pool.submit(_loaded, load, item, on.turn(turn).device)
+        for item in items:
+            after = item, pool.submit(_loaded, load, item, device)
             if before is not None:
                 yield before[0], before[1].result()
             before = after

@@ -11,10 +11,11 @@ import torch
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.errors import UserError
 from sp3llm.maths.products import split_product, symmetric_product
-from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.devices import Execution, idle_gpus_line
 from sp3llm.runtime.memory import memory_limits
 from sp3llm.runtime.placement import placed
 from sp3llm.runtime.prefetch import ahead
+from sp3llm.runtime.processes import Ranks
 from tests.conftest import family_of_model, relative_error, save_model, tiny_model
 
 ON = Execution(torch.device("cpu"), torch.float32)
@@ -63,7 +64,7 @@ def test_reading_ahead_gives_every_item_in_order_and_an_error_where_it_belongs()
     seen = []
 
     def consume() -> None:
-        for item, tensors in ahead(range(5), load, on):
+        for item, tensors in ahead(range(5), load, on.device):
             seen.append((item, tensors["x"].item()))
 
     with pytest.raises(UserError, match="three"):
@@ -102,11 +103,14 @@ def test_other_memory_limits_are_refused(text):
         memory_limits(text)
 
 
-def test_layers_take_turns_on_devices():
-    devices = tuple(torch.device("cuda", index) for index in range(3))
-    on = Execution(devices[0], torch.bfloat16, devices)
-    assert [on.turn(layer).device.index for layer in range(5)] == [0, 1, 2, 0, 1]
-    assert ON.turn(7) is ON
+def test_idle_gpus_are_told_with_the_command_that_uses_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    on = Execution(torch.device("cuda", 0), torch.bfloat16)
+    line = idle_gpus_line(on, "sp3llm.compress")
+    assert "one of 8 GPUs" in line
+    assert "accelerate launch --num_processes 8 -m sp3llm.compress" in line
+    assert idle_gpus_line(replace(on, ranks=Ranks(0, 8)), "sp3llm.compress") is None
+    assert idle_gpus_line(ON, "sp3llm.compress") is None
 
 
 def emulated(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
