@@ -1,6 +1,7 @@
 # make demo   installs, compresses the bundled model, shows before and after
 # make test   installs, checks style, runs every test that needs no GPU
 # make style  formats and lints
+# make docs   writes docs/options.md from the settings in sp3llm/options/
 # make interop  loads compressed models with other tools, each in its own environment (long)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= demo-output
 
-.PHONY: demo test slow style interop install clean
+.PHONY: demo test slow style docs interop install clean
 
 install: $(VENV)/installed
 
@@ -35,6 +36,9 @@ slow: install
 style: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install
+	$(BIN)/python -m sp3llm.options.reference > docs/options.md
 
 interop: install
 	$(BIN)/python eval/interop/interop.py --torch '$(TORCH)'

@@ -21,7 +21,7 @@ from common import place
 from rich.console import Console
 
 from sp3llm.compression.story import compress
-from sp3llm.config import CompressConfig
+from sp3llm.options import CompressConfig
 from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.machine import machine
 

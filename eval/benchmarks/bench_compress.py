@@ -36,9 +36,9 @@ from sp3llm.compression.attempts import _placed
 from sp3llm.compression.job import Job, prepare
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.compression.stages import build, choose_shape, final_basis
-from sp3llm.config import CompressConfig
 from sp3llm.models.shapes import Shape, cost_of, resized_config
 from sp3llm.models.source import resolve_model
+from sp3llm.options import CompressConfig
 from sp3llm.runtime.folders import MODEL
 from sp3llm.runtime.journal import Journal, open_journal
 from sp3llm.runtime.machine import machine, versions

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 
 from sp3llm.compression.story import compress
-from sp3llm.config import CompressConfig, QuantizeConfig
 from sp3llm.maths.paired import Excess, excess_log_perplexity
+from sp3llm.options import CompressConfig, QuantizeConfig
 from sp3llm.quantization.story import quantize
 from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.machine import machine

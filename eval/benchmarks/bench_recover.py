@@ -23,12 +23,12 @@ from rich.console import Console
 from torch import Tensor
 
 from sp3llm.compression.story import compress
-from sp3llm.config import CompressConfig, RecoverConfig
 from sp3llm.evaluation.perplexity import measure_losses
 from sp3llm.maths.paired import excess_log_perplexity
 from sp3llm.models.checkpoint import open_checkpoint
 from sp3llm.models.families import family_of
 from sp3llm.models.source import bundled_model
+from sp3llm.options import CompressConfig, RecoverConfig
 from sp3llm.recovery.story import recover
 from sp3llm.runtime.devices import execution
 from sp3llm.runtime.folders import RECORD

@@ -17,12 +17,12 @@ from pathlib import Path
 from rich.console import Console
 
 from sp3llm.compression.story import compress
-from sp3llm.config import CompressConfig
 from sp3llm.evaluation.perplexity import measure_losses
 from sp3llm.maths.paired import excess_log_perplexity
 from sp3llm.models.checkpoint import open_checkpoint
 from sp3llm.models.families import family_of
 from sp3llm.models.source import resolve_model
+from sp3llm.options import CompressConfig
 from sp3llm.runtime.devices import execution
 from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.machine import machine, versions

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sp3llm.config import DTYPES
 from sp3llm.models.families import family_of
 from sp3llm.models.shapes import resized_config
+from sp3llm.options import DTYPES
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits
 

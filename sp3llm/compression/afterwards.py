@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.compression.job import Job, compress_command
-from sp3llm.config import CompressConfig, QuantizeConfig, RecoverConfig
+from sp3llm.compression.job import Job
 from sp3llm.errors import UserError, reason
+from sp3llm.options import CompressConfig, QuantizeConfig, RecoverConfig, command_line
 from sp3llm.reporting.record import read_record
 from sp3llm.runtime.folders import RECORD
 
@@ -23,7 +23,7 @@ def is_being_recovered(job: Job) -> bool:
     if not job.settings.recover_steps or job.settings.fresh or not work_folder(job.out).is_dir():
         return False
     record = read_record(job.out) if (job.out / RECORD).is_file() else {}
-    return record.get("command") == compress_command(job.settings) and "recoveries" not in record
+    return record.get("command") == command_line(job.settings) and "recoveries" not in record
 
 
 def write_report(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.compression.job import Job, Result, run_identity
-from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError
+from sp3llm.options import CompressConfig
 from sp3llm.runtime.folders import RECORD
 
 if TYPE_CHECKING:

@@ -1,13 +1,12 @@
 """What a compression is about to do: everything found and checked before any work."""
 
-import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.config import CompressConfig
 from sp3llm.errors import UserError, reason
+from sp3llm.options import CompressConfig
 
 if TYPE_CHECKING:
     import torch
@@ -217,18 +216,3 @@ def hub_id(settings: CompressConfig, name: str) -> str | None:
 def calibration_sets(settings: CompressConfig) -> str:
     """The calibration sets, the default resolved."""
     return settings.calib or ("stdlib" if settings.model is None else "wikitext2")
-
-
-def compress_command(settings: CompressConfig) -> str:
-    """The command line that gives these settings."""
-    defaults = asdict(CompressConfig())
-    words = ["sp3llm", "compress", *([settings.model] if settings.model else [])]
-    for key, value in asdict(settings).items():
-        if key in ("model", "fresh") or (key != "keep" and value == defaults[key]):
-            continue
-        option = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", str(value)]
-    return shlex.join(words)

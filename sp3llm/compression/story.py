@@ -31,10 +31,10 @@ from sp3llm.compression.afterwards import (
     write_report,
 )
 from sp3llm.compression.attempts import compress_resumably
-from sp3llm.compression.job import Job, Result, compress_command, hub_id, prepare, with_dtype
+from sp3llm.compression.job import Job, Result, hub_id, prepare, with_dtype
 from sp3llm.compression.stages import build, choose_shape, energy_kept, final_basis, learn_mask
 from sp3llm.compression.texts import draw_windows, read_mask_windows, read_windows
-from sp3llm.config import CompressConfig
+from sp3llm.options import CompressConfig, command_line
 from sp3llm.reporting.record import read_record
 from sp3llm.runtime.folders import RECORD
 
@@ -154,7 +154,7 @@ def run_stages(
         name=job.name,
         out=job.out,
         architecture=family.architecture,
-        command=compress_command(settings),
+        command=command_line(settings),
         plan=plan,
         trials=trials,
         fits=fits,

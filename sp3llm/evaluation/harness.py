@@ -13,7 +13,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.config import CompressConfig, ScoreConfig, command_line
 from sp3llm.errors import UserError, reason
 from sp3llm.evaluation.comparison import Comparison, Items, Scored, compare, markdown, table
 from sp3llm.evaluation.selection import (
@@ -24,6 +23,7 @@ from sp3llm.evaluation.selection import (
     read_preset,
     shipped,
 )
+from sp3llm.options import CompressConfig, ScoreConfig, command_line
 
 if TYPE_CHECKING:
     import torch

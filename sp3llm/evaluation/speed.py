@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sp3llm.config import BenchConfig, command_line
 from sp3llm.errors import UserError, reason
 from sp3llm.evaluation.speed_figures import Cell, Measured, Pass, SpeedUp, Spread
 from sp3llm.evaluation.speed_table import markdown, table
+from sp3llm.options import BenchConfig, command_line
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from sp3llm.config import CompressConfig
 from sp3llm.models.families import Family, is_square
 from sp3llm.models.shapes import Shape, cost_of
+from sp3llm.options import CompressConfig
 
 
 @dataclass(frozen=True)

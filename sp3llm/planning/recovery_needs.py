@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sp3llm.config import RecoverConfig
 from sp3llm.errors import UserError
 from sp3llm.models.families import (
     FFN,
@@ -20,6 +19,7 @@ from sp3llm.models.families import (
 )
 from sp3llm.models.families.counts import linear_modules
 from sp3llm.models.shapes import Shape, resized_config
+from sp3llm.options import RecoverConfig
 
 # Tokens that a process runs at once where nothing else is said.
 _TOKENS_A_MICRO_BATCH = 2048

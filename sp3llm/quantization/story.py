@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.config import QuantizeConfig, command_line
 from sp3llm.errors import UserError
+from sp3llm.options import QuantizeConfig, command_line
 from sp3llm.quantization.files import (
     Source,
     linear_parameters,

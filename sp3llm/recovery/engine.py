@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sp3llm.config import RecoverConfig
 from sp3llm.errors import UserError, reason
 from sp3llm.maths.shuffling import window_order
+from sp3llm.options import RecoverConfig
 
 _IDENTITY, _STATE, _BEST, _TRAINED = (
     "recover.json",

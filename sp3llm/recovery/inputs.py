@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.config import RecoverConfig
 from sp3llm.errors import UserError, reason
+from sp3llm.options import RecoverConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sp3llm.config import RecoverConfig
 from sp3llm.errors import UserError
+from sp3llm.options import RecoverConfig
 from sp3llm.recovery.inputs import Pair, Texts, weights_digest
 
 if TYPE_CHECKING:

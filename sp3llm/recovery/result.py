@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.config import RecoverConfig
+from sp3llm.options import RecoverConfig
 from sp3llm.recovery.inputs import (
     Pair,
     Texts,

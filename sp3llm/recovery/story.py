@@ -16,15 +16,14 @@ The story, top-down:
 
 import logging
 import math
-import shlex
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sp3llm.config import RecoverConfig
+from sp3llm.options import RecoverConfig, command_line
 from sp3llm.recovery.inputs import (
     disk_bytes,
     draw_texts,
@@ -86,7 +85,7 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
             return None
         trained = sum(math.prod(tensor.shape) for tensor in load_best(work).values())
         # Processes on a CPU call it cpu:0, which tensors there do not.
-        on_cpu, command = accelerator.device.type == "cpu", _command(settings)
+        on_cpu, command = accelerator.device.type == "cpu", command_line(settings)
         device = "cpu" if on_cpu else str(accelerator.device)
         processes = accelerator.num_processes
         del lesson  # its memory, before the models are streamed
@@ -121,15 +120,3 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
     console.print(closing_table(result))
     console.print(next_steps(result), highlight=False, markup=False)
     return result
-
-
-def _command(settings: RecoverConfig) -> str:
-    """The command line that gives these settings."""
-    defaults = asdict(RecoverConfig(model=""))
-    words = ["sp3llm", "recover", settings.model]
-    for key, value in asdict(settings).items():
-        if key == "model" or value == defaults[key]:
-            continue
-        option = f"--{key.replace('_', '-')}"
-        words += [option] if isinstance(value, bool) else [option, str(value)]
-    return shlex.join(words)

@@ -9,9 +9,9 @@ from rich.text import Text
 from sp3llm.reporting.formatting import human_bytes
 
 if TYPE_CHECKING:
-    from sp3llm.config import CompressConfig
     from sp3llm.models.families import Family
     from sp3llm.models.shapes import Shape
+    from sp3llm.options import CompressConfig
     from sp3llm.planning.limits import Limits, Plan
     from sp3llm.planning.needs import Needs
 

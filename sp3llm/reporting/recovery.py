@@ -8,7 +8,7 @@ from rich.text import Text
 from sp3llm.reporting.formatting import human_bytes, human_time
 
 if TYPE_CHECKING:
-    from sp3llm.config import RecoverConfig
+    from sp3llm.options import RecoverConfig
     from sp3llm.planning.recovery_needs import RecoveryNeeds
     from sp3llm.recovery.result import Recovery
 

@@ -21,13 +21,13 @@ from sp3llm.compression.projecting import plain_groups
 from sp3llm.compression.refitter import Refitter
 from sp3llm.compression.story import compress
 from sp3llm.compression.units import gated_writers
-from sp3llm.config import COUNTS, CompressConfig
 from sp3llm.errors import UserError
 from sp3llm.maths import gates
 from sp3llm.maths.gates import Gates, open_probability, sampled, unevenness
 from sp3llm.models.families import FAMILIES, axis_sizes, count_parameters, family_of, is_square
 from sp3llm.models.shapes import Shape, cost_of, resized_config
 from sp3llm.models.stock import run_layers_again
+from sp3llm.options import COUNTS, CompressConfig
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits
 from sp3llm.planning.search import learnable, nearest

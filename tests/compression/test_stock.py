@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sp3llm.compression.story import compress
-from sp3llm.config import CompressConfig
 from sp3llm.models import export
 from sp3llm.models.families import count_parameters, family_of
 from sp3llm.models.source import bundled_model
+from sp3llm.options import CompressConfig
 from tests.conftest import WITHOUT_SP3LLM, save_model, tiny_model
 
 QUIET = Console(quiet=True)

@@ -7,10 +7,10 @@ import torch
 from rich.console import Console
 
 from sp3llm.cli import main
-from sp3llm.config import BenchConfig
 from sp3llm.evaluation.speed import Runner, bench, load, work_of
 from sp3llm.evaluation.speed_figures import Spread
 from sp3llm.models.families import FAMILIES
+from sp3llm.options import BenchConfig
 from tests.conftest import save_model, tiny_model
 
 CPU = torch.device("cpu")

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from sp3llm.cli import main
 from sp3llm.compression.story import compress
-from sp3llm.config import BenchConfig, CompressConfig, ScoreConfig, command_line
 from sp3llm.errors import UserError
 from sp3llm.evaluation.comparison import Row, Scored, compare, mean, paired_standard_error
 from sp3llm.evaluation.harness import _Model, _within_positions, score, select, token_losses
@@ -31,6 +29,7 @@ from sp3llm.evaluation.selection import (
     shipped,
 )
 from sp3llm.models.source import bundled_model
+from sp3llm.options import CompressConfig, ScoreConfig
 from sp3llm.text.split import part_of
 from sp3llm.text.stdlib import stdlib_documents
 from sp3llm.text.tokenizer import load_tokenizer
@@ -243,21 +242,6 @@ def test_bad_input_gets_one_sentence(words, said, capsys, tmp_path, monkeypatch)
     assert said in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.yaml"]
-
-
-def test_command_line_gives_the_settings_back(monkeypatch):
-    from sp3llm import cli
-
-    found = []
-    monkeypatch.setattr(cli, "_run_score", found.append)
-    monkeypatch.setattr(cli, "_run_bench", found.append)
-    for settings in (
-        ScoreConfig("a b", "stdlib,mmlu", "c", limit=0.5, apply_chat_template=True, seed=3),
-        ScoreConfig("a", "x", confirm_run_unsafe_code=True, batch_size="4", output=Path("d")),
-        BenchConfig("a", "b", batch_sizes=(1, 3), compile=True, repeats=2),
-    ):
-        main(shlex.split(command_line(settings))[1:])
-        assert found[-1] == settings
 
 
 # --------------------------------------------------------------------------- questions

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp3llm.cli import main
-from sp3llm.config import CompressConfig
 from sp3llm.errors import UserError
 from sp3llm.models.families import FAMILIES
 from sp3llm.models.shapes import Shape, cost_of
+from sp3llm.options import CompressConfig
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits, plan_of
 from tests.compression.test_stock import LOAD_ELSEWHERE, compress_tiny

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from sp3llm.cli import main
 from sp3llm.compression.story import compress
-from sp3llm.config import CompressConfig, QuantizeConfig
 from sp3llm.errors import UserError
 from sp3llm.maths.paired import perplexity
+from sp3llm.options import CompressConfig, QuantizeConfig
 from sp3llm.quantization import story
 from sp3llm.quantization.bits import bits_config, take_any_width
 from sp3llm.quantization.story import quantize

@@ -8,7 +8,6 @@ import random
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from sp3llm.cli import main
 from sp3llm.compression.projection import Projection
 from sp3llm.compression.story import compress
-from sp3llm.config import CompressConfig, RecoverConfig
 from sp3llm.errors import UserError
 from sp3llm.maths.basis import stream_scale
 from sp3llm.maths.losses import divergence, stream_error, top_divergence, top_logits
@@ -29,13 +27,14 @@ from sp3llm.models.basis_file import BASIS, read_basis, write_basis
 from sp3llm.models.checkpoint import check_tensors, open_checkpoint
 from sp3llm.models.families import family_of
 from sp3llm.models.shapes import Shape
+from sp3llm.options import CompressConfig, RecoverConfig
 from sp3llm.planning.recovery_needs import adapter_parameters, teacher_bytes
 from sp3llm.recovery import engine, training
 from sp3llm.recovery.engine import locked, work_folder
 from sp3llm.recovery.inputs import Pair, open_pair
 from sp3llm.recovery.lesson import default_lr, load_student
 from sp3llm.recovery.result import export
-from sp3llm.recovery.story import _command, recover
+from sp3llm.recovery.story import recover
 from sp3llm.recovery.teacher import StreamTap, load_teacher
 from sp3llm.recovery.training import _step
 from sp3llm.runtime.folders import RECORD
@@ -668,13 +667,3 @@ def test_options_of_a_recovery_without_one_are_refused(capsys):
 def test_the_learning_rate_falls_with_the_width():
     assert default_lr(4096, False) < default_lr(256, False)
     assert math.isfinite(default_lr(256, True))
-
-
-def test_the_recorded_command_gives_the_same_settings():
-    settings = RecoverConfig("small", "dense", out=Path("x"), lora=4, lr=0.1, patience=9)
-    words = _command(replace(settings, gradient_checkpointing=True)).split()
-    from sp3llm.cli import parser
-
-    options = vars(parser().parse_args(words[1:]))
-    del options["command"]
-    assert RecoverConfig(**options) == replace(settings, gradient_checkpointing=True)

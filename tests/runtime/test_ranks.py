@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError
+from sp3llm.options import CompressConfig
 from sp3llm.runtime import journal
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.folders import RECORD

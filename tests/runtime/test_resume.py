@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from sp3llm.compression import measuring
 from sp3llm.compression.story import compress
-from sp3llm.config import CompressConfig
 from sp3llm.errors import ResumableError, UserError
 from sp3llm.models import export, stream
+from sp3llm.options import CompressConfig
 from sp3llm.runtime import journal
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.files import file_hash, read_tensors, write_tensors

@@ -1,0 +1,16 @@
+"""The values that an option takes where it takes one of a few."""
+
+MOMENTS = ("normalised", "raw")
+BASES = ("pca", "readers", "gradient")
+ALLOCATIONS = ("search", "width")
+COUNTS = ("params", "bytes", "flops", "kv-cache")
+CHOICES = ("obs", "energy")
+MASKS = ("closed-form", "learned")
+TURNS = ("none", "hadamard")
+BITS = ("int8", "nf4")
+TIES = ("auto", "keep", "untie")
+STREAMS = ("auto", "gpu", "host", "disk")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+TEACHER_DTYPES = ("auto", "float32", "bfloat16", "int8", "nf4")
+PRECISIONS = ("auto", "float32", "bfloat16")
+TRACKERS = ("tensorboard", "wandb")

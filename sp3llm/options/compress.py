@@ -1,0 +1,236 @@
+"""Settings of `sp3llm compress`."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sp3llm.errors import UserError
+from sp3llm.options.checks import check_bits, check_fields, check_recovery_device
+from sp3llm.options.choices import (
+    ALLOCATIONS,
+    BASES,
+    BITS,
+    CHOICES,
+    COUNTS,
+    DTYPES,
+    MASKS,
+    MOMENTS,
+    STREAMS,
+    TIES,
+    TURNS,
+)
+from sp3llm.options.field import flag, option
+
+# Where things are computed and put, not what.
+_NOT_OF_RESULT = (
+    *("out", "streams", "max_memory", "batch_tokens", "fresh"),
+    *("recover_steps", "score", "quantize", "report"),
+)
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """Settings of `sp3llm compress`."""
+
+    command: ClassVar[str] = "compress"
+
+    model: str | None = option(
+        "hub id or folder", default=None, shown="the bundled Llama", positional=True
+    )
+    keep: float = option(
+        "fraction of the dense model to keep; never exceeded; tied weights count once",
+        default=0.75,
+        metavar="FRACTION",
+        recorded="always",
+    )
+    of: str = option("what --keep counts", default="params", choices=COUNTS)
+    out: Path | None = option(
+        "output folder", default=None, shown="./<model>-keep<percent>", metavar="DIR"
+    )
+    calib: str | None = option(
+        "calibration text: stdlib, wikitext2, c4, ptb, alpaca, fineweb-edu, a .txt, .jsonl or "
+        ".parquet file, or a hub dataset; several, comma-separated, give equal shares",
+        default=None,
+        shown="stdlib for the bundled model, else wikitext2",
+        metavar="SETS",
+    )
+    samples: int = option("calibration windows", default=128, least=1)
+    seq_len: int | None = option(
+        "tokens a window", default=None, shown="2048, or the model's positions if fewer", least=2
+    )
+    eval_text: str | None = option(
+        "held-out text for the perplexity, named like --calib",
+        default=None,
+        shown="the evaluation split of the calibration set, else stdlib",
+        metavar="SETS",
+    )
+    eval_samples: int = option("evaluation windows at most", default=128, least=1)
+    moments: str = option(
+        "stream whose second moments are taken; raw is there to compare with",
+        default="normalised",
+        choices=MOMENTS,
+    )
+    refit: bool = option(
+        "refit what is left in closed form, layer by layer, in a second pass over the calibration "
+        "text",
+        default=True,
+    )
+    choose: str = option(
+        "how FFN neurons and KV groups are chosen: by the loss of the refit, or by their own "
+        "energy",
+        default="obs",
+        choices=CHOICES,
+    )
+    mask: str = option(
+        "who decides what is kept: trial refits and moments, or gates that learn it against the "
+        "dense model, which memory must hold whole",
+        default="closed-form",
+        choices=MASKS,
+    )
+    mask_steps: int = option("steps of the learned mask", default=300, least=2)
+    mask_batch: int = option(
+        "windows a step of the learned mask, over all processes", default=16, least=1
+    )
+    basis: str = option(
+        "what the basis of the stream keeps: what is large, what the weights read, or what the "
+        "loss would miss",
+        default="gradient",
+        choices=BASES,
+    )
+    turn: str = option(
+        "how the kept basis is turned, where no tie fixes it: hadamard spreads the energy over the "
+        "channels, for quantizers",
+        default="none",
+        choices=TURNS,
+    )
+    allocate: str | None = option(
+        "{choices}: find the mix of hidden size, FFN width and KV groups that loses least, or "
+        "spend the budget on the hidden size",
+        default=None,
+        shown="search; width with --no-refit, unless the mask is learned",
+        choices=ALLOCATIONS,
+    )
+    hidden_size: int | None = option("fix the hidden size", default=None)
+    intermediate_size: int | None = option("fix the FFN width", default=None)
+    num_key_value_heads: int | None = option("fix the number of key-value heads", default=None)
+    head_dim: int | None = option("fix the head size that an OPT is projected to", default=None)
+    word_embed_proj_dim: int | None = option("fix the embedding width of a tied OPT", default=None)
+    tie: str = option(
+        "tied embeddings: {choices}; the budget holds either way, and auto takes whichever loses "
+        "less",
+        default="auto",
+        choices=TIES,
+    )
+    square: bool = option(
+        "keep hidden_size = heads x head_dim, for tools that derive one from the other "
+        "(CTranslate2): whole heads go in step with the width; OPT, GPT-NeoX and StableLM are "
+        "square without it",
+        default=False,
+    )
+    tensor_parallel: int = option(
+        "keep heads and widths divisible by N devices", default=1, least=1
+    )
+    multiple_of: int | None = option(
+        "what the new hidden size must be a multiple of",
+        default=None,
+        shown="256, 64 or 8, by width and heads",
+        least=1,
+    )
+    device: str = option("where to compute: auto, cpu, cuda, cuda:1, ...", default="auto")
+    dtype: str = option(
+        "dtype of the weights written",
+        default="auto",
+        shown="as in the checkpoint",
+        choices=DTYPES,
+    )
+    report: bool = option(
+        "write report.html into the output folder, with samples of both models", default=True
+    )
+    seed: int = option(
+        "chooses the calibration windows; everything else is deterministic", default=0
+    )
+    streams: str = option(
+        "where the streams of all windows lie: {choices}; auto takes the first with room",
+        default="auto",
+        choices=STREAMS,
+    )
+    max_memory: str | None = option(
+        "what may be taken, as accelerate writes it, such as 0=20GiB,cpu=60GiB, or JSON; of several "
+        "GPUs the first one named is used",
+        default=None,
+        metavar="SIZES",
+    )
+    batch_tokens: int | None = option(
+        "tokens that go through a layer at once",
+        default=None,
+        shown="by the memory there is",
+        least=1,
+    )
+    fresh: bool = option(
+        "start over instead of continuing a run of the same command that was killed",
+        default=False,
+        recorded="never",
+    )
+    recover_steps: int = option(
+        "tune the result for N steps against the dense model, on the calibration sets' training "
+        "text, as sp3llm recover does by default",
+        default=0,
+    )
+    score: str | None = option(
+        "at the end, score result and dense model on these tasks or presets, as sp3llm score does",
+        default=None,
+        metavar="TASKS",
+    )
+    quantize: str | None = option(
+        "write the result in {choices} too, into <out>-<bits>, as sp3llm quantize does",
+        default=None,
+        metavar="BITS",
+        choices=BITS,
+    )
+
+    def of_result(self) -> dict[str, Any]:
+        """The settings that the result depends on, by option."""
+        return {
+            flag(name): value if value is None else str(value)
+            for name, value in asdict(self).items()
+            if name not in _NOT_OF_RESULT
+        }
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.keep) and 0 < self.keep < 1):
+            raise UserError(
+                f"Expected --keep between 0 and 1 (exclusive), found {self.keep:g}: give the "
+                "fraction of parameters to keep, such as 0.75."
+            )
+        if self.quantize is not None:
+            check_bits("quantize", self.quantize)
+        check_fields(self)
+        if self.recover_steps < 0:
+            raise UserError(
+                f"Expected --recover-steps of at least 0, found {self.recover_steps}: give a "
+                "larger number, or leave it out."
+            )
+        if self.recover_steps:
+            check_recovery_device(self.device)
+        if self.moments == "raw" and self.basis != "pca":
+            raise UserError(
+                f"Expected --basis pca with --moments raw, found '{self.basis}', which weighs "
+                "errors in the normalised stream: add --basis pca, or leave --moments raw out."
+            )
+        if not (self.refit or self.mask == "learned") and (
+            self.allocate == "search"
+            or self.intermediate_size
+            or self.num_key_value_heads
+            or self.square
+        ):
+            raise UserError(
+                "Cutting FFN or KV groups needs the refit, which chooses what survives, found "
+                "--no-refit: leave it out, or use --allocate width and --hidden-size only."
+            )
+
+    @property
+    def allocation(self) -> str:
+        """`allocate`, resolved."""
+        chosen = self.refit or self.mask == "learned"
+        return self.allocate or ("search" if chosen else "width")

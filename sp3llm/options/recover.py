@@ -1,0 +1,167 @@
+"""Settings of `sp3llm recover`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from sp3llm.errors import UserError
+from sp3llm.options.checks import check_fields, check_recovery_device
+from sp3llm.options.choices import PRECISIONS, TEACHER_DTYPES, TRACKERS
+from sp3llm.options.compress import CompressConfig
+from sp3llm.options.field import option, same_as
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """Settings of `sp3llm recover`."""
+
+    command: ClassVar[str] = "recover"
+
+    model: str = option("the compressed model: a folder or a hub id", positional=True)
+    teacher: str | None = option(
+        "the dense model: a folder or a hub id",
+        default=None,
+        shown="the one that the record of MODEL names",
+        metavar="MODEL",
+    )
+    out: Path | None = option(
+        "output folder", default=None, shown="./<model>-recovered", metavar="DIR"
+    )
+    train: str | None = option(
+        "text to train on, named like compress's --calib",
+        default=None,
+        shown="the sets that MODEL was calibrated on",
+        metavar="SETS",
+    )
+    stop_text: str | None = option(
+        "text to decide on when to stop",
+        default=None,
+        shown="a sixteenth of the training text, kept apart",
+        metavar="SETS",
+    )
+    eval_text: str | None = option(
+        "held-out text for the perplexity",
+        default=None,
+        shown="as for the compression",
+        metavar="SETS",
+    )
+    eval_samples: int = same_as(CompressConfig, "eval_samples")
+    steps: int = option("optimizer steps", default=300, least=1)
+    batch: int = option("windows a step, over all processes", default=16, least=1)
+    micro_batch: int | None = option(
+        "windows that a process runs at once",
+        default=None,
+        shown="2048 tokens' worth, one at least",
+        least=1,
+    )
+    seq_len: int | None = same_as(CompressConfig, "seq_len")
+    lr: float | None = option(
+        "peak learning rate", default=None, shown="by the hidden size", above=0
+    )
+    warmup: float = option(
+        "fraction of the steps over which it rises; it then falls as a cosine to 0", default=0.05
+    )
+    weight_decay: float = option("AdamW's, on matrices", default=0.0, least=0)
+    clip: float = option("largest norm of the gradient", default=1.0, above=0)
+    temperature: float = option(
+        "temperature at which model and teacher are compared", default=1.0, above=0
+    )
+    kl_weight: float = option("weight of the divergence from the teacher", default=1.0, least=0)
+    lm_weight: float = option(
+        "weight of the language-model loss, which also learns the text's own manner",
+        default=0.0,
+        least=0,
+    )
+    hidden_weight: float = option(
+        "weight of the error of the residual stream, seen through the basis that compress stores",
+        default=0.0,
+        least=0,
+    )
+    lora: int | None = option(
+        "train adapters of this rank, merged in the end",
+        default=None,
+        shown="all weights",
+        metavar="RANK",
+        least=1,
+    )
+    lora_alpha: float | None = option(
+        "scale of the adapters", default=None, shown="twice the rank", above=0
+    )
+    teacher_dtype: str = option(
+        "the teacher's weights: {choices}; auto is as in its checkpoint, float32 on a CPU; int8 "
+        "and nf4 are bitsandbytes'",
+        default="auto",
+        choices=TEACHER_DTYPES,
+    )
+    teacher_memory: float | None = option(
+        "GB of the device that the teacher may take; the rest is offloaded, to the host, then to "
+        "disk",
+        default=None,
+        shown="no limit",
+        metavar="GB",
+        above=0,
+    )
+    teacher_logits: Path | None = option(
+        "compute the teacher's largest logits once into this folder, or use those in it",
+        default=None,
+        shown="the teacher runs beside the model",
+        metavar="DIR",
+    )
+    top_k: int = option("how many logits a token --teacher-logits holds", default=64, least=1)
+    precision: str = option(
+        "arithmetic: {choices}; auto is bfloat16, by autocast, on a GPU",
+        default="auto",
+        choices=PRECISIONS,
+    )
+    gradient_checkpointing: bool = option(
+        "compute activations again in the backward pass instead of keeping them", default=False
+    )
+    stop_windows: int = option("windows that the held-out loss is taken on", default=32, least=1)
+    check_every: int | None = option(
+        "steps between held-out losses", default=None, shown="a tenth of all", least=1
+    )
+    patience: int = option(
+        "checks without a better loss before training stops; the best weights are kept",
+        default=5,
+        least=1,
+    )
+    checkpoint_every: int | None = option(
+        "steps between checkpoints", default=None, shown="a tenth of all", least=1
+    )
+    track: str | None = option("follow the run in {choices}", default=None, choices=TRACKERS)
+    device: str = option("auto, which is what accelerate finds, cuda or cpu", default="auto")
+    seed: int = option("orders the training windows and starts the adapters", default=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 <= self.warmup < 1:
+            raise UserError(
+                f"Expected --warmup between 0 and 1, the fraction of steps, found {self.warmup:g}: "
+                "give a fraction such as 0.05."
+            )
+        if self.kl_weight == self.lm_weight == self.hidden_weight == 0:
+            raise UserError(
+                "Expected something to learn from, found --kl-weight, --lm-weight and "
+                "--hidden-weight all 0: raise one of them."
+            )
+        if self.lora_alpha is not None and self.lora is None:
+            raise UserError(
+                "Expected --lora with --lora-alpha, which scales adapters, found none: add --lora "
+                "16, or leave it out."
+            )
+        if self.teacher_logits is not None and self.hidden_weight:
+            raise UserError(
+                "Expected the teacher itself for --hidden-weight, found --teacher-logits, which "
+                "holds no hidden states: leave one out."
+            )
+        check_recovery_device(self.device)
+
+    @property
+    def checked_every(self) -> int:
+        """`check_every`, resolved."""
+        return self.check_every or max(1, self.steps // 10)
+
+    @property
+    def saved_every(self) -> int:
+        """`checkpoint_every`, resolved."""
+        return self.checkpoint_every or max(1, self.steps // 10)
