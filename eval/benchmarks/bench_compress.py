@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from bench_memory import write_random_model
+from random_models import write_random_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 

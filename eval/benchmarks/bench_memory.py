@@ -18,12 +18,9 @@ import time
 from pathlib import Path
 
 import torch
+from random_models import write_random_model
 
-from sp3llm import families, report
-from sp3llm.checkpoint import shard_layout, write_index
-from sp3llm.families import count_parameters, parameter_shapes
-from sp3llm.resume import write_tensors
-from sp3llm.source import bundled_model
+from sp3llm import report
 
 RESULTS = Path(__file__).parents[1] / "results" / "memory"
 CONFIG = {
@@ -53,30 +50,6 @@ print("ready", flush=True)
 sys.stdin.readline()
 main(sys.argv[1:])
 """
-
-
-def write_random_model(folder: Path, config: dict, dtype: torch.dtype) -> int:
-    """A checkpoint of random weights, a shard a layer; returns its bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    family = families.family_of(config)
-    shapes = parameter_shapes(family, config)
-    parameters = count_parameters(family, config)
-    size = parameters * dtype.itemsize
-    layout = [[group] for shard in shard_layout(family, config, dtype) for group in shard]
-    generator = torch.Generator().manual_seed(0)
-    for number, (group,) in enumerate(layout):
-        tensors = {
-            name: torch.ones(shapes[name], dtype=dtype)
-            if len(shapes[name]) == 1
-            else torch.randn(shapes[name], generator=generator).mul_(0.02).to(dtype)
-            for name in group.parameters
-        }
-        write_tensors(folder / f"model-{number + 1:05d}-of-{len(layout):05d}.safetensors", tensors)
-    write_index(folder, layout, size, parameters)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    for file in bundled_model().glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    return size
 
 
 def anonymous(pid: int) -> int:
@@ -128,7 +101,8 @@ def main() -> None:
     rows = []
     for layers in options.layers:
         folder = options.work / f"llama-{layers}"
-        size = write_random_model(folder, {**CONFIG, "num_hidden_layers": layers}, torch.float32)
+        config, dtype = {**CONFIG, "num_hidden_layers": layers}, torch.float32
+        size = write_random_model(folder, config, dtype) * dtype.itemsize
         words = ["compress", folder, "--out", options.work / f"small-{layers}", "--fresh"]
         words += ["--calib", "stdlib", "--samples", options.samples, "--seq-len", options.seq_len]
         words += ["--eval-samples", options.samples, "--allocate", options.allocate, "--no-report"]
