@@ -9,7 +9,6 @@ what the process has once everything is imported. Weights are noise, so nothing 
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -18,11 +17,11 @@ import time
 from pathlib import Path
 
 import torch
+from common import RESULTS, as_json, command, hardware, surroundings, table, write
 from random_models import write_random_model
 
 from sp3llm import report
 
-RESULTS = Path(__file__).parents[1] / "results" / "memory"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -114,36 +113,35 @@ def main() -> None:
     for row in rows:
         row["of deepest"] = row["peak above baseline"] / deepest
     run = {
-        "command": shlex.join(["python", "eval/benchmarks/bench_memory.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "config": CONFIG,
         "runs": rows,
-        "versions": report.versions(),
-        "machine": report.machine("cpu"),
+        **surroundings("cpu"),
     }
-    (RESULTS / "memory.json").write_text(json.dumps(run, indent=1) + "\n")
-    lines = [
-        f"| {row['layers']} | {report.human_bytes(row['weights'])} | "
-        f"{report.human_bytes(row['peak above baseline'])} | "
-        f"{100 * row['of deepest']:.1f} % | {row['seconds']:.0f} |"
+    head = ["layers", "weights", "peak memory", "of the deepest model's weights", "seconds"]
+    cells = [
+        [
+            str(row["layers"]),
+            report.human_bytes(row["weights"]),
+            report.human_bytes(row["peak above baseline"]),
+            f"{100 * row['of deepest']:.1f} %",
+            f"{row['seconds']:.0f}",
+        ]
         for row in rows
     ]
-    (RESULTS / "memory.md").write_text(
-        f"""# memory
+    text = f"""# memory
 
     {run["command"]}
 
 Llamas of width {CONFIG["hidden_size"]}, FFN {CONFIG["intermediate_size"]}, random float32 weights,
 {options.samples} + {options.samples} windows of {options.seq_len} tokens, streams on
 {options.streams}, basis {options.basis}. Peak anonymous memory above what the process has after its
-imports. Machine: {", ".join(f"{k} {v}" for k, v in run["machine"].items())}; torch
+imports. Machine: {hardware(run["machine"])}; torch
 {run["versions"]["torch"]}. Other work ran beside: seconds are no measurement.
 
-| layers | weights | peak memory | of the deepest model's weights | seconds |
-|---|---|---|---|---|
+{table(head, cells)}
 """
-        + "\n".join(lines)
-        + "\n"
-    )
+    write(RESULTS / "memory" / "memory", json=as_json(run), md=text)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ losses at the end are compared with the first dense model's, on the same held-ou
 """
 
 import argparse
-import json
-import shlex
-import sys
 import tempfile
 from pathlib import Path
 
+from common import RESULTS, as_json, command, record_of, shown, surroundings, table, write
 from rich.console import Console
 
-from sp3llm import report, score
-from sp3llm.checkpoint import RECORD, open_checkpoint
+from sp3llm import score
+from sp3llm.checkpoint import open_checkpoint
 from sp3llm.compress import compress
 from sp3llm.config import CompressConfig
 from sp3llm.data import calibration_windows, default_evaluation, evaluation_windows, load_tokenizer
@@ -25,8 +23,6 @@ from sp3llm.execution import execution
 from sp3llm.families import family_of
 from sp3llm.measure import measure_losses
 from sp3llm.source import resolve_model
-
-RESULTS = Path(__file__).parents[1] / "results" / "rounds"
 
 
 def run_course(widths: list[int], samples: int, seq_len: int, folder: Path) -> Path:
@@ -67,29 +63,29 @@ def main() -> None:
             last = run_course(widths, options.samples, options.seq_len, Path(scratch))
             small = open_checkpoint(last)
             losses = measure_losses(small, family_of(small.config), evaluation.tokens, on)
-            plan = json.loads((last / RECORD).read_text())["plan"]
+            plan = record_of(last)["plan"]
         excess = score.excess_log_perplexity(losses, before)
         rows.append({"widths": widths, "plan": plan, "excess_log_perplexity": excess.describe()})
         print(course, excess, flush=True)
-    command = shlex.join(["python", "eval/benchmarks/bench_rounds.py", *sys.argv[1:]])
     record = {
-        "command": command,
+        "command": command(__file__),
         "model": name,
         "calibration": calibration.describe(),
         "evaluation": evaluation.describe(),
         "runs": rows,
-        "versions": report.versions(),
-        "machine": report.machine(str(on.device)),
+        **surroundings(on.device),
     }
-    (RESULTS / "rounds.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = ["| widths | parameters | excess log-perplexity |", "|---|---|---|"]
-    for row in rows:
-        excess = row["excess_log_perplexity"]
-        lines.append(
-            f"| {' to '.join(map(str, row['widths']))} | {row['plan']['parameters']:,} | "
-            f"{excess['mean']:.4f} ± {excess['paired_standard_error']:.4f} |"
-        )
-    (RESULTS / "rounds.md").write_text(f"# rounds\n\n    {command}\n\n" + "\n".join(lines) + "\n")
+    cells = [
+        [
+            " to ".join(map(str, row["widths"])),
+            f"{row['plan']['parameters']:,}",
+            shown(row["excess_log_perplexity"]),
+        ]
+        for row in rows
+    ]
+    made = table(["widths", "parameters", "excess log-perplexity"], cells)
+    text = f"# rounds\n\n    {record['command']}\n\n{made}\n"
+    write(RESULTS / "rounds" / "rounds", json=as_json(record), md=text)
 
 
 if __name__ == "__main__":
