@@ -10,19 +10,16 @@ already, else in the folder that NAME begins with (`curve/mine`), else in one ca
 
 import argparse
 import itertools
-import json
 import shlex
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from common import place
+from common import as_json, command, hardware, place, record_of, shown, table, write
 from rich.console import Console
 
 from sp3llm.compression.story import compress
 from sp3llm.options import CompressConfig
-from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.machine import machine
 
 SHAPE = ("hidden_size", "intermediate_size", "num_key_value_heads")
@@ -50,7 +47,7 @@ def run(settings: CompressConfig) -> dict:
     """One compression into a temporary folder; its record."""
     with tempfile.TemporaryDirectory() as folder:
         result = compress(replace(settings, out=Path(folder) / "small"), Console(quiet=True))
-        record = json.loads((result.out / RECORD).read_text())
+        record = record_of(result.out)
     del record["eigenvalues"], record["files_copied"], record["fits"], record["settings"]["out"]
     words = shlex.split(record["command"])
     at = words.index("--out")
@@ -68,21 +65,20 @@ def sizes(shape: dict) -> str:
     return f"{text}; heads of {shape['head_dim']}, {tied}table of {width}"
 
 
-def table(records: list[dict], varied: list[str]) -> str:
+def outcomes(records: list[dict], varied: list[str]) -> str:
     head = ["kept", *varied, "width, FFN, KV", "perplexity", "excess log-perplexity", "seconds"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for record in records:
-        excess = record["excess_log_perplexity"]
-        cells = [
+    rows = [
+        [
             f"{100 * record['plan']['keep_params']:.2f} %",
             *(str(record["settings"][key]) for key in varied),
             sizes(record["plan"]["shape"]),
             f"{record['perplexity']:.3f}",
-            f"{excess['mean']:.4f} ± {excess['paired_standard_error']:.4f}",
+            shown(record["excess_log_perplexity"]),
             f"{record['seconds']:.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for record in records
+    ]
+    return table(head, rows)
 
 
 def main() -> None:
@@ -114,31 +110,26 @@ def main() -> None:
     for keep, *values in itertools.product(options.keep, *varied.values()):
         settings = replace(base, keep=keep, **dict(zip(varied, values, strict=True)))
         records.append(run(settings))
-        print(table(records[-1:], list(varied)).splitlines()[-1], flush=True)
+        print(outcomes(records[-1:], list(varied)).splitlines()[-1], flush=True)
 
     path = place(options.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.json").write_text(json.dumps(records, indent=1) + "\n")
     first = records[0]
     evaluated, calibrated = first["evaluation"], first["calibration"]
-    hardware = ", ".join(f"{k} {v}" for k, v in machine("cpu").items())
-    command = shlex.join(["python", "eval/benchmarks/bench.py", *sys.argv[1:]])
-    Path(f"{path}.md").write_text(
-        f"""# {path.name}
+    text = f"""# {path.name}
 
-    {command}
+    {command(__file__)}
 
 Model: {first["model"]}; dense perplexity {first["dense_perplexity"]:.3f}. Excess log-perplexity
 (nats a token over the dense model, with its paired standard error over windows) on
 {evaluated["samples"]} windows of {evaluated["seq_len"]} tokens of {", ".join(evaluated["sources"])}
 (evaluation part, sha256 {evaluated["sha256"][:12]}). Calibrated on {calibrated["samples"]} windows
 of {calibrated["seq_len"]} tokens of {", ".join(calibrated["sources"])} (calibration part, sha256
-{calibrated["sha256"][:12]}), seed {options.seed}. Machine: {hardware}; torch
+{calibrated["sha256"][:12]}), seed {options.seed}. Machine: {hardware(machine("cpu"))}; torch
 {first["versions"]["torch"]}, transformers {first["versions"]["transformers"]}.
 
-{table(records, list(varied))}
+{outcomes(records, list(varied))}
 """
-    )
+    write(path, json=as_json(records), md=text)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,6 @@ so that one layer of each stage is measured and the rest extrapolated, labelled 
 
 import argparse
 import functools
-import json
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,11 +24,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from bench_memory import write_random_model
+from common import RESULTS, as_json, command, hardware, surroundings, table, write
+from random_models import write_random_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from sp3llm.compression import building, measuring
+from sp3llm.compression import basis_choice, refitter, writers
 from sp3llm.compression.attempts import _placed
 from sp3llm.compression.job import Job, prepare
 from sp3llm.compression.measuring import measure_dense
@@ -41,13 +39,11 @@ from sp3llm.models.source import resolve_model
 from sp3llm.options import CompressConfig
 from sp3llm.runtime.folders import MODEL
 from sp3llm.runtime.journal import Journal, open_journal
-from sp3llm.runtime.machine import machine, versions
 from sp3llm.runtime.processes import Ranks
 from sp3llm.runtime.progress import progress_bars
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.text.windows import calibration_windows
 
-RESULTS = Path(__file__).parents[1] / "results" / "cost"
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -105,11 +101,11 @@ def install_clocks(clock: dict[str, float]) -> None:
     cost what of them the passes wait for.
     """
     for module, name in (
-        (building, "ridge_fit"),
-        (building, "ridge_errors"),
-        (building, "ridge_solution"),
-        (building, "choose_units"),
-        (measuring, "choose_basis"),
+        (refitter, "ridge_fit"),
+        (refitter, "ridge_errors"),
+        (writers, "ridge_solution"),
+        (writers, "choose_units"),
+        (basis_choice, "choose_basis"),
     ):
         setattr(module, name, clocked(clock, "solves", getattr(module, name)))
     Journal.save = clocked(clock, "io", Journal.save)
@@ -283,37 +279,30 @@ def main() -> None:
         cost_of(job.family, job.dense.config, dense, options.seq_len // 2).flops * tokens.numel()
     )
     run = {
-        "command": shlex.join(["python", "eval/benchmarks/bench_compress.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "model": name,
         "keep": options.keep,
         "calibration": about,
         "ceiling, FLOP/s": peak,
         "one forward, FLOP": flops,
         "runs": rows,
-        "versions": versions(),
-        "machine": {**machine(str(on.device)), "dtype": str(on.dtype)},
+        **surroundings(on.device, dtype=str(on.dtype)),
     }
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(run, indent=1) + "\n")
-    heads = list(rows[chosen[0]])
-    lines = ["| seconds | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for variant, row in rows.items():
-        lines.append(f"| {variant} | " + " | ".join(f"{v:.2f}" for v in row.values()) + " |")
+    cells = [[variant, *(f"{v:.2f}" for v in row.values())] for variant, row in rows.items()]
     plain = sum(row["plain forward"] for row in rows.values()) / len(rows)
-    hardware = ", ".join(f"{k} {v}" for k, v in run["machine"].items())
-    (RESULTS / f"{options.name}.md").write_text(
-        f"""# {options.name}
+    machine = hardware(run["machine"])
+    text = f"""# {options.name}
 
     {run["command"]}
 
 {name} at {options.keep}, {tokens.numel():,} calibration tokens in windows of {options.seq_len}. A
 plain forward of the dense model over them is timed before and after every row; its mean is the
 unit. It runs at {flops / plain / 1e12:.2f} TFLOP/s, {100 * flops / plain / peak:.0f} % of what a
-large matrix product reaches here. Machine: {hardware}; torch {run["versions"]["torch"]}.
+large matrix product reaches here. Machine: {machine}; torch {run["versions"]["torch"]}.
 
+{table(["seconds", *rows[chosen[0]]], cells)}
 """
-        + "\n".join(lines)
-        + "\n"
-    )
+    write(RESULTS / "cost" / options.name, json=as_json(run), md=text)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,15 @@ Scored on the same held-out text as eval/benchmarks/bench.py; needs a model that
 
 import argparse
 import copy
-import json
-import shlex
-import sys
-from pathlib import Path
 
 import torch
+from common import RESULTS, as_json, command, surroundings, write
 from transformers import AutoModelForCausalLM
 
 from sp3llm.maths.paired import excess_log_perplexity, perplexity
 from sp3llm.models.source import resolve_model
-from sp3llm.runtime.machine import machine, versions
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.text.windows import calibration_windows, evaluation_windows
-
-RESULTS = Path(__file__).parents[1] / "results" / "depth"
 
 
 @torch.no_grad()
@@ -95,15 +89,14 @@ def main() -> None:
         )
         print(f"{100 * count / dense_count:.2f} %, blocks {dropped} dropped: {excess.mean:.4f}")
     run = {
-        "command": shlex.join(["python", "eval/benchmarks/bench_depth.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "model": name,
         "calibration": calibration.describe(),
         "evaluation": evaluation.describe(),
-        "versions": versions(),
-        "machine": machine("cpu"),
+        **surroundings("cpu"),
         "runs": records,
     }
-    (RESULTS / "depth.json").write_text(json.dumps(run, indent=1) + "\n")
+    write(RESULTS / "depth" / "depth", json=as_json(run))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ what the process has once everything is imported. Weights are noise, so nothing 
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -18,16 +17,11 @@ import time
 from pathlib import Path
 
 import torch
+from common import RESULTS, as_json, command, hardware, surroundings, table, write
+from random_models import write_random_model
 
-from sp3llm.models import families
-from sp3llm.models.export import shard_layout, write_index
-from sp3llm.models.families import count_parameters, parameter_shapes
-from sp3llm.models.source import bundled_model
 from sp3llm.reporting.formatting import human_bytes
-from sp3llm.runtime.files import write_tensors
-from sp3llm.runtime.machine import machine, versions
 
-RESULTS = Path(__file__).parents[1] / "results" / "memory"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -49,39 +43,12 @@ CHILD = """
 import sys
 import torch, transformers, accelerate, tokenizers
 import transformers.models.llama.modeling_llama
-import sp3llm.compression.building
-import sp3llm.compression.measuring
-import sp3llm.compression.story
-import sp3llm.text.windows
+import sp3llm.compress, sp3llm.measure, sp3llm.rebuild, sp3llm.data
 from sp3llm.cli import main
 print("ready", flush=True)
 sys.stdin.readline()
 main(sys.argv[1:])
 """
-
-
-def write_random_model(folder: Path, config: dict, dtype: torch.dtype) -> int:
-    """A checkpoint of random weights, a shard a layer; returns its bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    family = families.family_of(config)
-    shapes = parameter_shapes(family, config)
-    parameters = count_parameters(family, config)
-    size = parameters * dtype.itemsize
-    layout = [[group] for shard in shard_layout(family, config, dtype) for group in shard]
-    generator = torch.Generator().manual_seed(0)
-    for number, (group,) in enumerate(layout):
-        tensors = {
-            name: torch.ones(shapes[name], dtype=dtype)
-            if len(shapes[name]) == 1
-            else torch.randn(shapes[name], generator=generator).mul_(0.02).to(dtype)
-            for name in group.parameters
-        }
-        write_tensors(folder / f"model-{number + 1:05d}-of-{len(layout):05d}.safetensors", tensors)
-    write_index(folder, layout, size, parameters)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    for file in bundled_model().glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    return size
 
 
 def anonymous(pid: int) -> int:
@@ -133,7 +100,8 @@ def main() -> None:
     rows = []
     for layers in options.layers:
         folder = options.work / f"llama-{layers}"
-        size = write_random_model(folder, {**CONFIG, "num_hidden_layers": layers}, torch.float32)
+        config, dtype = {**CONFIG, "num_hidden_layers": layers}, torch.float32
+        size = write_random_model(folder, config, dtype) * dtype.itemsize
         words = ["compress", folder, "--out", options.work / f"small-{layers}", "--fresh"]
         words += ["--calib", "stdlib", "--samples", options.samples, "--seq-len", options.seq_len]
         words += ["--eval-samples", options.samples, "--allocate", options.allocate, "--no-report"]
@@ -145,36 +113,35 @@ def main() -> None:
     for row in rows:
         row["of deepest"] = row["peak above baseline"] / deepest
     run = {
-        "command": shlex.join(["python", "eval/benchmarks/bench_memory.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "config": CONFIG,
         "runs": rows,
-        "versions": versions(),
-        "machine": machine("cpu"),
+        **surroundings("cpu"),
     }
-    (RESULTS / "memory.json").write_text(json.dumps(run, indent=1) + "\n")
-    lines = [
-        f"| {row['layers']} | {human_bytes(row['weights'])} | "
-        f"{human_bytes(row['peak above baseline'])} | "
-        f"{100 * row['of deepest']:.1f} % | {row['seconds']:.0f} |"
+    head = ["layers", "weights", "peak memory", "of the deepest model's weights", "seconds"]
+    cells = [
+        [
+            str(row["layers"]),
+            human_bytes(row["weights"]),
+            human_bytes(row["peak above baseline"]),
+            f"{100 * row['of deepest']:.1f} %",
+            f"{row['seconds']:.0f}",
+        ]
         for row in rows
     ]
-    (RESULTS / "memory.md").write_text(
-        f"""# memory
+    text = f"""# memory
 
     {run["command"]}
 
 Llamas of width {CONFIG["hidden_size"]}, FFN {CONFIG["intermediate_size"]}, random float32 weights,
 {options.samples} + {options.samples} windows of {options.seq_len} tokens, streams on
 {options.streams}, basis {options.basis}. Peak anonymous memory above what the process has after its
-imports. Machine: {", ".join(f"{k} {v}" for k, v in run["machine"].items())}; torch
+imports. Machine: {hardware(run["machine"])}; torch
 {run["versions"]["torch"]}. Other work ran beside: seconds are no measurement.
 
-| layers | weights | peak memory | of the deepest model's weights | seconds |
-|---|---|---|---|---|
+{table(head, cells)}
 """
-        + "\n".join(lines)
-        + "\n"
-    )
+    write(RESULTS / "memory" / "memory", json=as_json(run), md=text)
 
 
 if __name__ == "__main__":

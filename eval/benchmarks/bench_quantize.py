@@ -12,20 +12,29 @@ all that are finished.
 import argparse
 import json
 import os
-import shlex
 from pathlib import Path
 
 import torch
+from common import (
+    RESULTS,
+    command,
+    contest,
+    figure,
+    finished,
+    hardware,
+    record_of,
+    shown,
+    table,
+    write,
+)
 from rich.console import Console
 
 from sp3llm.compression.story import compress
-from sp3llm.maths.paired import Excess, excess_log_perplexity
+from sp3llm.maths.paired import excess_log_perplexity
 from sp3llm.options import CompressConfig, QuantizeConfig
 from sp3llm.quantization.story import quantize
-from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.machine import machine
 
-RESULTS = Path(__file__).parents[1] / "results" / "quantization"
 # In 64s, so that nf4 runs on a CPU and both formats see the same models.
 IN_64S = {
     "75": {"hidden_size": 192, "intermediate_size": 640},
@@ -54,7 +63,7 @@ CONTESTANTS = {
 def start_of(name: str, work: Path, seed: int) -> Path:
     """The compressed model that is quantized, made once."""
     out = work / f"start-{name}"
-    if (out / RECORD).is_file():
+    if finished(out):
         return out
     shape = name.removesuffix(TURNED)
     changes = AS_NF4.get(shape) or {"keep": float(shape) / 100, **IN_64S[shape]}
@@ -69,19 +78,16 @@ def start_of(name: str, work: Path, seed: int) -> Path:
 
 def run(name: str, work: Path, seed: int) -> None:
     """Quantize one contestant, unless that is done."""
-    if (work / name / RECORD).is_file():
+    if finished(work / name):
         return
     start, bits = CONTESTANTS[name]
     folder = str(start_of(start, work, seed))
     quantize(QuantizeConfig(folder, bits, out=work / name, device="cpu"), Console())
 
 
-def record_of(name: str, work: Path) -> dict | None:
+def kept_of(name: str, work: Path) -> dict:
     """What is kept of a finished contestant: no paths of this machine."""
-    path = work / name / RECORD
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text())
+    record = record_of(work / name)
     entry = record["quantization"]
     del entry["command"], entry["settings"]
     kept = ("plan", "calibration", "evaluation", "dtype")
@@ -91,17 +97,6 @@ def record_of(name: str, work: Path) -> dict | None:
 
 def losses(record: dict, model: str) -> torch.Tensor:
     return torch.tensor(record["models"][model]["window_losses"], dtype=torch.float64)[:, None]
-
-
-def shown(found: dict | Excess) -> str:
-    found = found if isinstance(found, dict) else found.describe()
-    mean = round(found["mean"], 4) + 0.0  # no -0.0000
-    return f"{mean:.4f} ± {found['paired_standard_error']:.4f}"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def megabytes(model: dict) -> list[str]:
@@ -119,7 +114,7 @@ def dense_rows(records: list[dict]) -> list[list[str]]:
     return rows
 
 
-def table(records: list[dict]) -> str:
+def costs(records: list[dict]) -> str:
     head = ["model", "kept", "width, FFN", "MB", "MB, linear layers", "excess log-perplexity",
             "of it by the bits"]  # fmt: skip
     rows = dense_rows(records)
@@ -137,7 +132,7 @@ def table(records: list[dict]) -> str:
             f"{start} {record['bits']}", *about, *megabytes(models["small_quantized"]),
             excess["small_quantized"], shown(record["cost"]["small"]),
         ])  # fmt: skip
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def turns(records: list[dict]) -> str:
@@ -158,10 +153,10 @@ def turns(records: list[dict]) -> str:
             losses(record, "small_quantized") - losses(record, "small"),
         )
         cost = [shown(one["cost"]["small"]) for one in (record, turned)]
-        rows.append([name, *cost, shown(added), shown(full), shown(few)])
+        rows.append([name, *cost, *(shown(found.describe()) for found in (added, full, few))])
     head = ["model", "cost of the bits", "turned", "difference", "turned less unturned, bf16",
             "turned less unturned, quantized"]  # fmt: skip
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def versus(records: list[dict]) -> str:
@@ -178,19 +173,14 @@ def versus(records: list[dict]) -> str:
                 losses(record, "small_quantized"), losses(nf4, "dense_quantized")
             )
             sizes = [f"{small[key] / dense[key]:.3f}" for key in ("weight_bytes", "linear_bytes")]
-            rows.append([record["name"], *sizes, shown(more)])
+            rows.append([record["name"], *sizes, shown(more.describe())])
     head = ["model", "bytes over dense nf4's", "linear layers' alone",
             "loss over dense nf4's, nats a token"]  # fmt: skip
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def draw(records: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    picture, axes = figure()
     for bits, marker in (("int8", "s"), ("nf4", "^")):
         mine = [r for r in records if r["bits"] == bits]
         for turn, fill in (("none", "full"), ("hadamard", "none")):
@@ -222,25 +212,18 @@ def draw(records: list[dict], path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=120)
+    picture.savefig(path, dpi=120)
 
 
-def write(records: list[dict], seed: int) -> None:
-    RESULTS.mkdir(exist_ok=True)
+def publish(records: list[dict], seed: int) -> None:
     lines = ",\n".join(map(json.dumps, records))  # one a contestant: window losses are many
-    (RESULTS / "quantize.json").write_text(f"[\n{lines}\n]\n")
-    draw(records, RESULTS / "quantize.png")
     first = records[0]
     evaluated, calibrated = first["evaluation"], first["calibration"]
-    hardware = ", ".join(f"{k} {v}" for k, v in machine("cpu").items())
     names = [record["name"] for record in records]
-    command = shlex.join(["python", "eval/benchmarks/bench_quantize.py", "--work", "WORK"])
-    command += " --run " + shlex.join(names)
-    versions = first["versions"]
-    (RESULTS / "quantize.md").write_text(
-        f"""# quantize
+    versions, found_on = first["versions"], hardware(machine("cpu"))
+    text = f"""# quantize
 
-    {command}
+    {command(__file__, ["--work", "WORK", "--run", *names])}
 
 The bundled Llama, dense perplexity {first["models"]["dense"]["perplexity"]:.3f}, compressed
 (calibrated on {calibrated["samples"]} windows of {calibrated["seq_len"]} tokens of
@@ -253,7 +236,7 @@ windows of {evaluated["seq_len"]} tokens of {", ".join(evaluated["sources"])} (e
 sha256 {evaluated["sha256"][:12]}). Seed {seed}. Everything that is not quantized is stored in
 bf16 and computed in float32. Bytes are those of the files of weights; the linear layers' hold
 their scales. The dense model's FFN of 688 is not in 64s: its nf4 weights are dequantized block by
-block, as a GPU does. Machine: {hardware}; torch {versions["torch"]}, transformers
+block, as a GPU does. Machine: {found_on}; torch {versions["torch"]}, transformers
 {versions["transformers"]}, bitsandbytes {versions["bitsandbytes"]},
 {os.environ.get("OMP_NUM_THREADS", "all")} thread(s).
 
@@ -262,7 +245,7 @@ model's parameters and 56 % of its bytes in nf4; of a 7B Llama they are 4 % and 
 width cuts them too, which flatters pruning by the bytes of everything; the linear layers alone are
 what a large model would see.
 
-{table(records)}
+{costs(records)}
 
 ## Does the turn help?
 
@@ -275,28 +258,18 @@ itself.
 
 {versus(records)}
 """
-    )
+    path = RESULTS / "quantization" / "quantize"
+    write(path, json=f"[\n{lines}\n]\n", md=text)
+    draw(records, Path(f"{path}.png"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="where models wait")
-    parser.add_argument("--run", nargs="*", default=[], metavar="NAME", help="contestants")
-    parser.add_argument("--list", action="store_true", help="name them and what is finished")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    for name in options.run:
-        if name not in CONTESTANTS:
-            parser.error(f"no contestant '{name}': see --list")
-    if options.list:
-        for name in CONTESTANTS:
-            print(name, "finished" if (options.work / name / RECORD).is_file() else "")
-        return
+    options = contest(parser, CONTESTANTS)
     for name in options.run:
         run(name, options.work, options.seed)
-        found = (record_of(name, options.work) for name in CONTESTANTS)
-        records = [record for record in found if record is not None]
-        write(records, options.seed)
+        done = [name for name in CONTESTANTS if finished(options.work / name)]
+        publish([kept_of(name, options.work) for name in done], options.seed)
         print(name, "finished", flush=True)
 
 

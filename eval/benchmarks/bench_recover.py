@@ -15,10 +15,22 @@ import gzip
 import itertools
 import json
 import os
-import shlex
 from pathlib import Path
 
 import torch
+from common import (
+    RESULTS,
+    as_json,
+    command,
+    contest,
+    figure,
+    finished,
+    hardware,
+    record_of,
+    shown,
+    table,
+    write,
+)
 from rich.console import Console
 from torch import Tensor
 
@@ -31,14 +43,12 @@ from sp3llm.models.source import bundled_model
 from sp3llm.options import CompressConfig, RecoverConfig
 from sp3llm.recovery.story import recover
 from sp3llm.runtime.devices import execution
-from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.machine import machine
 from sp3llm.text.sources import read_documents, resolve_source
 from sp3llm.text.split import part_of
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.text.windows import cut_windows, pack
 
-RESULTS = Path(__file__).parents[1] / "results" / "recovery"
 # A learned mask sees as many tokens a step as a step of recovery does.
 _LEARNED = {"mask": "learned", "mask_batch": 8, "mask_steps": 75}
 STARTS = {
@@ -95,7 +105,7 @@ def start_of(name: str, work: Path, seed: int) -> Path:
     if name == "dense":
         return bundled_model()
     out = work / f"start-{name}"
-    if not (out / RECORD).is_file():
+    if not finished(out):
         settings = {"keep": 0.625, "samples": 64, "seq_len": 512, "out": out, "seed": seed}
         compress(CompressConfig(**{**settings, "device": "cpu", **STARTS[name]}), Console())
     return out
@@ -105,7 +115,7 @@ def run(name: str, work: Path, train: str, also: list[Path], seed: int) -> None:
     """Recover one contestant, unless that is done."""
     start, changes = CONTESTANTS[name]
     out = work / name
-    if (out / RECORD).is_file():
+    if finished(out):
         return
     if "train" in changes:
         changes = {"train": ",".join([train, *(str(seen_part(path, work)) for path in also)])}
@@ -167,12 +177,9 @@ def score_elsewhere(name: str, work: Path, paths: list[Path], seed: int) -> None
     kept.write_text(json.dumps(found))
 
 
-def record_of(name: str, work: Path) -> dict | None:
+def kept_of(name: str, work: Path) -> dict:
     """What is kept of a finished contestant: no paths of this machine."""
-    path = work / name / RECORD
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text())
+    record = record_of(work / name)
     entry = record["recoveries"][-1]
     del entry["command"]
     for key in ("model", "teacher", "out", "train", "stop_text", "eval_text"):
@@ -190,17 +197,13 @@ def record_of(name: str, work: Path) -> dict | None:
     }
 
 
-def excess(found: dict) -> str:
-    return f"{found['mean']:.4f} ± {found['paired_standard_error']:.4f}"
-
-
 def moved(found: dict | None) -> str:
     if found is None:
         return ""
-    return f"{found['before']['mean']:.4f} to {excess(found['after'])}"
+    return f"{found['before']['mean']:.4f} to {shown(found['after'])}"
 
 
-def table(records: list[dict]) -> str:
+def gains(records: list[dict]) -> str:
     others = sorted({text for record in records for text in record["elsewhere"]})
     head = [
         "contestant",
@@ -211,29 +214,23 @@ def table(records: list[dict]) -> str:
         *others,
         "seconds",
     ]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for record in records:
-        before, after = (record[f"excess_log_perplexity{which}"] for which in ("_before", ""))
-        cells = [
+    rows = [
+        [
             record["name"],
             f"{record['steps']} ({record['best_step']})",
             f"{record['trained_parameters']:,}",
-            excess(before),
-            excess(after),
+            shown(record["excess_log_perplexity_before"]),
+            shown(record["excess_log_perplexity"]),
             *(moved(record["elsewhere"].get(text)) for text in others),
             f"{record['training_seconds']:.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for record in records
+    ]
+    return table(head, rows)
 
 
 def draw(records: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    picture, axes = figure()
     for start, marker in zip(CURVES, "os^", strict=True):
         mine = [r for r in records if r["name"] == f"{start}-{r['settings']['steps']}"]
         if not mine:
@@ -261,24 +258,19 @@ def draw(records: list[dict], path: Path) -> None:
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=120)
+    picture.savefig(path, dpi=120)
 
 
-def write(records: list[dict], seed: int) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "recover.json").write_text(json.dumps(records, indent=1) + "\n")
-    draw(records, RESULTS / "recover.png")
+def publish(records: list[dict], seed: int) -> None:
     first = records[0]
     evaluated, trained = first["evaluation"], first["training"]
-    hardware = ", ".join(f"{k} {v}" for k, v in machine("cpu").items())
     others = sorted({text for record in records for text in record["elsewhere"]})
-    words = ["python", "eval/benchmarks/bench_recover.py", "--work", "WORK"]
-    words += ["--train", first["settings"]["train"], *(["--also", *others] if others else [])]
-    command = shlex.join(words)
-    (RESULTS / "recover.md").write_text(
-        f"""# recover
+    words = ["--work", "WORK", "--train", first["settings"]["train"]]
+    words += ["--also", *others] if others else []
+    words += ["--run", *(record["name"] for record in records)]
+    text = f"""# recover
 
-    {command} --run {" ".join(record["name"] for record in records)}
+    {command(__file__, words)}
 
 The bundled Llama, dense perplexity {first["dense_perplexity"]:.3f}, compressed to 62.5 % of its
 parameters unless named (calibrated on 64 windows of 512 tokens of stdlib) and recovered: steps of
@@ -292,7 +284,7 @@ dense model, with its paired standard error over windows) on {evaluated["samples
 language-model loss has no weight by default, after its effect had been seen on it. Stopping is
 decided on {first["stopping"]["samples"]} windows of text kept apart from the training text. Seed
 {seed}.
-Machine: {hardware}; torch {first["versions"]["torch"]}, transformers
+Machine: {hardware(machine("cpu"))}; torch {first["versions"]["torch"]}, transformers
 {first["versions"]["transformers"]}. Seconds were taken while other work ran beside, on
 {os.environ.get("OMP_NUM_THREADS", "all")} thread(s) here.
 
@@ -304,37 +296,28 @@ but `mix-150` was tuned on, show what carries over. A learned mask's {_LEARNED["
 see as many tokens as {_LEARNED["mask_steps"]} steps of recovery: compare `learned-75` with
 `refit-150`, and `learned50-75` with `refit50-150`.
 
-{table(records)}
+{gains(records)}
 """
-    )
+    path = RESULTS / "recovery" / "recover"
+    write(path, json=as_json(records), md=text)
+    draw(records, Path(f"{path}.png"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="where models and states wait")
     parser.add_argument("--train", default="stdlib", help="as for sp3llm recover")
-    parser.add_argument("--run", nargs="*", default=[], metavar="NAME", help="contestants")
-    parser.add_argument("--list", action="store_true", help="name them and what is finished")
     parser.add_argument(
         "--also", nargs="*", type=Path, default=[], metavar="FILE",
         help="corpora whose evaluation part is scored too; but for mix-150, not trained on",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    for name in options.run:
-        if name not in CONTESTANTS:
-            parser.error(f"no contestant '{name}': see --list")
-    if options.list:
-        for name in CONTESTANTS:
-            print(name, "finished" if (options.work / name / RECORD).is_file() else "")
-        return
+    options = contest(parser, CONTESTANTS)
     for name in options.run:
         run(name, options.work, options.train, options.also, options.seed)
         score_elsewhere(name, options.work, options.also, options.seed)
-        found = (record_of(name, options.work) for name in CONTESTANTS)
-        records = [record for record in found if record is not None]
-        write(records, options.seed)
-        print(table(records).splitlines()[-1], flush=True)
+        done = [name for name in CONTESTANTS if finished(options.work / name)]
+        records = [kept_of(name, options.work) for name in done]
+        publish(records, options.seed)
+        print(gains(records).splitlines()[-1], flush=True)
 
 
 if __name__ == "__main__":

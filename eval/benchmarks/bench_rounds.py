@@ -8,12 +8,10 @@ losses at the end are compared with the first dense model's, on the same held-ou
 """
 
 import argparse
-import json
-import shlex
-import sys
 import tempfile
 from pathlib import Path
 
+from common import RESULTS, as_json, command, record_of, shown, surroundings, table, write
 from rich.console import Console
 
 from sp3llm.compression.story import compress
@@ -24,13 +22,9 @@ from sp3llm.models.families import family_of
 from sp3llm.models.source import resolve_model
 from sp3llm.options import CompressConfig
 from sp3llm.runtime.devices import execution
-from sp3llm.runtime.folders import RECORD
-from sp3llm.runtime.machine import machine, versions
 from sp3llm.text.sources import default_evaluation
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.text.windows import calibration_windows, evaluation_windows
-
-RESULTS = Path(__file__).parents[1] / "results" / "rounds"
 
 
 def run_course(widths: list[int], samples: int, seq_len: int, folder: Path) -> Path:
@@ -71,29 +65,29 @@ def main() -> None:
             last = run_course(widths, options.samples, options.seq_len, Path(scratch))
             small = open_checkpoint(last)
             losses = measure_losses(small, family_of(small.config), evaluation.tokens, on)
-            plan = json.loads((last / RECORD).read_text())["plan"]
+            plan = record_of(last)["plan"]
         excess = excess_log_perplexity(losses, before)
         rows.append({"widths": widths, "plan": plan, "excess_log_perplexity": excess.describe()})
         print(course, excess, flush=True)
-    command = shlex.join(["python", "eval/benchmarks/bench_rounds.py", *sys.argv[1:]])
     record = {
-        "command": command,
+        "command": command(__file__),
         "model": name,
         "calibration": calibration.describe(),
         "evaluation": evaluation.describe(),
         "runs": rows,
-        "versions": versions(),
-        "machine": machine(str(on.device)),
+        **surroundings(on.device),
     }
-    (RESULTS / "rounds.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = ["| widths | parameters | excess log-perplexity |", "|---|---|---|"]
-    for row in rows:
-        excess = row["excess_log_perplexity"]
-        lines.append(
-            f"| {' to '.join(map(str, row['widths']))} | {row['plan']['parameters']:,} | "
-            f"{excess['mean']:.4f} ± {excess['paired_standard_error']:.4f} |"
-        )
-    (RESULTS / "rounds.md").write_text(f"# rounds\n\n    {command}\n\n" + "\n".join(lines) + "\n")
+    cells = [
+        [
+            " to ".join(map(str, row["widths"])),
+            f"{row['plan']['parameters']:,}",
+            shown(row["excess_log_perplexity"]),
+        ]
+        for row in rows
+    ]
+    made = table(["widths", "parameters", "excess log-perplexity"], cells)
+    text = f"# rounds\n\n    {record['command']}\n\n{made}\n"
+    write(RESULTS / "rounds" / "rounds", json=as_json(record), md=text)
 
 
 if __name__ == "__main__":

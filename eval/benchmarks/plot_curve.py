@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from common import place
+from common import figure, place
 
 LABELS = {
     "depth": "drop whole blocks",
@@ -24,12 +24,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    picture, axes = figure()
     for name, marker in zip(options.names, "xso^dv", strict=False):
         records = json.loads(Path(f"{place(name)}.json").read_text())
         records = records["runs"] if isinstance(records, dict) else records
@@ -47,7 +42,7 @@ def main() -> None:
     axes.invert_xaxis()
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    figure.savefig(options.out, dpi=120)
+    picture.savefig(options.out, dpi=120)
 
 
 if __name__ == "__main__":

@@ -12,23 +12,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from random_models import write_random_model
+from transformers import LlamaConfig
 
 from sp3llm.models.families import family_of
 from sp3llm.models.shapes import resized_config
 from sp3llm.options import DTYPES
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits
-
-
-def write(config: dict, folder: Path, dtype: str, device: str) -> int:
-    """A seeded stock model of this config; its parameters."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        stock = LlamaConfig.from_dict(config)
-        model = AutoModelForCausalLM.from_config(stock, dtype=getattr(torch, dtype))
-    model.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def main() -> None:
@@ -57,12 +48,15 @@ def main() -> None:
         vocab_size=options.vocab_size,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype=options.dtype,
     ).to_dict()
     family = family_of(dense)
     shape = candidates(family, dense, Limits(keep=options.keep, only_width=True))[0]
     small = resized_config(family, dense, shape)
+    dtype = getattr(torch, options.dtype)
     counts = [
-        write(config, options.out / name, options.dtype, options.device)
+        write_random_model(options.out / name, config, dtype, options.device, tokenizer=False)
         for name, config in (("dense", dense), ("small", small))
     ]
     print(f"{counts[0]:,} and {counts[1]:,} parameters ({100 * counts[1] / counts[0]:.2f} %)")

@@ -156,8 +156,8 @@ class CompressConfig:
         choices=STREAMS,
     )
     max_memory: str | None = option(
-        "what may be taken, as accelerate writes it, such as 0=20GiB,cpu=60GiB, or JSON; of several "
-        "GPUs the first one named is used",
+        "what may be taken, as accelerate writes it, such as 0=20GiB,cpu=60GiB, or JSON; of "
+        "several GPUs the first one named is used",
         default=None,
         metavar="SIZES",
     )
