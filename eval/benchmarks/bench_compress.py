@@ -112,23 +112,27 @@ def install_clocks(clock: dict[str, float]) -> None:
 
 
 @torch.no_grad()
-def forward_seconds(folder: Path, tokens: torch.Tensor, on) -> float:
+def forward_seconds(folder: Path, tokens: torch.Tensor, execution) -> float:
     """One plain forward of the stock model over all windows, logits included."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=on.dtype).to(on.device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=execution.dtype)
+        .to(execution.device)
+        .eval()
+    )
     batch = max(1, 8192 // tokens.shape[1])
-    model(input_ids=tokens[:batch].to(on.device), use_cache=False)
+    model(input_ids=tokens[:batch].to(execution.device), use_cache=False)
     settle()
     started = time.perf_counter()
     for rows in tokens.split(batch):
-        model(input_ids=rows.to(on.device), use_cache=False)
+        model(input_ids=rows.to(execution.device), use_cache=False)
     settle()
     return time.perf_counter() - started
 
 
-def ceiling(on) -> float:
+def ceiling(execution) -> float:
     """Multiplications and additions a second of a large matrix product in the run's arithmetic."""
-    size = 8192 if on.device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=on.device).to(on.dtype) for _ in range(2))
+    size = 8192 if execution.device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=execution.device).to(execution.dtype) for _ in range(2))
     a @ b
     settle()
     started, repeats = time.perf_counter(), 10
@@ -152,10 +156,11 @@ def compress_seconds(job: Job, tokens: torch.Tensor, clock: dict[str, float]) ->
         model = folder / MODEL
         model.mkdir()
         journal = open_journal(folder / "state-0", {}, Ranks(), print)
-        job = replace(job, on=_placed(job, journal, folder, job.settings))
+        job = replace(job, execution=_placed(job, journal, folder, job.settings))
         settings, started = job.settings, time.perf_counter()
         moments, _ = measure_dense(
-            job.dense, job.family, tokens, None, settings.moments, settings.basis, job.on, None,
+            job.dense, job.family, tokens, None, settings.moments, settings.basis, job.execution,
+            None,
             journal,
         )  # fmt: skip
         settle()
@@ -235,7 +240,7 @@ def main() -> None:
         return prepare(settings, Ranks(), settings.device, Console(quiet=True))
 
     folder, name, _ = resolve_model(model)
-    on = job_of(base).on
+    execution = job_of(base).execution
     if options.shape:
         generator = torch.Generator().manual_seed(0)
         shape = (options.samples, options.seq_len)
@@ -254,14 +259,14 @@ def main() -> None:
     # speed of a shared machine drifts.
     if not options.shape:
         compress_seconds(job_of(variants["pca, width"]), tokens[:16], clock)
-    forward_seconds(folder, tokens, on)
+    forward_seconds(folder, tokens, execution)
     rows = {}
-    after = forward_seconds(folder, tokens, on)
-    peak = ceiling(on)
+    after = forward_seconds(folder, tokens, execution)
+    peak = ceiling(execution)
     for variant in chosen:
         before = after
         row = compress_seconds(job_of(variants[variant]), tokens, clock)
-        after = forward_seconds(folder, tokens, on)
+        after = forward_seconds(folder, tokens, execution)
         plain = (before + after) / 2
         apart = row["of which solves"] + row["of which input/output"]
         rows[variant] = {
@@ -286,7 +291,7 @@ def main() -> None:
         "ceiling, FLOP/s": peak,
         "one forward, FLOP": flops,
         "runs": rows,
-        **surroundings(on.device, dtype=str(on.dtype)),
+        **surroundings(execution.device, dtype=str(execution.dtype)),
     }
     cells = [[variant, *(f"{v:.2f}" for v in row.values())] for variant, row in rows.items()]
     plain = sum(row["plain forward"] for row in rows.values()) / len(rows)

@@ -42,7 +42,7 @@ from sp3llm.models.families import family_of
 from sp3llm.models.source import bundled_model
 from sp3llm.options import CompressConfig, RecoverConfig
 from sp3llm.recovery.story import recover
-from sp3llm.runtime.devices import execution
+from sp3llm.runtime.devices import resolve_execution
 from sp3llm.runtime.machine import machine
 from sp3llm.text.sources import read_documents, resolve_source
 from sp3llm.text.split import part_of
@@ -168,8 +168,8 @@ def score_elsewhere(name: str, work: Path, paths: list[Path], seed: int) -> None
         for key, folder in (("dense", bundled_model()), ("before", start), ("after", work / name)):
             checkpoint = open_checkpoint(folder)
             family = family_of(checkpoint.config)
-            on = execution("cpu", torch.float32)
-            losses[key] = measure_losses(checkpoint, family, tokens, on)
+            execution = resolve_execution("cpu", torch.float32)
+            losses[key] = measure_losses(checkpoint, family, tokens, execution)
         found[path.name] = {
             key: excess_log_perplexity(losses[key], losses["dense"]).describe()
             for key in ("before", "after")

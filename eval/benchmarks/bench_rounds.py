@@ -21,7 +21,7 @@ from sp3llm.models.checkpoint import open_checkpoint
 from sp3llm.models.families import family_of
 from sp3llm.models.source import resolve_model
 from sp3llm.options import CompressConfig
-from sp3llm.runtime.devices import execution
+from sp3llm.runtime.devices import resolve_execution
 from sp3llm.text.sources import default_evaluation
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.text.windows import calibration_windows, evaluation_windows
@@ -51,20 +51,20 @@ def main() -> None:
 
     folder, name, _ = resolve_model(None)
     dense = open_checkpoint(folder)
-    on = execution("auto", dense.dtype())
+    execution = resolve_execution("auto", dense.dtype())
     tokenizer = load_tokenizer(folder)
     calibration = calibration_windows("stdlib", tokenizer, options.samples, options.seq_len, 0)
     evaluation = evaluation_windows(
         default_evaluation("stdlib"), tokenizer, 128, options.seq_len, calibration.documents
     )
-    before = measure_losses(dense, family_of(dense.config), evaluation.tokens, on)
+    before = measure_losses(dense, family_of(dense.config), evaluation.tokens, execution)
     rows = []
     for course in options.widths:
         widths = [int(width) for width in course.split(",")]
         with tempfile.TemporaryDirectory() as scratch:
             last = run_course(widths, options.samples, options.seq_len, Path(scratch))
             small = open_checkpoint(last)
-            losses = measure_losses(small, family_of(small.config), evaluation.tokens, on)
+            losses = measure_losses(small, family_of(small.config), evaluation.tokens, execution)
             plan = record_of(last)["plan"]
         excess = excess_log_perplexity(losses, before)
         rows.append({"widths": widths, "plan": plan, "excess_log_perplexity": excess.describe()})
@@ -75,7 +75,7 @@ def main() -> None:
         "calibration": calibration.describe(),
         "evaluation": evaluation.describe(),
         "runs": rows,
-        **surroundings(on.device),
+        **surroundings(execution.device),
     }
     cells = [
         [

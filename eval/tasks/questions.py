@@ -20,7 +20,7 @@ from typing import Any
 from sp3llm.text.split import content_hash, part_of
 from sp3llm.text.stdlib import stdlib_documents
 
-CHOICES = 4
+UNIT_SELECTIONS = 4
 # Where the gap of a cloze question may be: this many words come before it.
 _GAP = range(10, 80)
 # A next sentence: how many words it has, how many sentences of context come before it and how many
@@ -95,9 +95,11 @@ def cloze_questions() -> list[dict[str, Any]]:
         peers = [w for w in alike[_form(answer)] if w != answer]
         near = bisect_left([rank[w] for w in peers], rank[answer])
         peers = peers[max(0, near - 15) : near + 15]
-        if len(peers) >= CHOICES - 1:
+        if len(peers) >= UNIT_SELECTIONS - 1:
             context = " ".join(words[:at])
-            questions.append(_question(rng, context, answer, rng.sample(peers, CHOICES - 1)))
+            questions.append(
+                _question(rng, context, answer, rng.sample(peers, UNIT_SELECTIONS - 1))
+            )
     return questions
 
 
@@ -121,7 +123,9 @@ def next_sentence_questions() -> list[dict[str, Any]]:
             near = bisect_left(pool, len(answer), key=len)
             own = set(document)
             peers = [s for s in pool[max(0, near - 30) : near + 30] if s not in own]
-            questions.append(_question(rng, context, answer, rng.sample(peers, CHOICES - 1)))
+            questions.append(
+                _question(rng, context, answer, rng.sample(peers, UNIT_SELECTIONS - 1))
+            )
     return questions
 
 

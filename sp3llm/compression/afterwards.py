@@ -38,7 +38,7 @@ def write_report(
             out,
             record,
             console,
-            str(job.on.device),
+            str(job.execution.device),
             dense=job.folder,
             tokens=tokens,
         )

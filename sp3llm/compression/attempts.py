@@ -39,7 +39,7 @@ def compress_resumably(
     from sp3llm.runtime.journal import open_journal
     from sp3llm.runtime.progress import progress_bars
 
-    started, settings, ranks = time.monotonic(), job.settings, job.on.ranks
+    started, settings, ranks = time.monotonic(), job.settings, job.execution.ranks
     with run_folder(job.out, settings.fresh, ranks) as folder:
         journal = open_journal(
             folder / f"state-{ranks.index}",
@@ -49,7 +49,7 @@ def compress_resumably(
         )
         model = folder / MODEL
         _take_back(journal, job.out, model)
-        job = replace(job, on=_placed(job, journal, folder, settings))
+        job = replace(job, execution=_placed(job, journal, folder, settings))
         result = None
         with progress_bars(console) as progress:
             while result is None:
@@ -58,9 +58,9 @@ def compress_resumably(
                 if result is None:  # what the attempt held goes with its frames
                     gc.collect()
                     torch.cuda.empty_cache()
-                    job = replace(job, on=_halved(job, journal))
+                    job = replace(job, execution=_halved(job, journal))
         journal.save(_FINISHED, 0)
-        ranks.gathered(None)  # the first process clears up when all have come here
+        ranks.all_gather(None)  # the first process clears up when all have come here
     return result, record, job
 
 
@@ -83,7 +83,7 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     from sp3llm.models import families
     from sp3llm.planning.needs import needs_of
     from sp3llm.runtime.memory import memory_limits
-    from sp3llm.runtime.placement import placed
+    from sp3llm.runtime.placement import place_streams
 
     seq_len = families.window_length(job.family, job.dense.config, settings.seq_len)
     needs = needs_of(
@@ -94,13 +94,13 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
         settings.eval_samples,
         seq_len,
         job.dense_dtype.itemsize,
-        job.on.dtype.itemsize,
+        job.execution.dtype.itemsize,
     )
     before = journal.latest(_BATCH)
     found = {} if before is None else before.facts
     known = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]
-    on = placed(
-        job.on,
+    execution = place_streams(
+        job.execution,
         settings.streams,
         needs.streams,
         needs.working,
@@ -109,8 +109,10 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
         folder / "scratch",
         memory_limits(settings.max_memory),
     )
-    journal.save(_BATCH, 0, facts={"tokens": on.batch_tokens, "share": on.share_tokens})
-    return on
+    journal.save(
+        _BATCH, 0, facts={"tokens": execution.batch_tokens, "share": execution.share_tokens}
+    )
+    return execution
 
 
 def _halved(job: Job, journal: "Journal") -> "Execution":
@@ -121,18 +123,18 @@ def _halved(job: Job, journal: "Journal") -> "Execution":
     from sp3llm.models import families
 
     seq_len = families.window_length(job.family, job.dense.config, job.settings.seq_len)
-    windows = min(job.on.windows_a_batch(seq_len), job.settings.samples)
+    windows = min(job.execution.windows_a_batch(seq_len), job.settings.samples)
     fewer = max(1, windows // 2)
-    journal.save(_BATCH, 0, facts={"tokens": fewer * seq_len, "share": job.on.share_tokens})
+    journal.save(_BATCH, 0, facts={"tokens": fewer * seq_len, "share": job.execution.share_tokens})
     if windows == 1:
         raise ResumableError(
             "The GPU ran out of memory with a single window: give the same command again with "
             "--streams host or disk, or close what else uses the GPU."
         )
-    if job.on.ranks.count > 1:
+    if job.execution.ranks.count > 1:
         raise ResumableError(
             f"The GPU ran out of memory with {windows} windows at once: give the same command "
             f"again, which goes on with {fewer}."
         )
     journal.say(f"The GPU ran out of memory; going on with {fewer} windows at once, not {windows}.")
-    return replace(job.on, batch_tokens=fewer * seq_len)
+    return replace(job.execution, batch_tokens=fewer * seq_len)

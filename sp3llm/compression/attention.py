@@ -18,7 +18,7 @@ from sp3llm.maths.heads import (
 from sp3llm.models.families import INTERLEAVED, KEY_VALUE, QUERY, Family, Group
 
 
-def narrow_attention(
+def cut_attention(
     family: Family,
     group: Group,
     tensors: Mapping[str, Tensor],
@@ -30,10 +30,10 @@ def narrow_attention(
     write least into the kept stream. What is lost of an output's mean goes to the writer's bias,
     if it has one.
     """
-    narrowing, basis_DK = projection.narrowing, projection.basis_DK
-    if narrowing is None:
+    attention_cut, basis_DK = projection.attention_cut, projection.basis_DK
+    if attention_cut is None:
         return dict(tensors)
-    moments, found = narrowing.heads[group.layer], dict(tensors)
+    moments, found = attention_cut.heads[group.layer], dict(tensors)
     heads, full = moments.mean_HE.shape
     writer = f"{group.prefix}{family.writers[0]}"
     kept_writer_DQ = basis_DK @ (basis_DK.T @ tensors[f"{writer}.weight"].to(basis_DK))
@@ -43,10 +43,10 @@ def narrow_attention(
     output_HEE = moments.output_HEE
     if not has_bias:
         output_HEE = output_HEE + mean_HE[..., :, None] * mean_HE[..., None, :]
-    if narrowing.head_dim < full:
-        maps = query_key_projection(moments.query_HEE, moments.key_HEE, narrowing.head_dim)
+    if attention_cut.head_dim < full:
+        maps = query_key_projection(moments.query_HEE, moments.key_HEE, attention_cut.head_dim)
         value_HEP, writer_HDP, constant_HD = value_output_projection(
-            output_HEE, writer_HDE, narrowing.head_dim, mean_HE if has_bias else None
+            output_HEE, writer_HDE, attention_cut.head_dim, mean_HE if has_bias else None
         )
         for reader, map_HEP in zip(family.sites[0].readers, (*maps, value_HEP), strict=True):
             for name in (f"{group.prefix}{reader}.weight", f"{group.prefix}{reader}.bias"):
@@ -55,10 +55,10 @@ def narrow_attention(
         width = len(kept_writer_DQ)
         found[f"{writer}.weight"], constant_D = join_writer(writer_HDP, constant_HD, width)
     else:
-        groups = narrowing.groups
-        kept_G = projection.winners and projection.winners.kept(KEY_VALUE, group.layer)
+        groups = attention_cut.groups
+        kept_G = projection.kept_units and projection.kept_units.kept(KEY_VALUE, group.layer)
         if kept_G is None:
-            kept_G = _strongest(output_HEE, writer_HDE, groups, narrowing.num_key_value_heads)
+            kept_G = _strongest(output_HEE, writer_HDE, groups, attention_cut.num_key_value_heads)
         gone_G = complement(kept_G, groups)
         unit = heads // groups * full
         units = {QUERY: unit, KEY_VALUE: full, INTERLEAVED: 3 * unit}

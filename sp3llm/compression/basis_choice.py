@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sp3llm.compression.projection import Narrowing, Projection, norm_of
+from sp3llm.compression.projection import AttentionCut, Projection, norm_of
 from sp3llm.compression.statistics import Moments
 from sp3llm.maths.basis import (
     eigenbasis,
     mean_free_frame,
     metric_basis,
     spread_mean_free_frame,
-    spreading_turn,
+    spreading_rotation,
     tied_rotation,
 )
 from sp3llm.models import families
@@ -107,17 +107,17 @@ def projection_of(
     their own, a narrower one gets a basis from the calibration `tokens`.
     """
     gated_DK = None if gates_K is None else basis_DK * gates_K
-    turn_KK = None
+    rotation_KK = None
     if family.centred:
         spread = turn == "hadamard"
         new_frame = spread_mean_free_frame if spread else mean_free_frame
-        turn_KK = new_frame(shape.hidden_size, basis_DK.device).T
+        rotation_KK = new_frame(shape.hidden_size, basis_DK.device).T
     elif turn == "hadamard":
-        turn_KK = spreading_turn(shape.hidden_size, basis_DK.device)
-    if turn_KK is not None:
-        basis_DK = basis_DK @ turn_KK
-        gated_DK = None if gated_DK is None else gated_DK @ turn_KK
-    narrowing = narrowing_of(dense, family, moments, shape)
+        rotation_KK = spreading_rotation(shape.hidden_size, basis_DK.device)
+    if rotation_KK is not None:
+        basis_DK = basis_DK @ rotation_KK
+        gated_DK = None if gated_DK is None else gated_DK @ rotation_KK
+    attention_cut = attention_cut_of(dense, family, moments, shape)
     tied_scale_K, embedding_EJ = None, None
     if shape.tie_word_embeddings and family.projections is None:
         norm = f"{family.final_norm}.weight"
@@ -126,7 +126,7 @@ def projection_of(
         gated_DK = None
     elif shape.tie_word_embeddings:
         embedding_EJ = _embedding_basis(dense, family, moments, shape, tokens, basis_DK)
-    return Projection(basis_DK, tied_scale_K, embedding_EJ, gated_DK, narrowing)
+    return Projection(basis_DK, tied_scale_K, embedding_EJ, gated_DK, attention_cut)
 
 
 def _inside(family: Family, moments: Moments) -> Moments:
@@ -149,14 +149,14 @@ def _outside(family: Family, basis_CK: Tensor) -> Tensor:
     return mean_free_frame(len(basis_CK) + 1, basis_CK.device) @ basis_CK
 
 
-def narrowing_of(
+def attention_cut_of(
     dense: Checkpoint, family: Family, moments: Moments, shape: Shape
-) -> Narrowing | None:
+) -> AttentionCut | None:
     """How attention is cut first, in families whose width is heads times head size."""
     if not families.is_square(family, dense.config):
         return None
     groups = Shape.of(family, dense.config).num_key_value_heads
-    return Narrowing(moments.heads, groups, shape.num_key_value_heads, shape.head_dim)
+    return AttentionCut(moments.heads, groups, shape.num_key_value_heads, shape.head_dim)
 
 
 def _embedding_basis(

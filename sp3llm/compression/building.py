@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sp3llm.compression.attention import narrow_attention
+from sp3llm.compression.attention import cut_attention
 from sp3llm.compression.projecting import (
     prefetch_groups,
     project_and_round,
@@ -26,7 +26,7 @@ from sp3llm.compression.writers import fit_embeddings, fit_parallel, fit_writer
 from sp3llm.models import families
 from sp3llm.models.families import Group
 from sp3llm.models.head import token_losses
-from sp3llm.models.hooks import Returns
+from sp3llm.models.hooks import Arities
 from sp3llm.models.shapes import Shape, resized_config
 from sp3llm.models.stock import empty_model
 from sp3llm.models.stream import Stream, add_to_stream, open_stream, run_layer
@@ -43,31 +43,31 @@ def refitted_groups(
 
     From group `start` on, with the dense and small streams as they were `saved` before it.
     """
-    family, on = refitter.family, refitter.on
-    mine = on.mine(*tokens.shape)
-    tokens = tokens[mine]
-    bounds = (int((mine < b).sum()) for b in (refitter.held_from, refitter.unseen_from))
+    family, execution = refitter.family, refitter.execution
+    local_windows = execution.local_windows(*tokens.shape)
+    tokens = tokens[local_windows]
+    bounds = (int((local_windows < b).sum()) for b in (refitter.held_from, refitter.unseen_from))
     refitter = replace(refitter, **dict(zip(("held_from", "unseen_from"), bounds, strict=True)))
     groups = families.groups(family, refitter.dense.config)
     shells = _shells(refitter)
     dense_model = empty_model(refitter.dense.config)
     if saved is not None:
         table = refitter.dense.read(groups[0].parameters)
-        dense_stream = open_stream(dense_model, family, table, tokens, on, saved[0])
+        dense_stream = open_stream(dense_model, family, table, tokens, execution, saved[0])
         projected = project_and_round(
-            family, refitter.projection, refitter.dtype, on.device, groups[0], table
+            family, refitter.projection, refitter.dtype, execution.device, groups[0], table
         )
-        small_stream = open_stream(shells[0], family, projected, tokens, on, saved[1])
-    sources = prefetch_groups(refitter.dense, family, groups[start:], on.device)
+        small_stream = open_stream(shells[0], family, projected, tokens, execution, saved[1])
+    sources = prefetch_groups(refitter.dense, family, groups[start:], execution.device)
     for index, (group, source) in enumerate(sources, start):
         tensors = project_and_round(
-            family, refitter.projection, refitter.dtype, on.device, group, source
+            family, refitter.projection, refitter.dtype, execution.device, group, source
         )
         if group.name == "embeddings":
-            dense_stream = open_stream(dense_model, family, source, tokens, on)
-            small_stream = open_stream(shells[0], family, tensors, tokens, on)
+            dense_stream = open_stream(dense_model, family, source, tokens, execution)
+            small_stream = open_stream(shells[0], family, tensors, tokens, execution)
             if fit_embeddings(refitter, tensors, tokens, dense_stream, small_stream):
-                small_stream = open_stream(shells[0], family, tensors, tokens, on)
+                small_stream = open_stream(shells[0], family, tensors, tokens, execution)
         elif group.name == "head":
             fit_head(refitter, source, tensors, dense_stream, small_stream)
         else:
@@ -83,7 +83,7 @@ def trial_loss(refitter: Refitter, tokens: Tensor) -> float:
 
     Nothing is written: the small stream goes through each layer as it is fitted.
     """
-    family, config, on = refitter.family, refitter.dense.config, refitter.on
+    family, config, execution = refitter.family, refitter.dense.config, refitter.execution
     small_config = resized_config(family, config, refitter.shape)
     for built in refitted_groups(refitter, tokens):
         if built.group.name == "embeddings":
@@ -91,13 +91,13 @@ def trial_loss(refitter: Refitter, tokens: Tensor) -> float:
     head, stream = built.tensors, built.small
     if refitter.shape.tie_word_embeddings:
         head = {**head, f"{family.head}.weight": table}
-    mine = on.mine(*tokens.shape)
-    unseen = mine >= refitter.unseen_from
+    local_windows = execution.local_windows(*tokens.shape)
+    unseen = local_windows >= refitter.unseen_from
     ends = Stream(stream.hidden[unseen], stream.calls)
     model = empty_model(small_config)
-    losses = token_losses(model, family, head, ends, tokens[mine[unseen]], on)
+    losses = token_losses(model, family, head, ends, tokens[local_windows[unseen]], execution)
     total = torch.tensor([losses.sum(), losses.numel()], dtype=torch.float64)
-    on.ranks.add_(total)
+    execution.ranks.all_reduce_(total)
     return (total[0] / total[1]).item()
 
 
@@ -132,8 +132,8 @@ def _fit_layer(
     runs again, and what is before it is silent. Experts' writers, each of which sees some tokens
     only, stay projected: of a block of experts the readers are fitted, the router among them.
     """
-    family, on = refitter.family, refitter.on
-    narrow = narrow_attention(family, group, source, refitter.projection)
+    family, execution = refitter.family, refitter.execution
+    narrow = cut_attention(family, group, source, refitter.projection)
     if families.is_parallel(family, refitter.dense.config):
         streams = (dense_stream, small_stream)
         fit_parallel(
@@ -141,28 +141,28 @@ def _fit_layer(
         )
         return
     grams = stream_grams(refitter, dense_stream.hidden, small_stream)
-    targets, returns = _run_dense(refitter, index, source, dense_model, dense_stream)
+    targets, arities = _run_dense(refitter, index, source, dense_model, dense_stream)
     last = len(group.sites) - 1
     for number, site in enumerate(group.sites):
         if number:
             grams = stream_grams(refitter, targets[number - 1], small_stream)
         fit_readers(refitter, group, site, grams, narrow, tensors)
-        silent = {done.block: returns[done.block] for done in group.sites[:number]}
+        zeroed = {done.block: arities[done.block] for done in group.sites[:number]}
         if group.sparse and number == last:
             break
         inputs, kept_P = fit_writer(
             refitter, index, group, number, targets[number], tensors, shells[number], small_stream,
-            silent, keep_inputs=number < last,
+            zeroed, keep_inputs=number < last,
         )  # fmt: skip
         if number < last:
             name = f"{group.prefix}{family.writers[number]}"
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
             add_to_stream(
-                small_stream, inputs, kept_P, weight, bias, refitter.multiplier, on,
+                small_stream, inputs, kept_P, weight, bias, refitter.multiplier, execution,
                 f"the small {name}",
             )  # fmt: skip
     # The last writer's inputs are the widest of all: running its block again costs less memory.
-    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on, silent=silent)
+    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], execution, zeroed=zeroed)
 
 
 def _run_dense(
@@ -171,10 +171,12 @@ def _run_dense(
     source: Mapping[str, Tensor],
     dense_model: nn.Module,
     dense_stream: Stream,
-) -> tuple[list[Tensor], Returns]:
+) -> tuple[list[Tensor], Arities]:
     """Run the dense layer; the stream after each of its writers."""
     family, hidden = refitter.family, dense_stream.hidden
-    between = [refitter.on.room(tuple(hidden.shape), hidden.dtype) for _ in family.sites[1:]]
+    between = [
+        refitter.execution.empty_stream(tuple(hidden.shape), hidden.dtype) for _ in family.sites[1:]
+    ]
     probes = {}
     for site, store in zip(family.sites[1:], between, strict=True):
 
@@ -182,7 +184,7 @@ def _run_dense(
             store[rows] = x.to(store.device)
 
         probes[site.norm] = keep
-    returns: Returns = {site.block: None for site in family.sites}
+    arities: Arities = {site.block: None for site in family.sites}
     streams = [(dense_stream, probes)]
-    run_layer(dense_model, family, index, source, streams, refitter.on, note=returns)
-    return [*between, dense_stream.hidden], returns
+    run_layer(dense_model, family, index, source, streams, refitter.execution, arities=arities)
+    return [*between, dense_stream.hidden], arities

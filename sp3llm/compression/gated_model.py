@@ -42,7 +42,7 @@ class GatedModel:
                 layer.get_submodule(writer).register_forward_pre_hook(gate)
         model.get_submodule(family.final_norm).register_forward_pre_hook(self._stream_gate)
 
-    def turn(self, frame_DC: Tensor) -> None:
+    def set_frame(self, frame_DC: Tensor) -> None:
         """Let stream gates be about other coordinates from now on."""
         self._frame_DC = frame_DC
 

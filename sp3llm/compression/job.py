@@ -73,7 +73,7 @@ class Job:
     shapes: "list[Shape]"
     """Within the budget."""
     out: Path
-    on: "Execution"
+    execution: "Execution"
 
 
 def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
@@ -90,7 +90,7 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     from sp3llm.planning.limits import limits_of, plan_of
     from sp3llm.quantization.story import check_before
     from sp3llm.reporting.formatting import human_bytes
-    from sp3llm.runtime.devices import execution, idle_gpus_line
+    from sp3llm.runtime.devices import idle_gpus_line, resolve_execution
     from sp3llm.runtime.folders import check_disk, check_output, held_by_run
     from sp3llm.runtime.memory import memory_limits
     from sp3llm.runtime.placement import free_memory
@@ -133,25 +133,27 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     largest = max(plan_of(family, dense.config, limits, shape).parameters for shape in shapes)
     check_disk(out, largest * dtype.itemsize - held_by_run(out))
     memory = memory_limits(settings.max_memory)
-    on = execution(device, torch.promote_types(dense_dtype, dtype), ranks, memory)
+    execution = resolve_execution(device, torch.promote_types(dense_dtype, dtype), ranks, memory)
     empty_model(dense.config)  # refuses a config that transformers rejects, before any work
     if learned:
-        dense_bytes = families.count_parameters(family, dense.config) * on.dtype.itemsize
-        room = free_memory(on, memory)
+        dense_bytes = families.count_parameters(family, dense.config) * execution.dtype.itemsize
+        room = free_memory(execution, memory)
         if dense_bytes * _ROOM_TO_LEARN > room:
             raise UserError(
                 "Expected room for the whole dense model for --mask learned, "
-                f"{human_bytes(dense_bytes * _ROOM_TO_LEARN)} on {on.device}, found "
+                f"{human_bytes(dense_bytes * _ROOM_TO_LEARN)} on {execution.device}, found "
                 f"{human_bytes(room)}: use --mask closed-form, which streams it."
             )
     if settings.score:
         check_scoring(settings)
-    line = idle_gpus_line(on, "sp3llm.compress")
+    line = idle_gpus_line(execution, "sp3llm.compress")
     if line:
         console.print(line, markup=False, highlight=False)
     if settings.quantize:
-        check_before(settings.quantize, on.device, family, dense.config, shapes, out)
-    return Job(settings, folder, name, dense, family, dense_dtype, dtype, limits, shapes, out, on)
+        check_before(settings.quantize, execution.device, family, dense.config, shapes, out)
+    return Job(
+        settings, folder, name, dense, family, dense_dtype, dtype, limits, shapes, out, execution
+    )
 
 
 def run_identity(job: Job) -> dict[str, Any]:
@@ -167,8 +169,8 @@ def run_identity(job: Job) -> dict[str, Any]:
         **job.settings.of_result(),
         **{f"the model's {name}": found for name, found in fingerprint(job.dense).items()},
         **{f"the text of {name}": _content(Path(name)) for name in texts if Path(name).is_file()},
-        "the number of processes": job.on.ranks.count,
-        "the kind of device": job.on.device.type,
+        "the number of processes": job.execution.ranks.count,
+        "the kind of device": job.execution.device.type,
         **{
             f"the version of {name}": versions[name] for name in ("sp3llm", "torch", "transformers")
         },

@@ -9,7 +9,7 @@ The story, top-down:
    a target, which falls linearly to the budget, and at the same number in every layer;
 3. take the shape within the budget that is nearest to what stayed open, and spend the steps that
    are left at exactly its sizes;
-4. take the gates that are open most: the winners.
+4. take the gates that are open most: what is kept.
 
 The multipliers are solved for in every step and not ascended: within a few hundred steps ascent
 lags, then overshoots, and a model that has lost its sense has no gradient that leads back
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sp3llm.compression.gated_model import GatedModel
 from sp3llm.compression.mask_budget import Budget
-from sp3llm.compression.projection import Winners
+from sp3llm.compression.projection import KeptUnits
 from sp3llm.errors import UserError
 from sp3llm.maths.gates import (
     Gates,
@@ -40,7 +40,7 @@ from sp3llm.maths.gates import (
     open_probability,
     sampled,
     settled,
-    winners,
+    top_indices,
 )
 from sp3llm.maths.losses import divergence
 from sp3llm.maths.shuffling import window_order
@@ -51,7 +51,7 @@ from sp3llm.models.stock import load_frozen
 from sp3llm.planning.search import nearest
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.journal import Journal
-from sp3llm.runtime.memory import give_back
+from sp3llm.runtime.memory import trim_memory
 
 # As a journal knows the steps, and what came out.
 _STEPS, _LEARNED = "mask", "learned"
@@ -88,7 +88,7 @@ class Learned:
     """The coordinates that stream gates are about."""
     log_alpha: Gates
     shape: Shape
-    """The plan that the winners make."""
+    """The plan that the kept units make."""
     expected: dict[str, float]
     """Sizes that were expected to stay open in the end, by field of a shape."""
     history: list[dict[str, float]]
@@ -109,11 +109,11 @@ class Learned:
         score_C = self.log_alpha.stream_C
         if score_C is None:
             return self.frame_DC[:, :keep], None
-        kept_K = winners(score_C, keep).to(self.frame_DC.device)
+        kept_K = top_indices(score_C, keep).to(self.frame_DC.device)
         gates_K = folded(settled(score_C)).to(self.frame_DC)[kept_K]
         return self.frame_DC[:, kept_K], gates_K
 
-    def winners(self) -> Winners:
+    def kept_units(self) -> KeptUnits:
         """Winning neurons and groups of every layer, with their gates."""
 
         def of(score_LU: Tensor | None, keep: int) -> Tensor | None:
@@ -121,11 +121,11 @@ class Learned:
                 return None
             gates_LU = torch.zeros_like(score_LU, dtype=torch.float64)
             for score_U, gates_U in zip(score_LU, gates_LU, strict=True):
-                kept_U = winners(score_U, keep)
+                kept_U = top_indices(score_U, keep)
                 gates_U[kept_U] = folded(settled(score_U[kept_U].double()))
             return gates_LU.to(self.frame_DC.device)
 
-        return Winners(
+        return KeptUnits(
             of(self.log_alpha.neurons_LF, self.shape.intermediate_size),
             of(self.log_alpha.groups_LG, self.shape.num_key_value_heads),
         )
@@ -137,7 +137,7 @@ def learn(
     budget: Budget,
     frame_of: Callable[[list[int]], Tensor],
     lessons: Lessons,
-    on: Execution,
+    execution: Execution,
     progress: Progress | None,
     journal: Journal,
 ) -> Learned:
@@ -149,13 +149,13 @@ def learn(
     before = journal.latest(_LEARNED)
     if before is not None:
         facts, tensors = dict(before.facts), dict(before.tensors)
-        frame_DC = tensors.pop("frame").to(on.device)
+        frame_DC = tensors.pop("frame").to(execution.device)
         return Learned(frame_DC, Gates(**tensors), Shape(**facts.pop("shape")), **facts)
-    run, steps = _begin(dense, family, budget, frame_of, lessons, on, journal), lessons.steps
+    run, steps = _begin(dense, family, budget, frame_of, lessons, execution, journal), lessons.steps
     bar = None if progress is None else progress.add_task("learned mask", total=steps)
-    turn = _turn(steps)
+    fixed_at = _shape_fixed_at(steps)
     for step in range(run.done, steps):
-        if step == turn:
+        if step == fixed_at:
             run = _at_one_shape(run, frame_of)
         entry = _step(run, step)
         if not math.isfinite(entry["divergence"]):
@@ -176,7 +176,7 @@ def learn(
     journal.save(_LEARNED, 0, {**found.log_alpha.named(), "frame": run.frame_DC}, facts)
     journal.drop(_STEPS)
     del run
-    give_back()
+    trim_memory()
     return found
 
 
@@ -193,7 +193,7 @@ class _Run:
     """Sizes that were open when the shape was fixed; nothing before."""
     history: list[dict[str, float]]
     lessons: Lessons
-    on: Execution
+    execution: Execution
     done: int = 0
     """Steps taken by a run before."""
 
@@ -204,7 +204,7 @@ def _begin(
     budget: Budget,
     frame_of: Callable[[list[int]], Tensor],
     lessons: Lessons,
-    on: Execution,
+    execution: Execution,
     journal: Journal,
 ) -> _Run:
     """All gates open, or as a run before has left them."""
@@ -212,13 +212,13 @@ def _begin(
     facts: dict[str, Any] = {"expected": {}, "history": []}
     if before is None:
         frame_DC = frame_of([shape.hidden_size for shape in budget.shapes])
-        on.ranks.copy_(frame_DC)
+        execution.ranks.broadcast_(frame_DC)
         log_alpha = _all_open(budget, setting(family, dense.config, "num_hidden_layers"), frame_DC)
     else:
         facts = before.facts
         if facts["expected"]:
             budget = replace(budget, shapes=[Shape(**facts["shape"])])
-        kept = {name: t.to(on.device, copy=True) for name, t in before.tensors.items()}
+        kept = {name: t.to(execution.device, copy=True) for name, t in before.tensors.items()}
         frame_DC = kept["frame"]
         log_alpha = Gates(**{n: kept[n] for n in vars(Gates()) if n in kept})
     log_alpha = log_alpha.map(torch.Tensor.requires_grad_)
@@ -226,11 +226,11 @@ def _begin(
     for name, alpha in log_alpha.named().items() if before else ():
         moments = {moment: kept[f"{name}.{moment}"] for moment in _MOMENTS}
         optimizer.state[alpha] = {"step": torch.tensor(float(facts["updates"])), **moments}
-    model = load_frozen(dense.folder, on.dtype, on.device)
+    model = load_frozen(dense.folder, execution.dtype, execution.device)
     gated = GatedModel(model, family, dense.config, frame_DC)
     return _Run(
         gated, frame_DC, budget, log_alpha, optimizer, facts["expected"], facts["history"], lessons,
-        on, before.step if before else 0,
+        execution, before.step if before else 0,
     )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def _all_open(budget: Budget, layers: int, frame_DC: Tensor) -> Gates:
     return Gates(**{n: torch.full(sizes[n], _START, device=device) for n in budget.gated()})
 
 
-def _turn(steps: int) -> int:
+def _shape_fixed_at(steps: int) -> int:
     """The step at which the shape is fixed."""
     return max(1, int(_FALL * steps))
 
@@ -268,12 +268,12 @@ def _at_one_shape(run: _Run, frame_of: Callable[[list[int]], Tensor]) -> _Run:
     if "stream_C" in kept:
         width = budget.shapes[0].hidden_size
         frame_DC = frame_of([width])
-        run.on.ranks.copy_(frame_DC)
+        run.execution.ranks.broadcast_(frame_DC)
         free = width - (len(frame_DC) - frame_DC.shape[1])  # one less under LayerNorm
-        first_C = torch.arange(frame_DC.shape[1], device=run.on.device) < free
+        first_C = torch.arange(frame_DC.shape[1], device=run.execution.device) < free
         kept["stream_C"] = torch.where(first_C, _MOST, _LEAST)
     log_alpha = Gates(**kept).map(torch.Tensor.requires_grad_)
-    run.gated.turn(frame_DC)
+    run.gated.set_frame(frame_DC)
     optimizer = _optimizer(log_alpha, run.lessons.steps)
     return replace(
         run, frame_DC=frame_DC, budget=budget, log_alpha=log_alpha, optimizer=optimizer,
@@ -283,20 +283,24 @@ def _at_one_shape(run: _Run, frame_of: Callable[[list[int]], Tensor]) -> _Run:
 
 def _step(run: _Run, step: int) -> dict[str, float]:
     """One step of all gates; what it found."""
-    on, log_alpha, lessons = run.on, run.log_alpha, run.lessons
+    execution, log_alpha, lessons = run.execution, run.log_alpha, run.lessons
     order = window_order(len(lessons.tokens), lessons.seed, step * lessons.batch, lessons.batch)
     uniform = _noise(log_alpha, lessons.batch, lessons.seed, step)
-    mine = torch.arange(lessons.batch).chunk(on.ranks.count)
-    mine = mine[on.ranks.index] if on.ranks.index < len(mine) else torch.arange(0)
-    at_once = max(1, int(_TOKENS_OF_A_BATCH * on.batch_tokens) // lessons.tokens.shape[1])
-    total = torch.zeros((), device=on.device)
-    for rows in mine.split(at_once) if len(mine) else ():
-        tokens = lessons.tokens[order[rows]].to(on.device)
+    local_windows = torch.arange(lessons.batch).chunk(execution.ranks.count)
+    local_windows = (
+        local_windows[execution.ranks.index]
+        if execution.ranks.index < len(local_windows)
+        else torch.arange(0)
+    )
+    at_once = max(1, int(_TOKENS_OF_A_BATCH * execution.batch_tokens) // lessons.tokens.shape[1])
+    total = torch.zeros((), device=execution.device)
+    for rows in local_windows.split(at_once) if len(local_windows) else ():
+        tokens = lessons.tokens[order[rows]].to(execution.device)
         with torch.no_grad():
             teacher = run.gated.model(input_ids=tokens, use_cache=False).logits[:, :-1]
         gates = Gates(
             **{
-                name: sampled(alpha, uniform[name][rows].to(on.device))
+                name: sampled(alpha, uniform[name][rows].to(execution.device))
                 for name, alpha in log_alpha.named().items()
             }
         )
@@ -308,13 +312,13 @@ def _step(run: _Run, step: int) -> dict[str, float]:
     alphas = list(log_alpha.named().values())
     for alpha in alphas:
         alpha.grad = torch.zeros_like(alpha) if alpha.grad is None else alpha.grad
-    on.ranks.add_(total, *(alpha.grad for alpha in alphas))
+    execution.ranks.all_reduce_(total, *(alpha.grad for alpha in alphas))
 
-    turn = _turn(lessons.steps)
-    fallen = min(1.0, (step + 1) / turn)
-    if step >= turn:  # gates come to rest
+    fixed_at = _shape_fixed_at(lessons.steps)
+    fallen = min(1.0, (step + 1) / fixed_at)
+    if step >= fixed_at:  # gates come to rest
         run.optimizer.param_groups[0]["lr"] = (
-            _WAY / lessons.steps * (lessons.steps - step) / (lessons.steps - turn)
+            _WAY / lessons.steps * (lessons.steps - step) / (lessons.steps - fixed_at)
         )
     _, jacobian_EN, _ = _constraints(run, fallen)
     gradient_N = torch.cat([alpha.grad.flatten() for alpha in alphas]).to(jacobian_EN)

@@ -21,8 +21,8 @@ from sp3llm.models.stock import empty_model
 from sp3llm.models.stream import Stream, backward_layer, open_stream, probe_stream, run_layer
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.journal import NOTHING_KEPT, Journal
-from sp3llm.runtime.memory import give_back
-from sp3llm.runtime.prefetch import ahead
+from sp3llm.runtime.memory import trim_memory
+from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.progress import tracked
 
 # Loss gradients are taken on this many tokens, in whole windows: their moments only weigh
@@ -40,7 +40,7 @@ def measure_dense(
     evaluation: Tensor | None,
     moments: str,
     basis: str,
-    on: Execution,
+    execution: Execution,
     progress: Progress | None = None,
     journal: Journal = NOTHING_KEPT,
 ) -> tuple[Moments, Tensor | None]:
@@ -55,23 +55,34 @@ def measure_dense(
     """
     finished = journal.latest("moments")
     if finished is not None:
-        return unpack(finished.tensors, on), finished.tensors.get("losses")
+        return unpack(finished.tensors, execution), finished.tensors.get("losses")
     _, *layers, _ = families.groups(family, dense.config)
     shape = Shape.of(family, dense.config)
     count = len(family.sites) * len(layers) + 1
-    slots = SiteSlots.of(count, 1 if basis == "pca" else _SITES, shape.hidden_size, on)
+    slots = SiteSlots.of(count, 1 if basis == "pca" else _SITES, shape.hidden_size, execution)
     traced = journal.leading("input")
     passed = journal.latest("forward") if traced == len(layers) + 1 else None
     if passed is not None:
         slots.restore(passed.tensors)
-        found, losses = unpack(passed.tensors, on), passed.tensors.get("losses")
+        found, losses = unpack(passed.tensors, execution), passed.tensors.get("losses")
         inputs = [journal.kept("input", index) for index in range(traced)]
     else:
         found, losses, inputs = _forward(
-            dense, family, calibration, evaluation, moments, basis, on, progress, journal, slots
+            dense,
+            family,
+            calibration,
+            evaluation,
+            moments,
+            basis,
+            execution,
+            progress,
+            journal,
+            slots,
         )
     if basis == "gradient":
-        _add_gradient_metrics(dense, family, calibration, on, progress, journal, inputs, slots)
+        _add_gradient_metrics(
+            dense, family, calibration, execution, progress, journal, inputs, slots
+        )
     slots.check_finite()
     found = replace(
         found, sites_DD=tuple(slots.sums), metrics_DD=() if basis == "pca" else tuple(slots.metrics)
@@ -79,7 +90,7 @@ def measure_dense(
     losses_saved = {} if losses is None else {"losses": losses}
     journal.save("moments", 0, {**pack(found), **losses_saved})
     journal.drop("dense", "forward", "gradient", "input")
-    give_back()
+    trim_memory()
     return found, losses
 
 
@@ -90,7 +101,7 @@ def _forward(
     evaluation: Tensor | None,
     moments: str,
     basis: str,
-    on: Execution,
+    execution: Execution,
     progress: Progress | None,
     journal: Journal,
     slots: SiteSlots,
@@ -114,7 +125,7 @@ def _forward(
         moment_DD = total.moments()[0]
         slots.sums[slots.of_site(site)] += moment_DD
         if basis == "readers":
-            metric_DD = _reader_metric(family, tensors, norm, readers, on)
+            metric_DD = _reader_metric(family, tensors, norm, readers, execution)
             cost = (metric_DD * moment_DD).sum()
             # A site where no error costs anything (a block that does nothing yet) has no say.
             if cost > 0:
@@ -125,36 +136,38 @@ def _forward(
     before = journal.latest("dense", journal.leading("input") if basis == "gradient" else None)
     start, saved = (0, {}) if before is None else (before.step, before.tensors)
     inputs = [journal.kept("input", index) for index in range(start if basis == "gradient" else 0)]
-    mine = on.mine(*calibration.shape)
-    stream = open_stream(model, family, table, calibration[mine], on, saved.get("stream"))
+    local_windows = execution.local_windows(*calibration.shape)
+    stream = open_stream(
+        model, family, table, calibration[local_windows], execution, saved.get("stream")
+    )
     evaluated = None
     if evaluation is not None:
-        mine_evaluated = on.mine(*evaluation.shape)
+        mine_evaluated = execution.local_windows(*evaluation.shape)
         own = evaluation[mine_evaluated]
-        evaluated = open_stream(model, family, table, own, on, saved.get("evaluated"))
-    traced = len(_traced_windows(calibration, on))
-    heads = list(unpack(saved, on).heads) if saved else []
+        evaluated = open_stream(model, family, table, own, execution, saved.get("evaluated"))
+    traced = len(_traced_windows(calibration, execution))
+    heads = list(unpack(saved, execution).heads) if saved else []
     if saved:
         slots.restore(saved)
     square = families.is_square(family, dense.config)
-    sources = ahead(layers[start:], lambda group: dense.read(group.parameters), on.device)
+    sources = prefetch(layers[start:], lambda group: dense.read(group.parameters), execution.device)
     bar = tracked(progress, "dense model, second moments", sources, start, len(layers))
     for index, (group, tensors) in enumerate(bar, start):
         if basis == "gradient":
             inputs.append(journal.keep("input", index, stream.hidden[:traced]))
-        at_sites = [MomentSum.of(1, shape.hidden_size, on) for _ in family.sites]
+        at_sites = [MomentSum.of(1, shape.hidden_size, execution) for _ in family.sites]
         probes = {
             site.norm: probe_into(total) for site, total in zip(family.sites, at_sites, strict=True)
         }
         if square:
-            outputs = MomentSum.of(shape.num_attention_heads, shape.head_dim, on)
+            outputs = MomentSum.of(shape.num_attention_heads, shape.head_dim, execution)
             probes[family.writers[0]] = lambda _, a, outputs=outputs: outputs.add(widen(a))
         streams = [(stream, probes)] + ([(evaluated, {})] if evaluated else [])
-        run_layer(model, family, index, tensors, streams, on)
-        at_sites = [total.over(on.ranks) for total in at_sites]
+        run_layer(model, family, index, tensors, streams, execution)
+        at_sites = [total.over(execution.ranks) for total in at_sites]
         first = index * len(family.sites)
         if square:
-            outputs = outputs.over(on.ranks)
+            outputs = outputs.over(execution.ranks)
             heads.append(_head_moments(family, group, tensors, at_sites[0], outputs))
         for number, (site, total) in enumerate(zip(group.sites, at_sites, strict=True)):
             readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
@@ -166,16 +179,16 @@ def _forward(
                 streams_now["evaluated"] = evaluated.hidden
             state = Moments(tuple(slots.sums), tuple(slots.metrics), None, tuple(heads))
             journal.save("dense", index + 1, {**pack(state), **streams_now})
-    at_head = MomentSum.of(1, shape.hidden_size, on)
-    probe_stream(stream, probe_into(at_head), on)
-    at_head = at_head.over(on.ranks)
+    at_head = MomentSum.of(1, shape.hidden_size, execution)
+    probe_stream(stream, probe_into(at_head), execution)
+    at_head = at_head.over(execution.ranks)
     head = head_tensors(dense, family)
     last = len(family.sites) * len(layers)
     close(last, at_head, head, family.final_norm, [f"{family.head}.weight"])
     losses = None
     if evaluated is not None:
-        own_losses = token_losses(model, family, head, evaluated, own, on)
-        losses = on.ranks.assembled(own_losses, mine_evaluated, len(evaluation))
+        own_losses = token_losses(model, family, head, evaluated, own, execution)
+        losses = execution.ranks.all_gather_rows(own_losses, mine_evaluated, len(evaluation))
     found = Moments(tuple(slots.sums), tuple(slots.metrics), at_head.moments()[0], tuple(heads))
     if basis == "gradient":
         inputs.append(journal.keep("input", len(layers), stream.hidden[:traced]))
@@ -184,10 +197,10 @@ def _forward(
     return found, losses, inputs
 
 
-def _traced_windows(calibration: Tensor, on: Execution) -> list[int]:
+def _traced_windows(calibration: Tensor, execution: Execution) -> list[int]:
     """Which windows of this process, its first ones, loss gradients are taken on."""
-    mine = on.mine(*calibration.shape)
-    return mine[mine < max(1, _GRADIENT_TOKENS // calibration.shape[1])].tolist()
+    local_windows = execution.local_windows(*calibration.shape)
+    return local_windows[local_windows < max(1, _GRADIENT_TOKENS // calibration.shape[1])].tolist()
 
 
 def _head_moments(
@@ -221,16 +234,20 @@ def _head_moments(
 
 
 def _reader_metric(
-    family: Family, tensors: Mapping[str, Tensor], norm: str, readers: list[str], on: Execution
+    family: Family,
+    tensors: Mapping[str, Tensor],
+    norm: str,
+    readers: list[str],
+    execution: Execution,
 ) -> Tensor:
     """`A = sum W^T W` over a site's readers, the norm's weight folded in (DESIGN 3.2)."""
-    like = torch.empty(0, dtype=torch.float64, device=on.device)
+    like = torch.empty(0, dtype=torch.float64, device=execution.device)
     norm_D, _ = norm_of(family, norm, tensors, like)
     width = len(norm_D)
-    metric_DD = torch.zeros(width, width, dtype=torch.float64, device=on.device)
+    metric_DD = torch.zeros(width, width, dtype=torch.float64, device=execution.device)
     out = tensors.get(f"{family.projections[1]}.weight") if family.projections else None
     for reader in readers:
-        matrix_FD = widen(tensors[reader].to(on.device))
+        matrix_FD = widen(tensors[reader].to(execution.device))
         if out is not None and reader == f"{family.head}.weight":
             matrix_FD = matrix_FD @ out.to(matrix_FD)
         add_second_moment(metric_DD, matrix_FD)
@@ -241,7 +258,7 @@ def _add_gradient_metrics(
     dense: Checkpoint,
     family: Family,
     calibration: Tensor,
-    on: Execution,
+    execution: Execution,
     progress: Progress | None,
     journal: Journal,
     inputs: list[Tensor],
@@ -257,19 +274,19 @@ def _add_gradient_metrics(
     """
     embeddings, *layers, _ = families.groups(family, dense.config)
     model = empty_model(dense.config)
-    windows = _traced_windows(calibration, on)
+    windows = _traced_windows(calibration, execution)
     table = dense.read(embeddings.parameters)
-    calls = open_stream(model, family, table, calibration[windows], on, inputs[-1]).calls
+    calls = open_stream(model, family, table, calibration[windows], execution, inputs[-1]).calls
     traced = max(1, _GRADIENT_TOKENS // calibration.shape[1])
     tokens = min(traced, len(calibration)) * calibration.shape[1]
 
     def add(site: int, gradients: Tensor, norm: str, tensors: Mapping[str, Tensor]) -> None:
         width = gradients.shape[-1]
-        total_DD = torch.zeros(width, width, dtype=torch.float64, device=on.device)
+        total_DD = torch.zeros(width, width, dtype=torch.float64, device=execution.device)
         for window in gradients:
-            seen = widen(window.to(on.device))
+            seen = widen(window.to(execution.device))
             add_second_moment(total_DD, seen * norm_of(family, norm, tensors, seen)[0])
-        on.ranks.add_(total_DD)
+        execution.ranks.all_reduce_(total_DD)
         slots.metrics[slots.of_site(site)] += total_DD / tokens
 
     before = journal.latest("gradient")
@@ -277,19 +294,23 @@ def _add_gradient_metrics(
     if before is None:
         head = head_tensors(dense, family)
         final = Stream(inputs[-1], calls)
-        upstream, at_norm = backward_head(model, family, head, final, windows, on)
+        upstream, at_norm = backward_head(model, family, head, final, windows, execution)
         add(sites * len(layers), at_norm, family.final_norm, head)
         start = 0
     else:
         start, upstream = before.step, before.tensors["upstream"]
         slots.restore(before.tensors)
     downwards = list(enumerate(layers))[::-1]
-    sources = ahead(downwards[start:], lambda pair: dense.read(pair[1].parameters), on.device)
+    sources = prefetch(
+        downwards[start:], lambda pair: dense.read(pair[1].parameters), execution.device
+    )
     bar = tracked(progress, "dense model, loss gradients", sources, start, len(layers))
     for done, ((index, group), tensors) in enumerate(bar, start + 1):
         at = Stream(inputs[index], calls)
         norms = [site.norm for site in family.sites]
-        upstream, gradients = backward_layer(model, family, index, tensors, at, upstream, norms, on)
+        upstream, gradients = backward_layer(
+            model, family, index, tensors, at, upstream, norms, execution
+        )
         for number, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
             add(index * sites + number, gradient, f"{group.prefix}{norm}", tensors)
         if journal.due():

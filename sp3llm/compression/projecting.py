@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from sp3llm.compression.attention import narrow_attention
+from sp3llm.compression.attention import cut_attention
 from sp3llm.compression.projection import (
     Projection,
     project_group,
@@ -20,7 +20,7 @@ from sp3llm.models.checkpoint import Checkpoint, head_tensors
 from sp3llm.models.families import VOCAB, Family, Group
 from sp3llm.models.shapes import Shape
 from sp3llm.runtime.devices import Execution
-from sp3llm.runtime.prefetch import ahead
+from sp3llm.runtime.prefetch import prefetch
 
 # Entries of a vocabulary's table that are transformed at once, in float64.
 _TABLE_PIECE = 2**23
@@ -31,14 +31,14 @@ def plain_groups(
     family: Family,
     projection: Projection,
     dtype: torch.dtype,
-    on: Execution,
+    execution: Execution,
     start: int = 0,
 ) -> Iterator[Built]:
     """Fold, rotate and cut every group from number `start` on, and nothing else."""
     groups = families.groups(family, dense.config)[start:]
-    sources = prefetch_groups(dense, family, groups, on.device)
+    sources = prefetch_groups(dense, family, groups, execution.device)
     for index, (group, source) in enumerate(sources, start):
-        tensors = project_and_round(family, projection, dtype, on.device, group, source)
+        tensors = project_and_round(family, projection, dtype, execution.device, group, source)
         yield Built(index, group, _without_losers(dense, family, projection, group, tensors))
 
 
@@ -51,9 +51,9 @@ def _without_losers(
 ) -> dict[str, Tensor]:
     """A layer without what a learned mask does not keep, where no refit cuts it away."""
     sizes = families.axis_sizes(family, dense.config)
-    for _, axis in gated_writers(family, group) if projection.winners else ():
-        kept_U = projection.winners.kept(axis, group.layer)
-        narrowed = axis == families.QUERY and projection.narrowing is not None
+    for _, axis in gated_writers(family, group) if projection.kept_units else ():
+        kept_U = projection.kept_units.kept(axis, group.layer)
+        narrowed = axis == families.QUERY and projection.attention_cut is not None
         if kept_U is not None and not narrowed:
             units = unit_sizes(Shape.of(family, dense.config), axis)
             tensors = cut_units(group, tensors, kept_U, units, sizes)
@@ -78,7 +78,7 @@ def prefetch_groups(
             return head_tensors(dense, family)
         return dense.read(group.parameters)
 
-    return ahead(groups, load, device)
+    return prefetch(groups, load, device)
 
 
 def project_and_round(
@@ -94,8 +94,8 @@ def project_and_round(
     for piece in vocabulary_pieces(family, projection, group, source):
         tensors = {name: tensor.to(device) for name, tensor in piece.items()}
         if group.prefix:
-            tensors = gate_writers(family, group, tensors, projection.winners)
-            tensors = narrow_attention(family, group, tensors, projection)
+            tensors = gate_writers(family, group, tensors, projection.kept_units)
+            tensors = cut_attention(family, group, tensors, projection)
         projected = project_group(family, group, tensors, projection)
         for name, tensor in projected.items():
             if not found.get(name) or _in_rows(family, group, name):

@@ -41,7 +41,7 @@ class HeadMoments:
 
 
 @dataclass(frozen=True)
-class Narrowing:
+class AttentionCut:
     """How attention is cut before anything else, where the width is heads times head size."""
 
     heads: tuple[HeadMoments, ...]
@@ -55,7 +55,7 @@ class Narrowing:
 
 
 @dataclass(frozen=True)
-class Winners:
+class KeptUnits:
     """What a learned mask keeps of every layer, and the gates it leaves there: 0 for the others.
 
     None: nothing was learned there.
@@ -90,9 +90,9 @@ class Projection:
     gated_DK: Tensor | None = None
     """`T` with the gates that a learned mask leaves on the stream: `T diag(z)`. What writes into
     the stream writes through it, what reads from it does not."""
-    narrowing: Narrowing | None = None
+    attention_cut: AttentionCut | None = None
     """For families whose width is heads times head size."""
-    winners: Winners | None = None
+    kept_units: KeptUnits | None = None
     """Of a learned mask; None: neurons and groups are chosen by the refit."""
 
     def writes(self) -> Tensor:
@@ -101,7 +101,7 @@ class Projection:
 
     def tensors(self) -> dict[str, Tensor | None]:
         """Its matrices, by name."""
-        return {n: t for n, t in vars(self).items() if n not in ("narrowing", "winners")}
+        return {n: t for n, t in vars(self).items() if n not in ("attention_cut", "kept_units")}
 
 
 def project_group(

@@ -26,14 +26,14 @@ def stream_grams(
 ) -> tuple[Gram, Gram]:
     """Grams of a site that reads the streams as they stand."""
     width, kept = refitter.projection.basis_DK.shape
-    grams = tuple(empty_gram(kept, width, refitter.on.device) for _ in range(2))
+    grams = tuple(empty_gram(kept, width, refitter.execution.device) for _ in range(2))
 
     def see(rows: slice, x: Tensor) -> None:
         centred = refitter.family.centred
-        dense_n = normalise(dense_hidden[rows].to(refitter.on.device), refitter.eps, centred)
+        dense_n = normalise(dense_hidden[rows].to(refitter.execution.device), refitter.eps, centred)
         add_tokens(refitter, grams, rows, normalise(x, refitter.eps, centred), dense_n)
 
-    probe_stream(small_stream, see, refitter.on)
+    probe_stream(small_stream, see, refitter.execution)
     all_reduce_grams(refitter, grams)
     return grams
 
@@ -108,7 +108,7 @@ def fit_head(
     group = families.groups(family, refitter.dense.config)[-1]
     found: dict[str, list[Tensor]] = {}
     for piece in vocabulary_pieces(family, refitter.projection, group, source):
-        on_device = {name: tensor.to(refitter.on.device) for name, tensor in piece.items()}
+        on_device = {name: tensor.to(refitter.execution.device) for name, tensor in piece.items()}
         name, folded_FD, constant_F = head_reader(family, on_device, refitter.projection)
         placed = {part: tensors[part] for part in (f"{name}.bias",) if part in tensors}
         _place(refitter, placed, name, folded_FD, constant_F, fit)

@@ -14,7 +14,7 @@ from sp3llm.maths.refit import (
     Fit,
     Gram,
     add_to_gram,
-    parts,
+    gram_tensors,
     ridge_errors,
     ridge_fit,
 )
@@ -39,9 +39,9 @@ class Refitter:
     projection: Projection
     dtype: torch.dtype
     """Of the export: fitted tensors are rounded to it before their output is used."""
-    on: Execution
-    choose: str
-    """How neurons and groups are chosen: see `refit.choose_units`."""
+    execution: Execution
+    unit_selection: str
+    """How neurons and groups are chosen: see `refit.select_units`."""
     held_from: int
     """First window that is held back to choose ridges."""
     unseen_from: int
@@ -93,7 +93,7 @@ def add_tokens(
 def all_reduce_grams(refitter: Refitter, grams: tuple[Gram, Gram]) -> None:
     """Sum what every process saw of its windows."""
     for gram in grams:
-        refitter.on.ranks.add_(*parts(gram))
+        refitter.execution.ranks.all_reduce_(*gram_tensors(gram))
 
 
 def fit_ridge(
@@ -104,12 +104,12 @@ def fit_ridge(
     prior_intercept_Q: Tensor | None = None,
 ) -> Fit:
     """A ridge fit whose solves are shared out over processes, and its entry in the log."""
-    ranks, intercept = refitter.on.ranks, prior_intercept_Q is not None
+    ranks, intercept = refitter.execution.ranks, prior_intercept_Q is not None
     own = ridge_errors(*grams, prior_PQ, intercept, ranks.share(RIDGES))
-    by_rank = ranks.gathered(own)
+    by_rank = ranks.all_gather(own)
     errors = [by_rank[i % ranks.count][i // ranks.count] for i in range(len(RIDGES))]
     fit = ridge_fit(*grams, prior_PQ, prior_intercept_Q, errors)
-    ranks.copy_(fit.solution_PQ, fit.intercept_Q)
+    ranks.broadcast_(fit.solution_PQ, fit.intercept_Q)
     _log(refitter, name, fit)
     return fit
 

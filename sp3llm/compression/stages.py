@@ -105,7 +105,7 @@ def learn_mask(
         found,
         partial(nested_frame, family, moments),
         Lessons(lessons.tokens, settings.mask_batch, settings.mask_steps, settings.seed),
-        job.on,
+        job.execution,
         progress,
         journal,
     )
@@ -123,25 +123,25 @@ def final_basis(
     """All eigenvalues, and the projection of the chosen shape; what a learned mask keeps, if there
     is one.
     """
-    from sp3llm.compression.basis_choice import choose_basis, learned_basis, narrowing_of
+    from sp3llm.compression.basis_choice import attention_cut_of, choose_basis, learned_basis
     from sp3llm.compression.projection import Projection
     from sp3llm.evaluation.perplexity import LOSSES
     from sp3llm.models.export import SHARD, WEIGHTS
 
-    winners = None if mask is None else mask.winners()
+    kept_units = None if mask is None else mask.kept_units()
     before = journal.latest(_BASIS)
     if before is not None and before.facts["shape"] == asdict(shape):
-        found = {name: tensor.to(job.on.device) for name, tensor in before.tensors.items()}
+        found = {name: tensor.to(job.execution.device) for name, tensor in before.tensors.items()}
         eigenvalues = found.pop("eigenvalues")
-        narrowing = narrowing_of(job.dense, job.family, moments, shape)
-        return eigenvalues, Projection(**found, narrowing=narrowing, winners=winners)
+        attention_cut = attention_cut_of(job.dense, job.family, moments, shape)
+        return eigenvalues, Projection(**found, attention_cut=attention_cut, kept_units=kept_units)
     turn = job.settings.turn
     if mask is None:
         found = choose_basis(job.dense, job.family, moments, shape, tokens, turn)
     else:
         found = learned_basis(job.dense, job.family, moments, shape, tokens, *mask.stream(), turn)
     eigenvalues, projection = _same_for_all(job, found)
-    projection = replace(projection, winners=winners)
+    projection = replace(projection, kept_units=kept_units)
     named = {name: t for name, t in projection.tensors().items() if t is not None}
     journal.drop(WEIGHTS, SHARD, _REFIT, LOSSES)  # of another basis
     journal.save(_BASIS, 0, {**named, "eigenvalues": eigenvalues}, {"shape": asdict(shape)})
@@ -151,7 +151,7 @@ def final_basis(
 def _same_for_all(job: Job, found: "tuple[Tensor, Projection]") -> "tuple[Tensor, Projection]":
     """The first process's basis: a last bit more or less can turn an eigenvector around."""
     eigenvalues, projection = found
-    job.on.ranks.copy_(eigenvalues, *projection.tensors().values())
+    job.execution.ranks.broadcast_(eigenvalues, *projection.tensors().values())
     return found
 
 
@@ -173,12 +173,12 @@ def build(
     from sp3llm.models.export import groups_written, write_model
     from sp3llm.runtime.progress import tracked
 
-    ranks, windows = job.on.ranks, len(tokens)
+    ranks, windows = job.execution.ranks, len(tokens)
     count = len(families.groups(job.family, job.dense.config))
     done = ranks.from_first(lambda: groups_written(job.family, small_config, job.dtype, journal))
     if not job.settings.refit:
         what, fits = "fold, rotate, cut", []
-        groups = plain_groups(job.dense, job.family, projection, job.dtype, job.on, done)
+        groups = plain_groups(job.dense, job.family, projection, job.dtype, job.execution, done)
         start = done
     else:
         what = "fold, rotate, cut, refit"
@@ -223,8 +223,8 @@ def _refitter(
         shape=shape,
         projection=projection,
         dtype=job.dtype,
-        on=job.on,
-        choose=job.settings.choose,
+        execution=job.execution,
+        unit_selection=job.settings.unit_selection,
         held_from=held_from,
         unseen_from=unseen_from,
         log=[],

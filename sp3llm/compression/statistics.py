@@ -40,9 +40,11 @@ class MomentSum:
     count: int = 0
 
     @staticmethod
-    def of(blocks: int, width: int, on: Execution) -> "MomentSum":
+    def of(blocks: int, width: int, execution: Execution) -> "MomentSum":
         """Nothing yet."""
-        squares_BWW = torch.zeros(blocks, width, width, dtype=torch.float64, device=on.device)
+        squares_BWW = torch.zeros(
+            blocks, width, width, dtype=torch.float64, device=execution.device
+        )
         return MomentSum(squares_BWW, torch.zeros_like(squares_BWW[..., 0]))
 
     def add(self, x: Tensor) -> None:
@@ -57,7 +59,7 @@ class MomentSum:
     def over(self, ranks: Ranks) -> "MomentSum":
         """The same with what every process has seen."""
         count = self.sums_BW.new_tensor([self.count])
-        ranks.add_(self.squares_BWW, self.sums_BW, count)
+        ranks.all_reduce_(self.squares_BWW, self.sums_BW, count)
         return MomentSum(self.squares_BWW, self.sums_BW, int(count.item()))
 
     def moments(self) -> Tensor:
@@ -78,12 +80,12 @@ class SiteSlots:
     sites: int
 
     @staticmethod
-    def of(sites: int, most: int, width: int, on: Execution) -> "SiteSlots":
+    def of(sites: int, most: int, width: int, execution: Execution) -> "SiteSlots":
         """Nothing yet, in `most` slots or as many as there are sites."""
 
         def zeros() -> list[Tensor]:
             return [
-                torch.zeros(width, width, dtype=torch.float64, device=on.device)
+                torch.zeros(width, width, dtype=torch.float64, device=execution.device)
                 for _ in range(min(most, sites))
             ]
 
@@ -123,13 +125,13 @@ def pack(moments: Moments) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def unpack(named: Mapping[str, Tensor], on: Execution) -> Moments:
+def unpack(named: Mapping[str, Tensor], execution: Execution) -> Moments:
     """What `_packed` had."""
 
     def of(prefix: str) -> dict[str, Tensor]:
         start = f"{prefix}."
         found = {n.removeprefix(start): t for n, t in named.items() if n.startswith(start)}
-        return {name: tensor.to(on.device, copy=True) for name, tensor in found.items()}
+        return {name: tensor.to(execution.device, copy=True) for name, tensor in found.items()}
 
     def listed(prefix: str) -> tuple[Tensor, ...]:
         found = of(prefix)
@@ -138,5 +140,5 @@ def unpack(named: Mapping[str, Tensor], on: Execution) -> Moments:
     layers = {int(name.split(".")[1]) for name in named if name.startswith("heads.")}
     heads = tuple(HeadMoments(**of(f"heads.{layer}")) for layer in sorted(layers))
     head_DD = named.get("head")
-    head_DD = None if head_DD is None else head_DD.to(on.device, copy=True)
+    head_DD = None if head_DD is None else head_DD.to(execution.device, copy=True)
     return Moments(listed("sites_DD"), listed("metrics_DD"), head_DD, heads)

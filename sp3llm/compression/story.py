@@ -59,9 +59,9 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
     from sp3llm.evaluation.harness import score_compressed
     from sp3llm.reporting.card import write_card
     from sp3llm.reporting.compression import closing_table, next_steps
-    from sp3llm.runtime.processes import joined
+    from sp3llm.runtime.processes import init_distributed
 
-    ranks, device = joined(settings.device)
+    ranks, device = init_distributed(settings.device)
     job = None
 
     def look() -> None:
@@ -115,13 +115,13 @@ def run_stages(
     from sp3llm.reporting.plans import plan_line
     from sp3llm.runtime.files import write_json
     from sp3llm.runtime.machine import device_memory, peak_memory
-    from sp3llm.runtime.memory import give_back
+    from sp3llm.runtime.memory import trim_memory
 
-    settings, dense, family, on = job.settings, job.dense, job.family, job.on
+    settings, dense, family, execution = job.settings, job.dense, job.family, job.execution
     calibration, evaluation = draw_windows(job, journal)
     lessons = None
     if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
-        lessons = on.ranks.from_first(lambda: read_mask_windows(job, evaluation))
+        lessons = execution.ranks.from_first(lambda: read_mask_windows(job, evaluation))
     moments, dense_losses = measure_dense(
         dense,
         family,
@@ -129,7 +129,7 @@ def run_stages(
         evaluation.tokens,
         settings.moments,
         settings.basis,
-        on,
+        execution,
         progress,
         journal,
     )
@@ -146,10 +146,10 @@ def run_stages(
     eigenvalues, projection = final_basis(job, shape, moments, calibration.tokens, journal, mask)
     energy = energy_kept(moments, projection)
     del moments  # at large widths several matrices that nothing needs any more
-    give_back()
+    trim_memory()
     fits = build(job, shape, projection, calibration.tokens, small_config, model, journal, progress)
-    small = on.ranks.from_first(lambda: written(family, small_config, job.dtype, model))
-    losses = measure_losses(small, family, evaluation.tokens, on, progress, journal)
+    small = execution.ranks.from_first(lambda: written(family, small_config, job.dtype, model))
+    losses = measure_losses(small, family, evaluation.tokens, execution, progress, journal)
     result = Result(
         name=job.name,
         out=job.out,
@@ -169,17 +169,17 @@ def run_stages(
         excess=excess_log_perplexity(losses, dense_losses),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
-        device_memory=device_memory(str(on.device)),
+        device_memory=device_memory(str(execution.device)),
     )
     record = {
-        **_record(result, settings, on, job.dtype),
+        **_record(result, settings, execution, job.dtype),
         **about_mask,
         "parameters": {
             "dense": families.count_parts(family, dense.config),
             "small": families.count_parts(family, small_config),
         },
     }
-    if on.ranks.is_first:
+    if execution.ranks.is_first:
         record["files_copied"] = copy_companions(job.folder, model)
         write_json(model / RECORD, record)
         write_card(model, record, job.folder)
@@ -191,7 +191,7 @@ def run_stages(
 def _record(
     result: Result,
     settings: CompressConfig,
-    on: "Execution",
+    execution: "Execution",
     dtype: "torch.dtype",
 ) -> dict[str, Any]:
     """`sp3llm.json`: everything needed to know, and repeat, what was done."""
@@ -205,7 +205,7 @@ def _record(
         seq_len=result.calibration.tokens.shape[1],
         allocate=settings.allocation,
         multiple_of=result.plan.multiple_of,
-        device=str(on.device),
+        device=str(execution.device),
         dtype=str(dtype).removeprefix("torch."),
     )
     return {
@@ -225,12 +225,12 @@ def _record(
         "eigenvalues": result.eigenvalues.tolist(),
         "energy_kept": result.energy_kept,
         "dtype": str(dtype).removeprefix("torch."),
-        "compute_dtype": str(on.dtype).removeprefix("torch."),
+        "compute_dtype": str(execution.dtype).removeprefix("torch."),
         "dense_weight_bytes": result.dense_bytes,
         "weight_bytes": result.weight_bytes,
         "seconds": round(result.seconds, 2),
         "peak_memory_bytes": result.peak_memory,
         "device_memory_bytes": result.device_memory,
         "versions": versions(),
-        "machine": machine(str(on.device)),
+        "machine": machine(str(execution.device)),
     }

@@ -21,7 +21,7 @@ def draw_windows(job: Job, journal: "Journal") -> "tuple[Windows, Windows]":
 
     before = journal.latest(_TEXT)
     if before is None:
-        both = job.on.ranks.from_first(lambda: read_windows(job))
+        both = job.execution.ranks.from_first(lambda: read_windows(job))
         facts = [
             {**vars(windows), "tokens": None, "documents": sorted(windows.documents)}
             for windows in both

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from sp3llm.compression.projection import (
-    Winners,
+    KeptUnits,
 )
 from sp3llm.models.families import Axis, Family, Group
 
 
 def gate_writers(
-    family: Family, group: Group, tensors: Mapping[str, Tensor], winners: Winners | None
+    family: Family, group: Group, tensors: Mapping[str, Tensor], kept_units: KeptUnits | None
 ) -> dict[str, Tensor]:
     """The same layer with the gates of a learned mask folded into what its writers read."""
     found = dict(tensors)
     for writer, axis in gated_writers(family, group):
-        gates_LU = None if winners is None else winners.gates(axis)
+        gates_LU = None if kept_units is None else kept_units.gates(axis)
         name = f"{group.prefix}{writer}.weight"
         if gates_LU is not None:
             gates_U = gates_LU[group.layer]

@@ -18,13 +18,13 @@ from sp3llm.maths.basis import stream_scale
 from sp3llm.maths.products import widen
 from sp3llm.maths.refit import (
     Gram,
-    beside,
     empty_gram,
-    joined,
     restricted,
     ridge_solution,
+    schur_complement,
+    sum_grams,
 )
-from sp3llm.maths.unit_selection import choose_units
+from sp3llm.maths.unit_selection import select_units
 from sp3llm.models import families
 from sp3llm.models.families import Group
 from sp3llm.models.shapes import Shape
@@ -48,17 +48,17 @@ def fit_parallel(
     One after the other, the first would chase what the second is there for (DESIGN 3.7). `layers`
     are the dense tensors, those with attention cut, and the small ones, in place.
     """
-    family, on = refitter.family, refitter.on
+    family, execution = refitter.family, refitter.execution
     (source, narrow, tensors), (dense_stream, small_stream) = layers, streams
     grams = stream_grams(refitter, dense_stream.hidden, small_stream)
     for site in family.sites:
         fit_readers(refitter, group, site, grams, narrow, tensors)
-    run_layer(dense_model, family, index, source, [(dense_stream, {})], on)
+    run_layer(dense_model, family, index, source, [(dense_stream, {})], execution)
     names = [f"{group.prefix}{writer}" for writer in family.writers]
     priors = [tensors[f"{name}.weight"].T.double() for name in names]
     biases = [tensors[f"{name}.bias"].double() for name in names if f"{name}.bias" in tensors]
     prior_PK = torch.cat(priors)
-    grams = tuple(empty_gram(*prior_PK.shape, on.device) for _ in range(2))
+    grams = tuple(empty_gram(*prior_PK.shape, execution.device) for _ in range(2))
     seen: list[Tensor] = []
 
     def see(rows: slice, a: Tensor) -> None:
@@ -69,17 +69,25 @@ def fit_parallel(
             seen.clear()
 
     probes = dict.fromkeys(family.writers, see)
-    until = family.writers[-1]
-    run_layer(shells[0], family, index, tensors, [(small_stream, probes)], on, until=until)
+    stop_before = family.writers[-1]
+    run_layer(
+        shells[0],
+        family,
+        index,
+        tensors,
+        [(small_stream, probes)],
+        execution,
+        stop_before=stop_before,
+    )
     all_reduce_grams(refitter, grams)
-    both, kept, start = joined(*grams), [], 0
+    both, kept, start = sum_grams(*grams), [], 0
     for writer, prior in zip(family.writers, priors, strict=True):
         members_P = torch.arange(start, start + len(prior), device=prior.device)
         start += len(prior)
         if _units_of(refitter, writer) is None:
             kept.append(members_P)
             continue
-        part = beside(both, members_P, _CHOICE_RIDGE)
+        part = schur_complement(both, members_P, _CHOICE_RIDGE)
         kept.append(members_P[_survivors(refitter, group, writer, part, prior, tensors)])
     kept_P = torch.cat(kept)
     grams = tuple(restricted(gram, kept_P) for gram in grams)
@@ -92,7 +100,7 @@ def fit_parallel(
         if f"{name}.bias" in tensors:  # the first bias carries the constant of both
             tensors[f"{name}.bias"] = rounded(f"{name}.bias", constant_K, refitter.dtype)
             constant_K = torch.zeros_like(constant_K)
-    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], on)
+    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], execution)
 
 
 def fit_embeddings(
@@ -113,9 +121,9 @@ def fit_embeddings(
     if embedding_EJ is None or embedding_EJ.shape[0] == embedding_EJ.shape[1]:
         return False
     name = f"{refitter.family.projections[0]}.weight"
-    table_VJ = tensors[refitter.family.embedding].to(refitter.on.device)
+    table_VJ = tensors[refitter.family.embedding].to(refitter.execution.device)
     prior_JK = tensors[name].T.double()
-    grams = tuple(empty_gram(*prior_JK.shape, refitter.on.device) for _ in range(2))
+    grams = tuple(empty_gram(*prior_JK.shape, refitter.execution.device) for _ in range(2))
 
     def see(rows: slice, x: Tensor) -> None:
         embedded = widen(table_VJ[tokens[rows].to(table_VJ.device)])
@@ -123,7 +131,7 @@ def fit_embeddings(
         missing = missing * refitter.multiplier + embedded @ prior_JK.to(embedded)
         add_tokens(refitter, grams, rows, embedded, missing, weight)
 
-    probe_stream(small_stream, see, refitter.on)
+    probe_stream(small_stream, see, refitter.execution)
     all_reduce_grams(refitter, grams)
     fit = fit_ridge(refitter, name, grams, prior_JK)
     tensors[name] = rounded(name, fit.solution_PQ.T, refitter.dtype)
@@ -142,7 +150,7 @@ def fit_writer(
     tensors: dict[str, Tensor],
     shell: nn.Module,
     small_stream: Stream,
-    silent: Mapping[str, int | None],
+    zeroed: Mapping[str, int | None],
     keep_inputs: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Choose the writer's surviving inputs and fit it to chase the dense stream.
@@ -153,16 +161,16 @@ def fit_writer(
     Returns the inputs, `(windows, tokens, P)`, if they are to be kept, and the indices of those
     that survive; None: all do.
     """
-    family, on = refitter.family, refitter.on
+    family, execution = refitter.family, refitter.execution
     writer = family.writers[number]
     name = f"{group.prefix}{writer}"
     prior_PK = tensors[f"{name}.weight"].T.double()
     bias = tensors.get(f"{name}.bias")
     prior_bias_K = None if bias is None else bias.double()
-    grams = tuple(empty_gram(*prior_PK.shape, on.device) for _ in range(2))
+    grams = tuple(empty_gram(*prior_PK.shape, execution.device) for _ in range(2))
     inputs: Tensor | None = None
     if keep_inputs:
-        inputs = on.room((*target.shape[:2], len(prior_PK)), target.dtype)
+        inputs = execution.empty_stream((*target.shape[:2], len(prior_PK)), target.dtype)
 
     def see(rows: slice, a: Tensor) -> None:
         missing, weight = _missing(refitter, target, small_stream, rows)
@@ -171,11 +179,11 @@ def fit_writer(
             inputs[rows] = a.to(inputs.device)
 
     streams = [(small_stream, {writer: see})]
-    run_layer(shell, family, index, tensors, streams, on, until=writer, silent=silent)
+    run_layer(shell, family, index, tensors, streams, execution, stop_before=writer, zeroed=zeroed)
     all_reduce_grams(refitter, grams)
     kept_P = None
     if _units_of(refitter, writer) is not None:
-        kept_P = _survivors(refitter, group, writer, joined(*grams), prior_PK, tensors)
+        kept_P = _survivors(refitter, group, writer, sum_grams(*grams), prior_PK, tensors)
         grams, prior_PK = tuple(restricted(gram, kept_P) for gram in grams), prior_PK[kept_P]
     fit = fit_ridge(refitter, name, grams, prior_PK, prior_bias_K)
     tensors[f"{name}.weight"] = rounded(f"{name}.weight", fit.solution_PQ.T, refitter.dtype)
@@ -188,10 +196,10 @@ def _missing(
     refitter: Refitter, target: Tensor, small_stream: Stream, rows: slice
 ) -> tuple[Tensor, Tensor]:
     """What a writer has to add, `(c X_out T - X') / r`, and what each token weighs."""
-    family, on, writes_DK = refitter.family, refitter.on, refitter.projection.writes()
-    wanted = widen(target[rows].to(on.device))
+    family, execution, writes_DK = refitter.family, refitter.execution, refitter.projection.writes()
+    wanted = widen(target[rows].to(execution.device))
     scaled_DK = (stream_scale(writes_DK) * writes_DK).to(wanted)
-    missing = wanted @ scaled_DK - widen(small_stream.hidden[rows].to(on.device))
+    missing = wanted @ scaled_DK - widen(small_stream.hidden[rows].to(execution.device))
     if family.centred:
         wanted = wanted - wanted.mean(-1, keepdim=True)
     weight = 1 / wanted.square().mean(-1).clamp_min(1e-12)
@@ -209,7 +217,7 @@ def _units_of(refitter: Refitter, writer: str) -> tuple[int, dict[str, int]] | N
         keep, total = shape.intermediate_size, dense.intermediate_size
     else:
         keep, total = shape.num_key_value_heads, dense.num_key_value_heads
-    if keep == total or (axis != families.FFN and refitter.projection.narrowing is not None):
+    if keep == total or (axis != families.FFN and refitter.projection.attention_cut is not None):
         return None
     return keep, unit_sizes(dense, axis)
 
@@ -227,16 +235,16 @@ def _survivors(
     They are those of a learned mask, where there is one, and those without which the refit loses
     least elsewhere.
     """
-    family, winners = refitter.family, refitter.projection.winners
+    family, kept_units = refitter.family, refitter.projection.kept_units
     keep, units = _units_of(refitter, writer)
     sizes = families.axis_sizes(family, refitter.dense.config)
     axis = family.layer[f"{writer}.weight"][1]
     unit = units[axis]
-    kept_U = None if winners is None else winners.kept(axis, group.layer)
+    kept_U = None if kept_units is None else kept_units.kept(axis, group.layer)
     if kept_U is None:
         weight_PK, _, used = ridge_solution(gram, prior_PK, _CHOICE_RIDGE, intercept=False)
-        kept_P = choose_units(gram.inputs_PP, weight_PK, keep, unit, refitter.choose, used)
-        refitter.on.ranks.copy_(kept_P)
+        kept_P = select_units(gram.inputs_PP, weight_PK, keep, unit, refitter.unit_selection, used)
+        refitter.execution.ranks.broadcast_(kept_P)
         kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
     else:
         kept_P = kept_rows(axis, kept_U, units, sizes)

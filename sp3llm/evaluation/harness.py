@@ -394,14 +394,14 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
 
     import torch
 
-    from sp3llm.runtime.devices import execution
+    from sp3llm.runtime.devices import resolve_execution
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("reading lm-eval's tasks"):
         selection = select(settings.tasks, settings.include_path)
     if "LMEVAL_LOG_LEVEL" not in os.environ:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    device = execution(settings.device, torch.float32).device
+    device = resolve_execution(settings.device, torch.float32).device
     models = [_Model.of(m) for m in (settings.model, settings.against) if m is not None]
     selection, notes = _within_positions(selection, models)
     for note in notes:

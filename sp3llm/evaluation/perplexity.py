@@ -11,7 +11,7 @@ from sp3llm.models.stock import empty_model
 from sp3llm.models.stream import open_stream, run_layer
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.journal import NOTHING_KEPT, Journal
-from sp3llm.runtime.prefetch import ahead
+from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.progress import tracked
 
 # What a journal knows the last pass as.
@@ -22,7 +22,7 @@ def measure_losses(
     checkpoint: Checkpoint,
     family: Family,
     tokens: Tensor,
-    on: Execution,
+    execution: Execution,
     progress: Progress | None = None,
     journal: Journal = NOTHING_KEPT,
     what: str = "compressed model, perplexity",
@@ -30,16 +30,20 @@ def measure_losses(
     """Token losses of a checkpoint, streamed: `(windows, tokens - 1)`, float64, nats."""
     model = empty_model(checkpoint.config)
     embeddings, *layers, _ = families.groups(family, checkpoint.config)
-    mine = on.mine(*tokens.shape)
-    own = tokens[mine]
+    local_windows = execution.local_windows(*tokens.shape)
+    own = tokens[local_windows]
     before = journal.latest(LOSSES)
     start, saved = (0, None) if before is None else (before.step, before.tensors["stream"])
-    stream = open_stream(model, family, checkpoint.read(embeddings.parameters), own, on, saved)
-    sources = ahead(layers[start:], lambda group: checkpoint.read(group.parameters), on.device)
+    stream = open_stream(
+        model, family, checkpoint.read(embeddings.parameters), own, execution, saved
+    )
+    sources = prefetch(
+        layers[start:], lambda group: checkpoint.read(group.parameters), execution.device
+    )
     bar = tracked(progress, what, sources, start, len(layers))
     for index, (_, tensors) in enumerate(bar, start):
-        run_layer(model, family, index, tensors, [(stream, {})], on)
+        run_layer(model, family, index, tensors, [(stream, {})], execution)
         if journal.due():
             journal.save(LOSSES, index + 1, {"stream": stream.hidden})
-    losses = token_losses(model, family, head_tensors(checkpoint, family), stream, own, on)
-    return on.ranks.assembled(losses, mine, len(tokens))
+    losses = token_losses(model, family, head_tensors(checkpoint, family), stream, own, execution)
+    return execution.ranks.all_gather_rows(losses, local_windows, len(tokens))

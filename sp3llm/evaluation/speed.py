@@ -341,11 +341,11 @@ def bench(settings: BenchConfig, console: "Console") -> dict[str, Any]:
 
     Raises UserError for anything the user can mend.
     """
-    from sp3llm.runtime.devices import execution
+    from sp3llm.runtime.devices import resolve_execution
     from sp3llm.runtime.machine import machine, versions
     from sp3llm.runtime.progress import progress_bars
 
-    device = execution(settings.device, torch.float32).device
+    device = resolve_execution(settings.device, torch.float32).device
     _check_output(settings.output)
     try:
         with console.status("loading the models"):

@@ -18,7 +18,7 @@ def mean_free_frame(width: int, device: torch.device) -> Tensor:
     return math.sqrt(2 / width) * torch.cos(math.pi / width * position_D1 * frequency_1F)
 
 
-def spreading_turn(width: int, device: torch.device) -> Tensor:
+def spreading_rotation(width: int, device: torch.device) -> Tensor:
     """An orthogonal matrix without large entries, `(K, K)`, float64: turned by it, the energy of
     coordinates that differ much is spread over all of them.
 
@@ -33,7 +33,7 @@ def spreading_turn(width: int, device: torch.device) -> Tensor:
 
 def spread_mean_free_frame(width: int, device: torch.device) -> Tensor:
     """Like `mean_free_frame`, `(K, K - 1)`, with a turn inside of it: rows of the matrix behind
-    `spreading_turn`, whose first row is constant, in place of cosines.
+    `spreading_rotation`, whose first row is constant, in place of cosines.
     """
     rows_FK = _flat_matrix(width)[1:]
     return (_signs(width - 1)[:, None] * rows_FK).T.to(device)
@@ -140,15 +140,15 @@ def metric_basis(
             break
         settled = cost - trial_cost < 1e-6 * cost
         change_DR = trial_gradient_DR - _tangent(gradient_DR, trial_DR)
-        turn = (trial_gradient_DR * change_DR).sum() / gradient_DR.square().sum()
-        direction_DR = turn.clamp_min(0) * _tangent(direction_DR, trial_DR) - trial_gradient_DR
+        momentum = (trial_gradient_DR * change_DR).sum() / gradient_DR.square().sum()
+        direction_DR = momentum.clamp_min(0) * _tangent(direction_DR, trial_DR) - trial_gradient_DR
         y_DR, cost, gradient_DR, step = trial_DR, trial_cost, trial_gradient_DR, step * 2
         if settled:
             break
     z_DK = torch.linalg.qr(y_DR, mode="complete")[0][:, y_DR.shape[1] :]
     total_DD = sum(moments_DD, torch.zeros_like(vectors_DD))
-    _, turn_KK = eigenbasis(z_DK.T @ total_DD @ z_DK)
-    return z_DK @ turn_KK
+    _, axes_KK = eigenbasis(z_DK.T @ total_DD @ z_DK)
+    return z_DK @ axes_KK
 
 
 def _tangent(direction_DR: Tensor, y_DR: Tensor) -> Tensor:

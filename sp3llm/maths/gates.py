@@ -126,13 +126,13 @@ def unevenness(open_LN: Tensor) -> Tensor:
     return share_L - share_L.mean()
 
 
-def winners(score_N: Tensor, keep: int) -> Tensor:
+def top_indices(score_N: Tensor, keep: int) -> Tensor:
     """Indices of the `keep` largest, rising; of equal ones the first."""
     return score_N.argsort(descending=True, stable=True)[:keep].sort().values
 
 
 def folded(gate: Tensor) -> Tensor:
-    """A winner's gate as it is folded into the weights.
+    """The gate of what is kept, as it is folded into the weights.
 
     Rounding a shape up keeps some that have all but closed: these get a tenth, or they would be
     kept for nothing.

@@ -99,24 +99,26 @@ def add_to_gram(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None 
         gram.weight.add_(weight_N.sum(dtype=torch.float64))
 
 
-def parts(gram: Gram) -> tuple[Tensor, ...]:
+def gram_tensors(gram: Gram) -> tuple[Tensor, ...]:
     """The tensors of a Gram, for whoever sums them over processes."""
     return tuple(getattr(gram, name) for name in Gram.__dataclass_fields__)
 
 
-def join_(one: Gram, two: Gram) -> Gram:
+def add_gram_(one: Gram, two: Gram) -> Gram:
     """Add the tokens of `two` to `one`, in place: the largest shapes leave no room for a third."""
-    for mine, other in zip(parts(one), parts(two), strict=True):
+    for mine, other in zip(gram_tensors(one), gram_tensors(two), strict=True):
         mine.add_(other)
     return one
 
 
-def joined(one: Gram, two: Gram) -> Gram:
+def sum_grams(one: Gram, two: Gram) -> Gram:
     """The Gram of both sets of tokens."""
-    return Gram(*(mine + other for mine, other in zip(parts(one), parts(two), strict=True)))
+    return Gram(
+        *(mine + other for mine, other in zip(gram_tensors(one), gram_tensors(two), strict=True))
+    )
 
 
-def beside(gram: Gram, kept_P: Tensor, ridge: float) -> Gram:
+def schur_complement(gram: Gram, kept_P: Tensor, ridge: float) -> Gram:
     """The Gram of some inputs, the others regressed out of inputs and targets: what a choice among
     the first sees where the others stay and take over what they can. Its least-squares solution is
     their part of the joint one. `kept_P` are indices, `ridge` as for `ridged_factor`.
@@ -256,7 +258,7 @@ def ridge_fit(
             best, best_error = used, error
     if best == float("inf"):
         return Fit(prior_PQ, prior_intercept_Q, best, best_error, plain_error, False)
-    both = join_(fitting, held_back)
+    both = add_gram_(fitting, held_back)
     solution_PQ, intercept_Q, used = ridge_solution(both, prior_PQ, best, intercept)
     return Fit(solution_PQ, intercept_Q, used, best_error, plain_error, used > best)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from sp3llm.maths.refit import ridged_factor
 
 
-def choose_units(
+def select_units(
     gram_PP: Tensor,
     weight_PQ: Tensor,
     keep: int,

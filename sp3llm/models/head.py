@@ -55,7 +55,7 @@ def token_losses(
     head: Mapping[str, Tensor],
     stream: Stream,
     tokens: Tensor,
-    on: Execution,
+    execution: Execution,
 ) -> Tensor:
     """Negative log-likelihood of every next token, `(windows, tokens - 1)`, float64, in nats.
 
@@ -65,14 +65,14 @@ def token_losses(
     """
     losses = torch.empty((len(tokens), tokens.shape[1] - 1), dtype=torch.float64)
     step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
-    with materialized(model, _by_module(family, head), on):
+    with materialized(model, _by_module(family, head), execution):
         for row, window in enumerate(tokens):
             for start in range(0, len(window) - 1, step):
                 piece = stream.hidden[row : row + 1, start : min(start + step, len(window) - 1)]
-                piece = piece.to(on.device)
+                piece = piece.to(execution.device)
                 with _from_layers_on(model, family, piece):
                     logits = model(inputs_embeds=piece, use_cache=False).logits[0]
-                targets = window[start + 1 : start + 1 + len(logits)].to(on.device)
+                targets = window[start + 1 : start + 1 + len(logits)].to(execution.device)
                 wide = logits if logits.dtype == torch.float64 else logits.float()
                 loss = nn.functional.cross_entropy(wide, targets, reduction="none")
                 losses[row, start : start + len(loss)] = loss.double().cpu()
@@ -89,23 +89,23 @@ def backward_head(
     head: Mapping[str, Tensor],
     stream: Stream,
     windows: Sequence[int],
-    on: Execution,
+    execution: Execution,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the summed loss by the stream after the last layer and by the norm's output.
 
     Labels are drawn from the model's own distribution, each window's with its number, of those in
     `windows`, as the seed. Both are `(windows, tokens, D)`, where `stream` is.
     """
-    generator = torch.Generator(on.device)
+    generator = torch.Generator(execution.device)
     by_stream, by_norm = torch.empty_like(stream.hidden), torch.empty_like(stream.hidden)
     step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
-    with materialized(model, _by_module(family, head), on):
+    with materialized(model, _by_module(family, head), execution):
         norm = model.get_submodule(family.final_norm)
         for row, number in enumerate(windows):
             generator.manual_seed(number)
             for start in range(0, stream.hidden.shape[1], step):
                 part = (slice(row, row + 1), slice(start, start + step))
-                piece = stream.hidden[part].to(on.device).requires_grad_()
+                piece = stream.hidden[part].to(execution.device).requires_grad_()
                 with _from_layers_on(model, family, piece), outputs_of(norm) as seen:
                     logits = model(inputs_embeds=piece, use_cache=False).logits[0].float()
                 labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -13,7 +13,7 @@ Probe = Callable[[slice, Tensor], None]
 """Called with the rows of a batch and what a module is called with there: for a norm the stream at
 its read site, `(windows, tokens, D)`."""
 
-Returns = dict[str, int | None]
+Arities = dict[str, int | None]
 """By submodule: how many values it returns; None: a tensor alone."""
 
 
@@ -44,13 +44,15 @@ class Injector(nn.Module):
 
 
 @contextmanager
-def materialized(model: nn.Module, tensors: Mapping[str, Tensor], on: Execution) -> Iterator[None]:
+def materialized(
+    model: nn.Module, tensors: Mapping[str, Tensor], execution: Execution
+) -> Iterator[None]:
     """Give the named parameters real values for the duration of the block."""
     from accelerate.utils import set_module_tensor_to_device
 
     for name, tensor in tensors.items():
         set_module_tensor_to_device(
-            model, name, on.device, value=tensor, dtype=on.dtype, clear_cache=False
+            model, name, execution.device, value=tensor, dtype=execution.dtype, clear_cache=False
         )
     try:
         yield
@@ -77,16 +79,16 @@ class _Reached(Exception):  # noqa: N818  (not an error: the way out of a forwar
 
 
 @contextmanager
-def arities_noted(layer: nn.Module, note: "Returns | None") -> Iterator[None]:
+def arities_noted(layer: nn.Module, arities: "Arities | None") -> Iterator[None]:
     """Tell how many values submodules return."""
 
     def hook_of(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
-            note[path] = len(output) if isinstance(output, tuple) else None
+            arities[path] = len(output) if isinstance(output, tuple) else None
 
         return hook
 
-    paths = list(note or {})
+    paths = list(arities or {})
     handles = [layer.get_submodule(p).register_forward_hook(hook_of(p)) for p in paths]
     try:
         yield
@@ -97,11 +99,11 @@ def arities_noted(layer: nn.Module, note: "Returns | None") -> Iterator[None]:
 
 @contextmanager
 def zeroed_blocks(
-    layer: nn.Module, batch: Tensor, silent: "Mapping[str, int | None]"
+    layer: nn.Module, batch: Tensor, zeroed: "Mapping[str, int | None]"
 ) -> Iterator[None]:
     """Let zeros stand for what submodules return."""
     with ExitStack() as stack:
-        for path, count in silent.items():
+        for path, count in zeroed.items():
             zeros = torch.zeros_like(batch)
             whole = zeros if count is None else (zeros, *[None] * (count - 1))
             stack.enter_context(replaced(layer, path, Injector(whole)))
@@ -110,21 +112,21 @@ def zeroed_blocks(
 
 @contextmanager
 def probed(
-    layer: nn.Module, rows: slice, probes: Mapping[str, Probe], until: str | None
+    layer: nn.Module, rows: slice, probes: Mapping[str, Probe], stop_before: str | None
 ) -> Iterator[None]:
-    """Show modules' inputs to probes; leave the block at once when `until` is reached."""
+    """Show modules' inputs to probes; leave the block at once when `stop_before` is reached."""
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             if name in probes:
                 seen = args[0]  # OPT's layers put windows and tokens on one axis
                 probes[name](rows, seen.reshape(rows.stop - rows.start, -1, seen.shape[-1]))
-            if name == until:
+            if name == stop_before:
                 raise _Reached
 
         return hook
 
-    names = dict.fromkeys([*probes, *([until] if until else [])])
+    names = dict.fromkeys([*probes, *([stop_before] if stop_before else [])])
     handles = [layer.get_submodule(n).register_forward_pre_hook(hook_of(n)) for n in names]
     try:
         yield

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from sp3llm.errors import UserError
 from sp3llm.models.families import Family
 from sp3llm.models.hooks import (
+    Arities,
     Probe,
     Recorder,
-    Returns,
     arities_noted,
     bypassed,
     materialized,
@@ -30,7 +30,7 @@ from sp3llm.models.hooks import (
 )
 from sp3llm.models.stock import by_parameter
 from sp3llm.runtime.devices import Execution
-from sp3llm.runtime.memory import give_back
+from sp3llm.runtime.memory import trim_memory
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def _batches(windows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, windows)) for start in range(0, windows, size)]
 
 
-def _rows(windows: Tensor, on: Execution) -> list[slice]:
+def _rows(windows: Tensor, execution: Execution) -> list[slice]:
     """The batches that windows, `(windows, tokens, ...)`, go through a layer in."""
-    return _batches(len(windows), on.windows_a_batch(windows.shape[1]))
+    return _batches(len(windows), execution.windows_a_batch(windows.shape[1]))
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def open_stream(
     family: Family,
     embeddings: Mapping[str, Tensor],
     tokens: Tensor,
-    on: Execution,
+    execution: Execution,
     saved: Tensor | None = None,
 ) -> Stream:
     """Embed `tokens` (`(windows, tokens)`) by the stock forward and note each layer's arguments.
@@ -74,23 +74,23 @@ def open_stream(
     decoder = model.get_submodule(family.layers_module.rpartition(".")[0])
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(on.device))
+            setattr(module, name, buffer.to(execution.device))
     with (
-        materialized(model, embeddings, on),
+        materialized(model, embeddings, execution),
         replaced(model, family.layers_module, nn.ModuleList(recorders)),
         bypassed(model, [family.final_norm, *(family.projections or ())[1:]]),
     ):
         # One window by itself too: the backward pass goes window by window. A process without a
         # window of its own needs the stream's width all the same.
-        for rows in [None, *_rows(tokens, on)]:
+        for rows in [None, *_rows(tokens, execution)]:
             batch = tokens.new_zeros(1, tokens.shape[1]) if rows is None else tokens[rows]
             if len(batch) in calls and saved is not None:
                 continue
-            decoder(input_ids=batch.to(on.device), use_cache=False)
+            decoder(input_ids=batch.to(execution.device), use_cache=False)
             embedded = recorders[0].hidden
             calls.setdefault(len(batch), [recorder.kwargs for recorder in recorders])
             if hidden is None:
-                hidden = on.room((*tokens.shape, embedded.shape[-1]), embedded.dtype)
+                hidden = execution.empty_stream((*tokens.shape, embedded.shape[-1]), embedded.dtype)
             if rows is not None and saved is None:
                 hidden[rows] = embedded.to(hidden.device)
     if saved is not None:
@@ -106,34 +106,35 @@ def run_layer(
     index: int,
     tensors: Mapping[str, Tensor],
     streams: list[tuple[Stream, Mapping[str, Probe]]],
-    on: Execution,
-    until: str | None = None,
-    silent: "Mapping[str, int | None]" = MappingProxyType({}),
-    note: "Returns | None" = None,
+    execution: Execution,
+    stop_before: str | None = None,
+    zeroed: "Mapping[str, int | None]" = MappingProxyType({}),
+    arities: "Arities | None" = None,
 ) -> None:
     """Send each stream through layer `index`, in place, with its weights placed for that long.
 
     Each stream comes with probes by module name, relative to the layer, which see that module's
-    input. With `until` the layer runs up to that module only, and the streams stay as they are.
-    Submodules in `silent` do not run: zeros stand for what they would have added to the stream,
-    in as many values as they return. `note` has submodules as keys and is told how many that is.
+    input. With `stop_before` the layer runs up to that module only, and the streams stay as they
+    are. Submodules in `zeroed` do not run: zeros stand for what they would have added to the
+    stream, in as many values as they return. `arities` has submodules as keys and is told how many
+    that is.
 
     Raises UserError, naming the layer, if its output holds NaN or infinity.
     """
     layer = model.get_submodule(family.layers_module)[index]
     by_class = by_parameter(family, index, tensors)
-    with materialized(model, by_class, on), arities_noted(layer, note):
+    with materialized(model, by_class, execution), arities_noted(layer, arities):
         for stream, probes in streams:
             hidden = stream.hidden
-            for rows in _rows(hidden, on):
-                batch = hidden[rows].to(on.device)
-                with probed(layer, rows, probes, until), zeroed_blocks(layer, batch, silent):
+            for rows in _rows(hidden, execution):
+                batch = hidden[rows].to(execution.device)
+                with probed(layer, rows, probes, stop_before), zeroed_blocks(layer, batch, zeroed):
                     output = layer(batch, **stream.calls[len(batch)][index])
                     output = output[0] if isinstance(output, tuple) else output
                     hidden[rows] = output.to(hidden.device)
-            if until is None:
+            if stop_before is None:
                 _check_finite(hidden, f"layer {index}")
-    give_back()
+    trim_memory()
 
 
 @torch.no_grad()
@@ -144,7 +145,7 @@ def add_to_stream(
     weight: Tensor,
     bias: Tensor | None,
     multiplier: float,
-    on: Execution,
+    execution: Execution,
     where: str,
 ) -> None:
     """Add a linear writer's output to the stream, in place, as the stock layer would.
@@ -154,22 +155,22 @@ def add_to_stream(
 
     Raises UserError, saying where, if the stream then holds NaN or infinity.
     """
-    weight = weight.to(on.device, on.dtype)
-    bias = None if bias is None else bias.to(on.device, on.dtype)
+    weight = weight.to(execution.device, execution.dtype)
+    bias = None if bias is None else bias.to(execution.device, execution.dtype)
     hidden = stream.hidden
-    for rows in _rows(inputs, on):
-        read = inputs[rows].to(on.device)
+    for rows in _rows(inputs, execution):
+        read = inputs[rows].to(execution.device)
         read = read if kept is None else read[..., kept]
         written = nn.functional.linear(read, weight, bias)
-        moved_on = hidden[rows].to(on.device) + written * multiplier
+        moved_on = hidden[rows].to(execution.device) + written * multiplier
         hidden[rows] = moved_on.to(hidden.device)
     _check_finite(stream.hidden, where)
 
 
-def probe_stream(stream: Stream, probe: Probe, on: Execution) -> None:
+def probe_stream(stream: Stream, probe: Probe, execution: Execution) -> None:
     """Show the stream as it stands (after the last layer: what the final norm reads)."""
-    for rows in _rows(stream.hidden, on):
-        probe(rows, stream.hidden[rows].to(on.device))
+    for rows in _rows(stream.hidden, execution):
+        probe(rows, stream.hidden[rows].to(execution.device))
 
 
 def backward_layer(
@@ -180,7 +181,7 @@ def backward_layer(
     stream: Stream,
     upstream: Tensor,
     norms: list[str],
-    on: Execution,
+    execution: Execution,
 ) -> tuple[Tensor, list[Tensor]]:
     """Carry a gradient down through layer `index`, whose input is `stream`.
 
@@ -189,14 +190,14 @@ def backward_layer(
     layer = model.get_submodule(family.layers_module)[index]
     below = torch.empty_like(stream.hidden)
     by_norm = [torch.empty_like(stream.hidden) for _ in norms]
-    with materialized(model, by_parameter(family, index, tensors), on):
+    with materialized(model, by_parameter(family, index, tensors), execution):
         for row in range(len(stream.hidden)):
             rows = slice(row, row + 1)
-            batch = stream.hidden[rows].to(on.device).requires_grad_()
+            batch = stream.hidden[rows].to(execution.device).requires_grad_()
             with outputs_of(*(layer.get_submodule(norm) for norm in norms)) as seen:
                 output = layer(batch, **stream.calls[1][index])
             output = output[0] if isinstance(output, tuple) else output
-            upper = upstream[rows].to(on.device)
+            upper = upstream[rows].to(execution.device)
             gradients = torch.autograd.grad(output, [batch, *seen], upper)
             for store, gradient in zip((below, *by_norm), gradients, strict=True):
                 store[rows] = gradient.reshape(batch.shape).to(store.device)

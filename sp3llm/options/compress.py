@@ -11,7 +11,6 @@ from sp3llm.options.choices import (
     ALLOCATIONS,
     BASES,
     BITS,
-    CHOICES,
     COUNTS,
     DTYPES,
     MASKS,
@@ -19,6 +18,7 @@ from sp3llm.options.choices import (
     STREAMS,
     TIES,
     TURNS,
+    UNIT_SELECTIONS,
 )
 from sp3llm.options.field import flag, option
 
@@ -76,11 +76,11 @@ class CompressConfig:
         "text",
         default=True,
     )
-    choose: str = option(
+    unit_selection: str = option(
         "how FFN neurons and KV groups are chosen: by the loss of the refit, or by their own "
         "energy",
         default="obs",
-        choices=CHOICES,
+        choices=UNIT_SELECTIONS,
     )
     mask: str = option(
         "who decides what is kept: trial refits and moments, or gates that learn it against the "

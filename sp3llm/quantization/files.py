@@ -72,7 +72,9 @@ def write_quantized(model: Source, to: str, device: "torch.device", folder: Path
     return dict(written["quantization_config"])
 
 
-def load_quantized(folder: Path, model: Source, stock: Mapping[str, Any], on: "Execution") -> Any:
+def load_quantized(
+    folder: Path, model: Source, stock: Mapping[str, Any], execution: "Execution"
+) -> Any:
     """The stock model of what `write_quantized` wrote; what is not quantized is computed in the
     arithmetic that models in full precision are, so that the bits are all that differs.
     """
@@ -86,11 +88,11 @@ def load_quantized(folder: Path, model: Source, stock: Mapping[str, Any], on: "E
             folder,
             config=parsed,
             generation_config=GenerationConfig(),  # there is none in the folder yet
-            device_map={"": on.device},
+            device_map={"": execution.device},
         )
     for parameter in quantized.parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(on.dtype)
+            parameter.data = parameter.data.to(execution.dtype)
     return quantized.requires_grad_(False).eval()
 
 

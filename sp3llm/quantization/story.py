@@ -73,7 +73,7 @@ def quantize(settings: QuantizeConfig, console: "Console") -> dict[str, Any]:
     from sp3llm.quantization.bits import check_installed, check_widths
     from sp3llm.reporting.origins import held_out_tokens
     from sp3llm.reporting.quantization import closing_table, next_steps
-    from sp3llm.runtime.devices import execution
+    from sp3llm.runtime.devices import resolve_execution
     from sp3llm.runtime.folders import output_folder
     from sp3llm.runtime.machine import device_memory, peak_memory
     from sp3llm.runtime.progress import progress_bars
@@ -83,8 +83,8 @@ def quantize(settings: QuantizeConfig, console: "Console") -> dict[str, Any]:
     check_installed(f"--to {settings.to}", "leave the model as it is")
     small, dense, record = _pair(settings, console)
     dtype = torch.promote_types(small.checkpoint.dtype(), dense.checkpoint.dtype())
-    on = execution(settings.device, dtype)
-    if on.device.type == "cpu":
+    execution = resolve_execution(settings.device, dtype)
+    if execution.device.type == "cpu":
         check_widths(settings.to, small.linear(), f"'{small.name}'")
     folder = Path(settings.model)
     if not folder.is_dir():  # one of the hub, which has no place to stand beside
@@ -94,21 +94,21 @@ def quantize(settings: QuantizeConfig, console: "Console") -> dict[str, Any]:
     tokens = held_out_tokens(record, small.checkpoint.folder)
     with output_folder(out) as partial, progress_bars(console) as progress:
         found = {
-            "dense": _in_full(dense, tokens, on, progress, "dense"),
-            "small": _in_full(small, tokens, on, progress, "compressed"),
+            "dense": _in_full(dense, tokens, execution, progress, "dense"),
+            "small": _in_full(small, tokens, execution, progress, "compressed"),
         }
         with _aside(partial) as folder:  # it is only wanted for its numbers
             found["dense_quantized"] = _in_few_bits(
-                dense, settings.to, folder, tokens, on, progress, "dense"
+                dense, settings.to, folder, tokens, execution, progress, "dense"
             )[1]
         stock, found["small_quantized"] = _in_few_bits(
-            small, settings.to, partial, tokens, on, progress, "compressed"
+            small, settings.to, partial, tokens, execution, progress, "compressed"
         )
-        entry = _entry(settings, out, small, dense, found, on)
+        entry = _entry(settings, out, small, dense, found, execution)
         entry |= {
             "seconds": round(time.monotonic() - started, 2),
             "peak_memory_bytes": peak_memory(),
-            "device_memory_bytes": device_memory(str(on.device)),
+            "device_memory_bytes": device_memory(str(execution.device)),
         }
         record = _finish(small, dense, record, entry, stock, partial)
     console.print(closing_table(record))
@@ -221,13 +221,18 @@ def _aside(partial: Path) -> Iterator[Path]:
 
 
 def _in_full(
-    model: Source, tokens: "Tensor", on: "Execution", progress: "Progress", what: str
+    model: Source, tokens: "Tensor", execution: "Execution", progress: "Progress", what: str
 ) -> Found:
     """A model as it is, streamed."""
     from sp3llm.evaluation.perplexity import measure_losses
 
     losses = measure_losses(
-        model.checkpoint, model.family, tokens, on, progress, what=f"{what} model, perplexity"
+        model.checkpoint,
+        model.family,
+        tokens,
+        execution,
+        progress,
+        what=f"{what} model, perplexity",
     )
     linear = linear_parameters(model) * model.checkpoint.dtype().itemsize
     return Found(losses, weight_bytes(model.checkpoint), linear)
@@ -238,7 +243,7 @@ def _in_few_bits(
     to: str,
     folder: Path,
     tokens: "Tensor",
-    on: "Execution",
+    execution: "Execution",
     progress: "Progress",
     what: str,
 ) -> tuple[dict[str, Any], Found]:
@@ -249,14 +254,14 @@ def _in_few_bits(
     from sp3llm.quantization.bits import take_any_width, unfit
 
     bar = progress.add_task(f"{what} model, to {to}", total=1)
-    stock = write_quantized(model, to, on.device, folder)
+    stock = write_quantized(model, to, execution.device, folder)
     progress.update(bar, completed=1)
     files = sorted(folder.glob("*.safetensors"))
     bar = progress.add_task(f"{what} model in {to}, perplexity", total=len(tokens))
-    quantized = load_quantized(folder, model, stock, on)
-    if on.device.type == "cpu" and unfit(to, model.linear()):
+    quantized = load_quantized(folder, model, stock, execution)
+    if execution.device.type == "cpu" and unfit(to, model.linear()):
         take_any_width(quantized)
-    losses = losses_of(quantized, tokens, on.device, lambda: progress.advance(bar))
+    losses = losses_of(quantized, tokens, execution.device, lambda: progress.advance(bar))
     sizes = tensor_bytes(files)
     linear = sum(
         size for name, size in sizes.items()
@@ -307,7 +312,7 @@ def _entry(
     small: Source,
     dense: Source,
     found: Mapping[str, Found],
-    on: "Execution",
+    execution: "Execution",
 ) -> dict[str, Any]:
     """What `sp3llm.json` keeps of a quantization (`record`)."""
     from importlib.metadata import version
@@ -317,7 +322,7 @@ def _entry(
     from sp3llm.quantization import bits
     from sp3llm.runtime.machine import machine, versions
 
-    resolved = replace(settings, dense=dense.name, out=out, device=str(on.device))
+    resolved = replace(settings, dense=dense.name, out=out, device=str(execution.device))
     base = found["dense"].losses
     models = {
         name: {
@@ -336,7 +341,7 @@ def _entry(
         for name in ("dense", "small")
     }
     versus = excess_log_perplexity(found["small_quantized"].losses, found["dense_quantized"].losses)
-    unfit = on.device.type == "cpu" and bits.unfit(settings.to, dense.linear())
+    unfit = execution.device.type == "cpu" and bits.unfit(settings.to, dense.linear())
     return {
         "command": command_line(settings),
         "settings": {key: None if value is None else str(value)
@@ -348,9 +353,9 @@ def _entry(
         "cost": cost,
         "over_dense_quantized": versus.describe(),
         "dense_runs_elsewhere_only": unfit or None,
-        "compute_dtype": str(on.dtype).removeprefix("torch."),
+        "compute_dtype": str(execution.dtype).removeprefix("torch."),
         "versions": {**versions(), "bitsandbytes": version("bitsandbytes")},
-        "machine": machine(str(on.device)),
+        "machine": machine(str(execution.device)),
     }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def measure_three(
     import torch
 
     from sp3llm.evaluation.perplexity import measure_losses
-    from sp3llm.runtime.devices import execution
+    from sp3llm.runtime.devices import resolve_execution
 
     tokens = texts.evaluation.tokens
     found = []
@@ -100,8 +100,8 @@ def measure_three(
         (pair.dense, pair.dense_family),
     ):
         dtype = torch.promote_types(pair.dense.dtype(), checkpoint.dtype())
-        on = execution(device, dtype)
-        found.append(measure_losses(checkpoint, family, tokens, on, progress))
+        execution = resolve_execution(device, dtype)
+        found.append(measure_losses(checkpoint, family, tokens, execution, progress))
     return tuple(found)
 
 

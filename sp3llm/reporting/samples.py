@@ -65,11 +65,11 @@ def continuations(
     """
     import torch
 
-    from sp3llm.runtime.devices import execution
+    from sp3llm.runtime.devices import resolve_execution
     from sp3llm.text.tokenizer import load_tokenizer
 
-    on = execution(device, torch.float32).device
-    _check_memory(max(record["dense_weight_bytes"], record["weight_bytes"]), on)
+    execution = resolve_execution(device, torch.float32).device
+    _check_memory(max(record["dense_weight_bytes"], record["weight_bytes"]), execution)
     rows = torch.linspace(0, len(tokens) - 1, min(_TEXTS, len(tokens))).long()
     prompt = min(_PROMPT_TOKENS, tokens.shape[1] // 2)
     new = min(_NEW_TOKENS, tokens.shape[1] - prompt)
@@ -77,9 +77,9 @@ def continuations(
     tokenizer = load_tokenizer(folder)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     with console.status("samples of the dense model"):
-        dense_ids = _continued(dense, texts[:, :prompt], new, pad, on)
+        dense_ids = _continued(dense, texts[:, :prompt], new, pad, execution)
     with console.status("samples of the compressed model"):
-        small_ids = _continued(folder, texts[:, :prompt], new, pad, on)
+        small_ids = _continued(folder, texts[:, :prompt], new, pad, execution)
 
     def text(ids: "Tensor") -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
@@ -96,7 +96,9 @@ def continuations(
     return {"new_tokens": new, "texts": samples}
 
 
-def _continued(folder: Path, prompts: "Tensor", new: int, pad: int, on: "torch.device") -> "Tensor":
+def _continued(
+    folder: Path, prompts: "Tensor", new: int, pad: int, execution: "torch.device"
+) -> "Tensor":
     """What a model adds to prompts `(texts, tokens)`: `(texts, new)` at most."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -104,17 +106,17 @@ def _continued(folder: Path, prompts: "Tensor", new: int, pad: int, on: "torch.d
     try:
         with _quiet(), torch.no_grad():
             # Not moved there: a quantized model does not let itself be.
-            place = {"dtype": "auto", "device_map": {"": on}}
+            place = {"dtype": "auto", "device_map": {"": execution}}
             model = AutoModelForCausalLM.from_pretrained(folder, **place).eval()
             ids = model.generate(
-                prompts.to(on),
-                attention_mask=torch.ones_like(prompts, device=on),
+                prompts.to(execution),
+                attention_mask=torch.ones_like(prompts, device=execution),
                 do_sample=False,
                 max_new_tokens=new,
                 pad_token_id=pad,
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _too_large(f"memory ran out on {on}") from error
+        raise _too_large(f"memory ran out on {execution}") from error
     except Exception as error:  # transformers raises many kinds
         raise UserError(
             f"The model in '{folder}' does not continue text ({type(error).__name__}: "
@@ -144,7 +146,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_memory(weight_bytes: int, on: "torch.device") -> None:
+def _check_memory(weight_bytes: int, execution: "torch.device") -> None:
     import psutil
     import torch
 
@@ -152,11 +154,13 @@ def _check_memory(weight_bytes: int, on: "torch.device") -> None:
 
     needed = _MEMORY_MARGIN * weight_bytes
     free = psutil.virtual_memory().available
-    if on.type == "cuda":
+    if execution.type == "cuda":
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(on)[0]
+        free = torch.cuda.mem_get_info(execution)[0]
     if free < needed:
-        raise _too_large(f"{human_bytes(needed)} are needed on {on}, {human_bytes(free)} are free")
+        raise _too_large(
+            f"{human_bytes(needed)} are needed on {execution}, {human_bytes(free)} are free"
+        )
 
 
 def _too_large(why: str) -> UserError:

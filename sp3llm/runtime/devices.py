@@ -39,7 +39,7 @@ class Execution:
         """Windows that go through a layer at once."""
         return max(1, self.batch_tokens // seq_len)
 
-    def mine(self, windows: int, seq_len: int) -> Tensor:
+    def local_windows(self, windows: int, seq_len: int) -> Tensor:
         """Which windows are this process's, rising.
 
         Whole batches are dealt out: what is computed in one does not depend, to the last bit, on
@@ -51,7 +51,7 @@ class Execution:
         batch = torch.arange(windows) // size
         return (batch % self.ranks.count == self.ranks.index).nonzero()[:, 0]
 
-    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def empty_stream(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor where streams lie.
 
         Raises UserError if the disk has no room for it.
@@ -62,7 +62,7 @@ class Execution:
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-def execution(
+def resolve_execution(
     device: str,
     dtype: torch.dtype,
     ranks: Ranks | None = None,

@@ -123,7 +123,7 @@ class Journal:
         found = 0
         while self.load(stage, found) is not None:
             found += 1
-        return min(self.ranks.gathered(found))
+        return min(self.ranks.all_gather(found))
 
     def steps(self, stage: str) -> list[int]:
         """Steps of a stage that the manifest names, rising."""
@@ -154,7 +154,7 @@ class Journal:
             for step in self.steps(stage)
             if (most is None or step <= most) and self.load(stage, step) is not None
         ]
-        common = set(whole).intersection(*self.ranks.gathered(whole))
+        common = set(whole).intersection(*self.ranks.all_gather(whole))
         return self.load(stage, max(common)) if common else None
 
     def drop(self, *stages: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sp3llm.errors import UserError, reason
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Return freed memory to the system: glibc keeps what a layer's activations took, several
     times what is in use, for whatever comes next.
     """

@@ -15,8 +15,8 @@ _SHARE_OF_GPU = 1 / 16
 _MARGIN = 0.85
 
 
-def placed(
-    on: Execution,
+def place_streams(
+    execution: Execution,
     streams: str,
     stream_bytes: int,
     working_bytes: int,
@@ -34,30 +34,32 @@ def placed(
 
     Raises UserError for streams on a GPU where there is none.
     """
-    on_gpu = on.device.type == "cuda"
+    on_gpu = execution.device.type == "cuda"
     if streams == "gpu" and not on_gpu:
         raise UserError("Expected a GPU for --streams gpu, found none: use host, disk or auto.")
     budget = _ACTIVATIONS
     if on_gpu:
-        memory = gpu_memory(on.device, max_memory)
+        memory = gpu_memory(execution.device, max_memory)
         budget = int(_SHARE_OF_GPU * memory)
-    own = -(-stream_bytes // on.ranks.count)
+    own = -(-stream_bytes // execution.ranks.count)
     if streams == "auto":
-        host = host_memory(max_memory) // on.ranks.count
+        host = host_memory(max_memory) // execution.ranks.count
         choice = "host" if own + (0 if on_gpu else working_bytes) < _MARGIN * host else "disk"
         if on_gpu and own + working_bytes + budget < _MARGIN * memory:
             choice = "gpu"
         order = ("gpu", "host", "disk")
-        streams = max(on.ranks.gathered(choice), key=order.index)
+        streams = max(execution.ranks.all_gather(choice), key=order.index)
     batch, share = tokens
-    batch = min(on.ranks.gathered(batch or min(TOKENS_PER_BATCH, max(1, budget // token_bytes))))
+    batch = min(
+        execution.ranks.all_gather(batch or min(TOKENS_PER_BATCH, max(1, budget // token_bytes)))
+    )
     return replace(
-        on, streams=streams, scratch=scratch, batch_tokens=batch, share_tokens=share or batch
+        execution, streams=streams, scratch=scratch, batch_tokens=batch, share_tokens=share or batch
     )
 
 
-def free_memory(on: Execution, max_memory: Mapping[str, int]) -> int:
+def free_memory(execution: Execution, max_memory: Mapping[str, int]) -> int:
     """Bytes that can be had of the device that computes, by every process on a host."""
-    if on.device.type == "cuda":
-        return gpu_memory(on.device, max_memory)
-    return host_memory(max_memory) // on.ranks.count
+    if execution.device.type == "cuda":
+        return gpu_memory(execution.device, max_memory)
+    return host_memory(max_memory) // execution.ranks.count

@@ -10,7 +10,7 @@ from torch import Tensor
 from sp3llm.runtime.processes import Item
 
 
-def ahead(
+def prefetch(
     items: Iterable[Item],
     load: Callable[[Item], Mapping[str, Tensor]],
     device: torch.device,

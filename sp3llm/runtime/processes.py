@@ -32,11 +32,11 @@ class Ranks:
         """The part of this process: every `count`-th item."""
         return items[self.index :: self.count]
 
-    def add_(self, *tensors: Tensor) -> None:
+    def all_reduce_(self, *tensors: Tensor) -> None:
         """Sum tensors over all processes, in place; every process gets the same bits."""
         self._each(tensors, torch.distributed.all_reduce)
 
-    def copy_(self, *tensors: Tensor | None) -> None:
+    def broadcast_(self, *tensors: Tensor | None) -> None:
         """Replace tensors by the first process's, in place."""
         present = tuple(tensor for tensor in tensors if tensor is not None)
         self._each(present, lambda tensor: torch.distributed.broadcast(tensor, 0))
@@ -50,7 +50,7 @@ class Ranks:
             if sent.data_ptr() != tensor.data_ptr():
                 tensor.copy_(sent)
 
-    def gathered(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """Every process's value, in order."""
         if self.count == 1:
             return [value]
@@ -79,11 +79,11 @@ class Ranks:
             raise made[1]
         return made[0]
 
-    def assembled(self, own: Tensor, mine: Tensor, count: int) -> Tensor:
-        """Every process's rows, `(count, ...)`, from `own`, whose places are `mine`."""
+    def all_gather_rows(self, own: Tensor, local_windows: Tensor, count: int) -> Tensor:
+        """Every process's rows, `(count, ...)`, from `own`, whose places are `local_windows`."""
         whole = own.new_zeros((count, *own.shape[1:]))
-        whole[mine] = own
-        self.add_(whole)
+        whole[local_windows] = own
+        self.all_reduce_(whole)
         return whole
 
 
@@ -92,7 +92,7 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def joined(device: str) -> tuple[Ranks, str]:
+def init_distributed(device: str) -> tuple[Ranks, str]:
     """The place of this process among those that `accelerate launch` started, and its device.
 
     With one process `device` is what was asked for.

@@ -33,7 +33,7 @@ from tests.conftest import (
     written_model,
 )
 
-ON = Execution(torch.device("cpu"), torch.float64)
+EXECUTION = Execution(torch.device("cpu"), torch.float64)
 TIED = [name for name in TINY if tiny_model(name).config.tie_word_embeddings]
 WRITERS = {writer for family in families.FAMILIES.values() for writer in family.writers}
 WRITERS |= {"project_in", "mlp.shared_expert.down_proj"}
@@ -164,18 +164,18 @@ def test_cut_is_exact_where_the_stream_is_confined(variant, refit, tokens, tmp_p
     confine_stream(model, kept)
     checkpoint = save_model(model, tmp_path / "dense")
     family = family_of_model(model)
-    moment, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
+    moment, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", EXECUTION)
     shape = shape_of_width(family, checkpoint.config, kept)
     eigenvalues, projection = choose_basis(checkpoint, family, moment, shape, tokens)
     assert eigenvalues[kept - family.centred] < 1e-12 * eigenvalues[0]
     config = resized_config(family, checkpoint.config, shape)
     if refit:
         refitter = Refitter(
-            checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, []
+            checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs", 3, 4, []
         )
         compressed = refitted_groups(refitter, tokens)
     else:
-        compressed = plain_groups(checkpoint, family, projection, torch.float64, ON)
+        compressed = plain_groups(checkpoint, family, projection, torch.float64, EXECUTION)
     small = written_model(family, config, compressed, torch.float64, tmp_path / "small")
     dense_model = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
     small_model = stock_model(config, disk_tensors(small, family), exact=True)
@@ -200,7 +200,7 @@ def test_a_wrong_stream_scale_is_caught_only_by_the_confined_model(tokens, tmp_p
     turned = project_checkpoint(checkpoint, family, Projection(random_orthogonal(48)))
     full = stock_model(checkpoint.config, turned, exact=True)
     assert relative_error(logits_of(full, tokens), dense) < 1e-12
-    moment, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
+    moment, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", EXECUTION)
     shape = Shape.of(family, checkpoint.config).with_width(24)
     _, projection = choose_basis(checkpoint, family, moment, shape)
     cut = project_checkpoint(checkpoint, family, projection)

@@ -46,7 +46,7 @@ from tests.conftest import (
     written_model,
 )
 
-ON = Execution(torch.device("cpu"), torch.float64)
+EXECUTION = Execution(torch.device("cpu"), torch.float64)
 QUIET = Console(quiet=True)
 
 
@@ -55,7 +55,7 @@ def gated_and_checkpoint(variant, folder, tokens, **overrides):
     model = tiny_model(variant, **overrides)
     checkpoint, family = save_model(model, folder), family_of_model(model)
     stock = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
-    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "readers", ON)
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "readers", EXECUTION)
     shape = Shape.of(family, checkpoint.config)
     frame = nested_frame(family, moments, [shape.hidden_size // 2])
     return GatedModel(stock, family, checkpoint.config, frame), checkpoint, family, moments, frame
@@ -168,20 +168,20 @@ def test_winners_with_gates_folded_are_the_gated_model(variant, tokens, tmp_path
     log_alpha = Gates(**{n: a for n, a in log_alpha.named().items() if is_cut[n]})
     learned = Learned(frame, log_alpha, shape, {}, [])
     columns, stream_gates = learned.stream()
-    winners = learned.winners()
+    kept_units = learned.kept_units()
     _, projection = learned_basis(checkpoint, family, moments, shape, tokens, columns, stream_gates)
-    projection = replace(projection, winners=winners)
+    projection = replace(projection, kept_units=kept_units)
     config = resized_config(family, checkpoint.config, shape)
-    built = plain_groups(checkpoint, family, projection, torch.float64, ON)
+    built = plain_groups(checkpoint, family, projection, torch.float64, EXECUTION)
     small = written_model(family, config, built, torch.float64, tmp_path / "small")
     found = logits_of(stock_model(config, disk_tensors(small, family), exact=True), tokens)
 
     stream = None
     if log_alpha.stream_C is not None:
-        kept = gates.winners(log_alpha.stream_C, columns.shape[1])
+        kept = gates.top_indices(log_alpha.stream_C, columns.shape[1])
         stream = torch.zeros(frame.shape[1], dtype=torch.float64)
         stream[kept] = stream_gates
-    kept_gates = Gates(stream, winners.neurons_LF, winners.groups_LG)
+    kept_gates = Gates(stream, kept_units.neurons_LF, kept_units.groups_LG)
     kept_gates = kept_gates.map(lambda value: value.expand(len(tokens), *value.shape))
     with gated.through(kept_gates) as model:
         expected = logits_of(model, tokens)
@@ -199,13 +199,13 @@ def test_the_refit_keeps_the_winners_of_every_layer(tokens, tmp_path):
         neurons_LF=torch.randn(3, 40, generator=generator),
         groups_LG=torch.randn(3, 2, generator=generator),
     )
-    winners = Learned(frame, log_alpha, shape, {}, []).winners()
+    kept_units = Learned(frame, log_alpha, shape, {}, []).kept_units()
     _, projection = learned_basis(
         checkpoint, family, moments, shape, tokens, torch.eye(48).double(), None
     )
     refitter = Refitter(
-        checkpoint, family, shape, replace(projection, winners=winners), torch.float64, ON, "obs",
-        3, 4, [],
+        checkpoint, family, shape, replace(projection, kept_units=kept_units),
+        torch.float64, EXECUTION, "obs", 3, 4, [],
     )  # fmt: skip
     dense, norm = disk_tensors(checkpoint, family), "post_attention_layernorm.weight"
     first = next(itertools.islice(refitted_groups(refitter, tokens), 1, None))
@@ -280,14 +280,14 @@ def lesson(tmp_path, tokens, variant="llama", keep=0.6, steps=60):
     """Arguments of `learn.learn` for a tiny model."""
     model = tiny_model(variant, torch.float32)
     checkpoint, family = save_model(model, tmp_path / variant), family_of_model(model)
-    on = Execution(torch.device("cpu"), torch.float32)
-    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "readers", on)
+    execution = Execution(torch.device("cpu"), torch.float32)
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "readers", execution)
     shapes = candidates(family, checkpoint.config, Limits(keep=keep))
     budget = budget_of(family, checkpoint.config, Limits(keep=keep), shapes)
     return {
         "dense": checkpoint, "family": family, "budget": budget,
         "frame_of": partial(nested_frame, family, moments),
-        "lessons": Lessons(tokens, 4, steps, 0), "on": on, "progress": None,
+        "lessons": Lessons(tokens, 4, steps, 0), "execution": execution, "progress": None,
         "journal": NOTHING_KEPT,
     }  # fmt: skip
 
@@ -363,7 +363,7 @@ def test_sizes_fixed_by_hand_are_met(tokens, tmp_path):
 def test_what_is_at_once_in_memory_does_not_matter(tokens, tmp_path):
     options = lesson(tmp_path, tokens, steps=3)
     at_once = learn(**options)
-    one_by_one = learn(**options | {"on": replace(options["on"], batch_tokens=1)})
+    one_by_one = learn(**options | {"execution": replace(options["execution"], batch_tokens=1)})
     for name, alpha in at_once.log_alpha.named().items():
         difference = (alpha - one_by_one.log_alpha.named()[name]).abs().max()
         assert difference < 1e-5 * _WAY  # of how far they can move
@@ -374,7 +374,8 @@ def test_a_resumed_mask_is_the_uninterrupted_one(tokens, tmp_path, monkeypatch):
     whole = learn(**options)
 
     def begun():
-        journal = open_journal(tmp_path / "state", {}, options["on"].ranks, lambda line: None)
+        ranks = options["execution"].ranks
+        journal = open_journal(tmp_path / "state", {}, ranks, lambda line: None)
         monkeypatch.setattr(type(journal), "due", lambda self: True)
         return journal
 
@@ -416,7 +417,7 @@ def test_learning_finds_what_is_dead(tokens, tmp_path):
         family, checkpoint.config, limits, candidates(family, checkpoint.config, limits)
     )
     learned = learn(**options | {"dense": checkpoint, "budget": budget})
-    kept = learned.winners().neurons_LF > 0
+    kept = learned.kept_units().neurons_LF > 0
     assert learned.shape.intermediate_size == 24
     assert kept[:, ~dead].all()
 

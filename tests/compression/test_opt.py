@@ -36,7 +36,7 @@ from tests.conftest import (
     written_model,
 )
 
-ON = Execution(torch.device("cpu"), torch.float64)
+EXECUTION = Execution(torch.device("cpu"), torch.float64)
 OPT_125M = {
     "model_type": "opt",
     "architectures": ["OPTForCausalLM"],
@@ -60,15 +60,15 @@ def test_the_mean_free_frame_is_orthonormal_and_mean_free(width):
 
 def compressed(checkpoint, family, shape, tokens, folder, refit):
     """The small model's config and tensors, in float64, written and read back."""
-    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", EXECUTION)
     _, projection = choose_basis(checkpoint, family, moments, shape, tokens)
     if refit:
         refitter = Refitter(
-            checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, []
+            checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs", 3, 4, []
         )
         made = refitted_groups(refitter, tokens)
     else:
-        made = plain_groups(checkpoint, family, projection, torch.float64, ON)
+        made = plain_groups(checkpoint, family, projection, torch.float64, EXECUTION)
     config = resized_config(family, checkpoint.config, shape)
     small = written_model(family, config, made, torch.float64, folder)
     return config, disk_tensors(small, family)
@@ -228,10 +228,10 @@ def test_sizes_that_contradict_each_other_are_refused(wrong, said):
 
 
 def test_a_config_that_leaves_the_table_width_out_gets_it_written():
-    silent = {key: value for key, value in OPT_125M.items() if key != "word_embed_proj_dim"}
-    family = family_of(silent)
-    for shape in candidates(family, silent, Limits(0.7, tie="auto")):
-        assert Shape.of(family, resized_config(family, silent, shape)) == shape
+    zeroed = {key: value for key, value in OPT_125M.items() if key != "word_embed_proj_dim"}
+    family = family_of(zeroed)
+    for shape in candidates(family, zeroed, Limits(0.7, tie="auto")):
+        assert Shape.of(family, resized_config(family, zeroed, shape)) == shape
 
 
 def test_auto_takes_the_only_tie_there_is():

@@ -8,15 +8,15 @@ from sp3llm.compression.measuring import measure_dense
 from sp3llm.maths.basis import metric_basis
 from sp3llm.maths.refit import (
     add_to_gram,
-    beside,
     empty_gram,
-    joined,
     restricted,
     ridge_fit,
     ridge_solution,
+    schur_complement,
     squared_error,
+    sum_grams,
 )
-from sp3llm.maths.unit_selection import choose_units
+from sp3llm.maths.unit_selection import select_units
 from sp3llm.models.head import backward_head
 from sp3llm.models.stock import empty_model
 from sp3llm.models.stream import backward_layer, open_stream, run_layer
@@ -33,7 +33,7 @@ from tests.conftest import (
 )
 
 CPU = torch.device("cpu")
-ON = Execution(CPU, torch.float64)
+EXECUTION = Execution(CPU, torch.float64)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,9 +72,11 @@ def test_squared_error_from_the_gram_equals_that_of_the_tokens(intercept):
 def test_gram_does_not_depend_on_how_tokens_are_split():
     a, y, weight = normal(60, 6), normal(60, 4, seed=1), normal(60, seed=2).abs()
     whole = gram_of(a, y, weight)
-    parts = joined(gram_of(a[:23], y[:23], weight[:23]), gram_of(a[23:], y[23:], weight[23:]))
+    gram_tensors = sum_grams(
+        gram_of(a[:23], y[:23], weight[:23]), gram_of(a[23:], y[23:], weight[23:])
+    )
     for name in whole.__dataclass_fields__:
-        assert relative_error(getattr(parts, name), getattr(whole, name)) < 1e-14
+        assert relative_error(getattr(gram_tensors, name), getattr(whole, name)) < 1e-14
 
 
 @pytest.mark.parametrize("tokens", [3, 10, 30, 1000])
@@ -127,7 +129,7 @@ def test_obs_drops_the_unit_that_a_refit_misses_least(unit, seed):
     y = a @ normal(units * unit, 5, seed=seed + 20)
     gram = gram_of(a, y)
     weight, _, _ = ridge_solution(gram, torch.zeros_like(gram.cross_PQ), 0.0, False)
-    kept = choose_units(gram.inputs_PP, weight, units - 1, unit, "obs")
+    kept = select_units(gram.inputs_PP, weight, units - 1, unit, "obs")
     rest = [
         torch.tensor([i for i in range(units * unit) if i // unit != dropped])
         for dropped in range(units)
@@ -144,8 +146,8 @@ def test_obs_sees_what_energy_does_not():
     y = a @ torch.ones(5, 4, dtype=torch.float64)
     gram = gram_of(a, y)
     weight, _, _ = ridge_solution(gram, torch.zeros(5, 4).double(), 1e-9, False)
-    by_refit = choose_units(gram.inputs_PP, weight, 4, 1, "obs")
-    by_energy = choose_units(gram.inputs_PP, weight, 4, 1, "energy")
+    by_refit = select_units(gram.inputs_PP, weight, 4, 1, "obs")
+    by_energy = select_units(gram.inputs_PP, weight, 4, 1, "energy")
     assert set(by_refit.tolist()) >= {2, 3, 4}
     assert set(by_energy.tolist()) >= {0, 1}
     assert refitted_loss(gram, by_refit) < 1e-3 * refitted_loss(gram, by_energy)
@@ -185,14 +187,25 @@ def test_dropping_dead_neurons_and_groups_costs_nothing(tmp_path, tokens):
             layer.mlp.down_proj.weight[:, 5:21] = 0
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    moments, losses = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", ON)
+    moments, losses = measure_dense(
+        checkpoint, family, tokens, tokens, "normalised", "pca", EXECUTION
+    )
     dense = Shape.of(family, checkpoint.config)
     assert (dense.num_key_value_heads, dense.intermediate_size) == (2, 40)
     shape = Shape(dense.hidden_size, 24, 2, 1, dense.head_dim)
     _, projection = choose_basis(checkpoint, family, moments, dense)
-    for choose in ("obs", "energy"):
+    for unit_selection in ("obs", "energy"):
         refitter = Refitter(
-            checkpoint, family, shape, projection, torch.float64, ON, choose, 2, 3, []
+            checkpoint,
+            family,
+            shape,
+            projection,
+            torch.float64,
+            EXECUTION,
+            unit_selection,
+            2,
+            3,
+            [],
         )
         loss = trial_loss(refitter, tokens)
         assert loss == pytest.approx(losses[3:].mean().item(), rel=1e-6)
@@ -267,21 +280,21 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
     family = family_of_model(model)
     shell = empty_model(checkpoint.config)
     table = checkpoint.read([family.embedding])
-    stream = open_stream(shell, family, table, tokens, ON)
+    stream = open_stream(shell, family, table, tokens, EXECUTION)
     inputs = []
     for index in range(3):
         names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
         inputs.append(stream.hidden.clone())
-        run_layer(shell, family, index, checkpoint.read(names), [(stream, {})], ON)
+        run_layer(shell, family, index, checkpoint.read(names), [(stream, {})], EXECUTION)
     head = checkpoint.read(["model.norm.weight", "lm_head.weight"])
-    upstream, at_final = backward_head(shell, family, head, stream, range(len(tokens)), ON)
+    upstream, at_final = backward_head(shell, family, head, stream, range(len(tokens)), EXECUTION)
     streamed = {"model.norm": at_final}
     for index in (2, 1, 0):
         names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
         at = type(stream)(inputs[index], stream.calls)
         norms = [site.norm for site in family.sites]
         upstream, gradients = backward_layer(
-            shell, family, index, checkpoint.read(names), at, upstream, norms, ON
+            shell, family, index, checkpoint.read(names), at, upstream, norms, EXECUTION
         )
         for norm, gradient in zip(norms, gradients, strict=True):
             streamed[f"model.layers.{index}.{norm}"] = gradient
@@ -324,7 +337,7 @@ def test_activations_that_overflow_are_refused_not_looped_over():
 
 def test_inputs_that_never_fire_can_be_cut():
     gram = gram_of(torch.zeros(9, 6, dtype=torch.float64), normal(9, 2))
-    kept = choose_units(gram.inputs_PP, torch.zeros(6, 2).double(), 4, 1, "obs", 1e-4)
+    kept = select_units(gram.inputs_PP, torch.zeros(6, 2).double(), 4, 1, "obs", 1e-4)
     assert len(set(kept.tolist())) == 4
 
 
@@ -336,7 +349,7 @@ def test_a_site_that_costs_nothing_does_not_stop_the_others(tmp_path, tokens):
             getattr(model.model.layers[1].mlp, reader).weight.zero_()
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "readers", ON)
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "readers", EXECUTION)
     assert all(metric.isfinite().all() for metric in moments.metrics_DD)
     assert sum(metric.trace() for metric in moments.metrics_DD) > 0
 
@@ -346,8 +359,10 @@ def test_moments_of_a_basis_do_not_grow_with_depth(tmp_path, tokens):
         model = tiny_model("llama", num_hidden_layers=depth)
         checkpoint = save_model(model, tmp_path / str(depth))
         family = family_of_model(model)
-        pca, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
-        found, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "gradient", ON)
+        pca, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", EXECUTION)
+        found, _ = measure_dense(
+            checkpoint, family, tokens, None, "normalised", "gradient", EXECUTION
+        )
         assert len(found.sites_DD) == len(found.metrics_DD) == 4
         assert relative_error(found.total(), pca.total()) < 1e-12
 
@@ -373,7 +388,7 @@ def test_a_duplicated_neuron_goes_free_of_loss():
     a = torch.cat([a, a[:, :1]], 1)
     gram = gram_of(a, a @ normal(7, 3, seed=1))
     weight, _, _ = ridge_solution(gram, torch.zeros(7, 3).double(), 1e-10, False)
-    kept = choose_units(gram.inputs_PP, weight, 6, 1, "obs", 1e-10)
+    kept = select_units(gram.inputs_PP, weight, 6, 1, "obs", 1e-10)
     assert len({0, 6} & set(kept.tolist())) == 1
     assert refitted_loss(gram, kept) < 1e-12
 
@@ -392,9 +407,11 @@ def test_refit_at_full_width_returns_the_dense_model(variant, tokens, tmp_path):
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
     shape = Shape.of(family, checkpoint.config)
-    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", EXECUTION)
     _, projection = choose_basis(checkpoint, family, moments, shape)
-    refitter = Refitter(checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, [])
+    refitter = Refitter(
+        checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs", 3, 4, []
+    )
     tensors = {}
     for built in refitted_groups(refitter, tokens):
         tensors |= built.tensors
@@ -416,9 +433,13 @@ def test_the_small_stream_is_what_the_stock_model_computes(variant, tokens, tmp_
     family = family_of_model(model)
     dense = Shape.of(family, checkpoint.config)
     shape = dense.with_width(24).with_groups(1)
-    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "gradient", ON)
+    moments, _ = measure_dense(
+        checkpoint, family, tokens, None, "normalised", "gradient", EXECUTION
+    )
     _, projection = choose_basis(checkpoint, family, moments, shape)
-    refitter = Refitter(checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, [])
+    refitter = Refitter(
+        checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs", 3, 4, []
+    )
     tensors, streams = {}, []
     for built in refitted_groups(refitter, tokens):
         tensors |= built.tensors
@@ -436,7 +457,7 @@ def test_beside_leaves_what_the_other_inputs_do_not_explain():
     gram, kept = gram_of(a, y), torch.tensor([1, 4, 5])
     others = a[:, [0, 2, 3, 6]]
     residual = a[:, kept] - others @ torch.linalg.lstsq(others, a[:, kept]).solution
-    found = beside(gram, kept, 0.0)
+    found = schur_complement(gram, kept, 0.0)
     assert relative_error(found.inputs_PP, residual.T @ residual) < 1e-10
     joint = torch.linalg.lstsq(a, y).solution[kept]
     alone, _, _ = ridge_solution(found, torch.zeros_like(joint), 0.0, False)

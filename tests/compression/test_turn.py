@@ -11,9 +11,9 @@ from sp3llm.compression.building import refitted_groups
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.compression.projecting import plain_groups
 from sp3llm.compression.refitter import Refitter
-from sp3llm.maths.basis import spread_mean_free_frame, spreading_turn, stream_scale
+from sp3llm.maths.basis import spread_mean_free_frame, spreading_rotation, stream_scale
 from sp3llm.models.shapes import resized_config
-from tests.compression.test_invariance import ON, shape_of_width, tolerance
+from tests.compression.test_invariance import EXECUTION, shape_of_width, tolerance
 from tests.conftest import (
     disk_tensors,
     family_of_model,
@@ -32,10 +32,10 @@ FREE = ["llama", "qwen3", "gemma-untied", "opt-projected", "opt-untied", "gpt-ne
 
 @pytest.mark.parametrize("width", [1, 2, 3, 24, 48, 63, 64, 176, 255, 320])
 def test_turn_is_orthogonal_and_flat(width):
-    turn = spreading_turn(width, CPU)
+    turn = spreading_rotation(width, CPU)
     assert (turn.T @ turn - torch.eye(width)).abs().max() < 1e-14
     assert turn.abs().max() < math.sqrt(2 / width) * (1 + 1e-12)
-    assert torch.equal(turn, spreading_turn(width, CPU))
+    assert torch.equal(turn, spreading_rotation(width, CPU))
 
 
 @pytest.mark.parametrize("width", [2, 3, 24, 48, 63, 64, 176, 255, 320])
@@ -51,7 +51,7 @@ def test_energy_in_few_coordinates_is_spread():
     """What quantizers see of a stream whose first coordinates hold nearly everything."""
     scales = torch.arange(1, 177).double().pow(-1.5)
     draws = torch.randn(1000, 176, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = (scales * draws) @ spreading_turn(176, CPU)
+    turned = (scales * draws) @ spreading_rotation(176, CPU)
     energy = turned.square().mean(0)
     assert energy.max() < 4 * energy.mean()
     assert (scales.square()).max() > 100 * scales.square().mean()
@@ -60,16 +60,16 @@ def test_energy_in_few_coordinates_is_spread():
 def compressed(model, checkpoint, tokens, turn, refit, width, folder):
     """The stock model of that width, its basis turned or not, and its projection."""
     family = family_of_model(model)
-    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", ON)
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", EXECUTION)
     shape = shape_of_width(family, checkpoint.config, width)
     _, projection = choose_basis(checkpoint, family, moments, shape, tokens, turn)
     if refit:
         refitter = Refitter(
-            checkpoint, family, shape, projection, torch.float64, ON, "obs", 3, 4, []
+            checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs", 3, 4, []
         )
         built = refitted_groups(refitter, tokens)
     else:
-        built = plain_groups(checkpoint, family, projection, torch.float64, ON)
+        built = plain_groups(checkpoint, family, projection, torch.float64, EXECUTION)
     config = resized_config(family, checkpoint.config, shape)
     small = written_model(family, config, built, torch.float64, folder)
     return stock_model(config, disk_tensors(small, family), exact=True), projection

@@ -280,11 +280,11 @@ def test_questions_are_held_out_and_have_one_answer(kind, questions):
     )
     for question in found:
         choices = question["choices"]
-        assert len(set(choices)) == len(choices) == questions.CHOICES
+        assert len(set(choices)) == len(choices) == questions.UNIT_SELECTIONS
         whole = f"{question['context']} {choices[question['answer']]}"
         assert kind != "cloze_questions" or whole in held_out
     places = [question["answer"] for question in found]
-    assert all(places.count(at) > len(found) / 8 for at in range(questions.CHOICES))
+    assert all(places.count(at) > len(found) / 8 for at in range(questions.UNIT_SELECTIONS))
 
 
 # --------------------------------------------------------------------------- the real thing

@@ -13,22 +13,24 @@ from sp3llm.errors import UserError
 from sp3llm.maths.products import split_product, symmetric_product
 from sp3llm.runtime.devices import Execution, idle_gpus_line
 from sp3llm.runtime.memory import memory_limits
-from sp3llm.runtime.placement import placed
-from sp3llm.runtime.prefetch import ahead
+from sp3llm.runtime.placement import place_streams
+from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.processes import Ranks
 from tests.conftest import family_of_model, relative_error, save_model, tiny_model
 
-ON = Execution(torch.device("cpu"), torch.float32)
+EXECUTION = Execution(torch.device("cpu"), torch.float32)
 
 
 def test_room_on_disk_takes_no_name_and_holds_what_it_is_given(tmp_path):
-    on = Execution(torch.device("cpu"), torch.float32, streams="disk", scratch=tmp_path / "scratch")
-    room = on.room((4, 3, 5), torch.bfloat16)
+    execution = Execution(
+        torch.device("cpu"), torch.float32, streams="disk", scratch=tmp_path / "scratch"
+    )
+    empty_stream = execution.empty_stream((4, 3, 5), torch.bfloat16)
     values = torch.randn(4, 3, 5).bfloat16()
-    room.copy_(values)
-    assert torch.equal(room, values)
+    empty_stream.copy_(values)
+    assert torch.equal(empty_stream, values)
     assert list((tmp_path / "scratch").iterdir()) == []
-    assert on.room((0, 3), torch.float32).shape == (0, 3)
+    assert execution.empty_stream((0, 3), torch.float32).shape == (0, 3)
 
 
 def test_a_disk_without_room_is_told_before_it_is_written_to(tmp_path, monkeypatch):
@@ -36,9 +38,9 @@ def test_a_disk_without_room_is_told_before_it_is_written_to(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    on = Execution(torch.device("cpu"), torch.float32, streams="disk", scratch=tmp_path)
+    execution = Execution(torch.device("cpu"), torch.float32, streams="disk", scratch=tmp_path)
     with pytest.raises(OSError, match="No space"):
-        on.room((4, 4), torch.float32)
+        execution.empty_stream((4, 4), torch.float32)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -47,14 +49,16 @@ def test_a_disk_without_room_is_told_before_it_is_written_to(tmp_path, monkeypat
 )
 def test_streams_go_where_there_is_room(cap, streams, tmp_path, monkeypatch):
     monkeypatch.setattr("sp3llm.runtime.placement.host_memory", lambda most: most["cpu"])
-    on = Execution(torch.device("cpu"), torch.float32)
-    found = placed(on, "auto", 2 * 2**20, 2**20, 1000, (None, None), tmp_path, {"cpu": cap})
+    execution = Execution(torch.device("cpu"), torch.float32)
+    found = place_streams(
+        execution, "auto", 2 * 2**20, 2**20, 1000, (None, None), tmp_path, {"cpu": cap}
+    )
     assert found.streams == streams
     assert found.scratch == tmp_path
 
 
 def test_reading_ahead_gives_every_item_in_order_and_an_error_where_it_belongs():
-    on = Execution(torch.device("cpu"), torch.float32)
+    execution = Execution(torch.device("cpu"), torch.float32)
 
     def load(item: int) -> dict[str, torch.Tensor]:
         if item == 3:
@@ -64,7 +68,7 @@ def test_reading_ahead_gives_every_item_in_order_and_an_error_where_it_belongs()
     seen = []
 
     def consume() -> None:
-        for item, tensors in ahead(range(5), load, on.device):
+        for item, tensors in prefetch(range(5), load, execution.device):
             seen.append((item, tensors["x"].item()))
 
     with pytest.raises(UserError, match="three"):
@@ -74,18 +78,20 @@ def test_reading_ahead_gives_every_item_in_order_and_an_error_where_it_belongs()
 
 def test_batches_are_as_large_as_activations_allow(tmp_path):
     def tokens(token_bytes: int, asked: int | None = None) -> int:
-        return placed(ON, "host", 1, 1, token_bytes, (asked, None), tmp_path, {}).batch_tokens
+        return place_streams(
+            EXECUTION, "host", 1, 1, token_bytes, (asked, None), tmp_path, {}
+        ).batch_tokens
 
     assert tokens(1) == 8192
     assert tokens(2**20) == 64
     assert tokens(2**40) == 1
     assert tokens(1, asked=96) == 96
-    assert replace(ON, batch_tokens=1).windows_a_batch(64) == 1
+    assert replace(EXECUTION, batch_tokens=1).windows_a_batch(64) == 1
 
 
 def test_streams_on_a_gpu_need_one(tmp_path):
     with pytest.raises(UserError, match="Expected a GPU for --streams gpu"):
-        placed(ON, "gpu", 1, 1, 1, (None, None), tmp_path, {})
+        place_streams(EXECUTION, "gpu", 1, 1, 1, (None, None), tmp_path, {})
 
 
 def test_memory_limits_are_read_as_accelerate_writes_them():
@@ -105,12 +111,12 @@ def test_other_memory_limits_are_refused(text):
 
 def test_idle_gpus_are_told_with_the_command_that_uses_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    on = Execution(torch.device("cuda", 0), torch.bfloat16)
-    line = idle_gpus_line(on, "sp3llm.compress")
+    execution = Execution(torch.device("cuda", 0), torch.bfloat16)
+    line = idle_gpus_line(execution, "sp3llm.compress")
     assert "one of 8 GPUs" in line
     assert "accelerate launch --num_processes 8 -m sp3llm.compress" in line
-    assert idle_gpus_line(replace(on, ranks=Ranks(0, 8)), "sp3llm.compress") is None
-    assert idle_gpus_line(ON, "sp3llm.compress") is None
+    assert idle_gpus_line(replace(execution, ranks=Ranks(0, 8)), "sp3llm.compress") is None
+    assert idle_gpus_line(EXECUTION, "sp3llm.compress") is None
 
 
 def emulated(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -149,12 +155,12 @@ def test_symmetric_products_take_half_precision():
 def test_disk_streams_give_the_same_bits(variant, tokens, tmp_path):
     checkpoint = save_model(tiny_model(variant, torch.float32), tmp_path / "dense")
     family = family_of_model(tiny_model(variant))
-    on_disk = replace(ON, streams="disk", scratch=tmp_path / "scratch")
+    on_disk = replace(EXECUTION, streams="disk", scratch=tmp_path / "scratch")
     found, expected = (
-        measure_dense(checkpoint, family, tokens, tokens, "normalised", "gradient", on)
-        for on in (on_disk, ON)
+        measure_dense(checkpoint, family, tokens, tokens, "normalised", "gradient", execution)
+        for execution in (on_disk, EXECUTION)
     )
     assert torch.equal(found[1], expected[1])
     assert torch.equal(found[0].total(), expected[0].total())
-    for mine, other in zip(found[0].metrics_DD, expected[0].metrics_DD, strict=True):
-        assert torch.equal(mine, other)
+    for local_windows, other in zip(found[0].metrics_DD, expected[0].metrics_DD, strict=True):
+        assert torch.equal(local_windows, other)

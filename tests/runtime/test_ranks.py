@@ -65,9 +65,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def close(found: Path, expected: Path) -> bool:
-    mine, theirs = weights(found), weights(expected)
-    assert mine.keys() == theirs.keys()
-    return all(relative_error(mine[n].double(), theirs[n].double()) < 1e-5 for n in theirs)
+    local_windows, theirs = weights(found), weights(expected)
+    assert local_windows.keys() == theirs.keys()
+    return all(relative_error(local_windows[n].double(), theirs[n].double()) < 1e-5 for n in theirs)
 
 
 def options_for(dense: Path, out: Path, **changes: Any) -> CompressConfig:  # noqa: F811
@@ -94,9 +94,9 @@ def test_processes_make_what_one_makes(count, dense, alone, tmp_path):  # noqa: 
     assert close(out, alone)
     found, expected = (json.loads((at / RECORD).read_text()) for at in (out, alone))
     assert found["plan"] == expected["plan"]
-    for mine, other in zip(found["trials"], expected["trials"], strict=True):
-        assert mine.pop("trial_loss") == pytest.approx(other.pop("trial_loss"), rel=1e-9)
-        assert mine == other
+    for local_windows, other in zip(found["trials"], expected["trials"], strict=True):
+        assert local_windows.pop("trial_loss") == pytest.approx(other.pop("trial_loss"), rel=1e-9)
+        assert local_windows == other
     assert found["eigenvalues"] == pytest.approx(expected["eigenvalues"], rel=1e-9)
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
     assert [fit["ridge"] for fit in found["fits"]] == [fit["ridge"] for fit in expected["fits"]]
@@ -110,8 +110,10 @@ def test_processes_learn_the_mask_that_one_learns(dense, tmp_path):  # noqa: F81
     found, expected = (json.loads((at / RECORD).read_text()) for at in (out, alone))
     assert found["plan"] == expected["plan"]
     # A step moves a log-alpha by 10 here, and by what rounding leaves of a gradient near 0 too.
-    for mine, other in zip(found["mask"]["history"], expected["mask"]["history"], strict=True):
-        assert mine == pytest.approx(other, rel=1e-3)
+    for local_windows, other in zip(
+        found["mask"]["history"], expected["mask"]["history"], strict=True
+    ):
+        assert local_windows == pytest.approx(other, rel=1e-3)
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
 
 
@@ -203,16 +205,18 @@ def test_bad_input_is_told_once(dense, tmp_path):  # noqa: F811
 def test_every_window_is_some_processs_and_batches_stay_whole(windows, count):
     batches = []
     for index in range(count):
-        on = Execution(
+        execution = Execution(
             torch.device("cpu"), torch.float32, ranks=Ranks(index, count), batch_tokens=64
         )
-        mine = on.mine(windows, 32)
-        assert mine.tolist() == sorted(mine.tolist())
-        batches += [tuple(b.tolist()) for b in mine.split(on.windows_a_batch(32)) if len(b)]
+        local_windows = execution.local_windows(windows, 32)
+        assert local_windows.tolist() == sorted(local_windows.tolist())
+        batches += [
+            tuple(b.tolist()) for b in local_windows.split(execution.windows_a_batch(32)) if len(b)
+        ]
     assert sorted(w for batch in batches for w in batch) == list(range(windows))
     if windows >= 2 * count:
-        on = Execution(torch.device("cpu"), torch.float32, batch_tokens=64)
-        alone = on.mine(windows, 32).split(on.windows_a_batch(32))
+        execution = Execution(torch.device("cpu"), torch.float32, batch_tokens=64)
+        alone = execution.local_windows(windows, 32).split(execution.windows_a_batch(32))
         assert sorted(batches) == [tuple(b.tolist()) for b in alone]
 
 

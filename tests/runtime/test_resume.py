@@ -347,8 +347,8 @@ def short_of_memory(monkeypatch, windows: int) -> None:
     run_layer = stream.run_layer
 
     def limited(*arguments: Any, **kwargs: Any) -> None:
-        on = next(argument for argument in arguments if isinstance(argument, Execution))
-        if on.windows_a_batch(32) > windows:
+        execution = next(argument for argument in arguments if isinstance(argument, Execution))
+        if execution.windows_a_batch(32) > windows:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         run_layer(*arguments, **kwargs)
 
