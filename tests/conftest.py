@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from sp3llm.cli import main
 from sp3llm.compression.projection import Projection, norm_of, project_group
 from sp3llm.compression.refitter import Built
 from sp3llm.maths.basis import mean_free_frame, tied_rotation
@@ -25,24 +26,6 @@ from sp3llm.models.shapes import Shape
 from sp3llm.models.source import bundled_model
 from sp3llm.models.stock import by_parameter
 from sp3llm.runtime.journal import Journal
-
-# The beginning of a program for a fresh process, which cannot import sp3llm.
-WITHOUT_SP3LLM = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] == "sp3llm":
-            raise ImportError("sp3llm is blocked")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import sp3llm
-except ImportError:
-    pass
-else:
-    sys.exit("sp3llm could be imported")
-"""
 
 _COMMON = {
     "hidden_size": 48,
@@ -360,3 +343,20 @@ def random_orthogonal(size: int, seed: int = 0) -> Tensor:
 def tokens() -> Tensor:
     """Four windows of 24 token ids."""
     return torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run `sp3llm` with words that it must refuse in one sentence; returns the sentence."""
+
+    def refuse(*words: Any) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("sp3llm: ")
+        assert error.count("\n") == 1
+        return error
+
+    return refuse

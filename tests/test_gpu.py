@@ -5,8 +5,8 @@ import torch
 
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.runtime.devices import Execution
-from tests.compression.test_stock import compress_tiny
 from tests.conftest import family_of_model, relative_error, save_model, tiny_model
+from tests.helpers import compress_tiny
 
 pytestmark = [
     pytest.mark.gpu,

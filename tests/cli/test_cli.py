@@ -110,13 +110,8 @@ def test_plan_needs_no_weights(tmp_path, capsys):
         ["no/such-model/here"],
     ],
 )
-def test_plan_refuses_in_one_sentence(words, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["plan", *words])
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("sp3llm: ")
-    assert error.count("\n") == 1
+def test_plan_refuses_in_one_sentence(words, refused):
+    refused("plan", *words)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +122,8 @@ def test_plan_refuses_in_one_sentence(words, capsys):
         ["--samples", "1"],
     ],
 )
-def test_options_that_contradict_each_other_are_refused(words, capsys, tmp_path):
-    with pytest.raises(SystemExit) as end:
-        main(["compress", "--out", str(tmp_path / "small"), *words])
-    assert end.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_options_that_contradict_each_other_are_refused(words, refused, tmp_path):
+    refused("compress", "--out", tmp_path / "small", *words)
     assert not (tmp_path / "small").exists()
 
 

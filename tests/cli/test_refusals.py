@@ -16,16 +16,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from sp3llm.cli import main
 from sp3llm.models.checkpoint import open_checkpoint
 from sp3llm.models.families import FAMILIES
 from sp3llm.models.source import resolve_model
 from sp3llm.runtime.folders import RECORD
+from tests.helpers import byte_tokenizer, weights
 
 POSITIONS = 64
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -40,23 +39,15 @@ NORM = "model.norm.weight"
 def dense(tmp_path_factory) -> Path:
     """A tiny Llama in one safetensors file, with a tokenizer of one token a byte."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    vocab = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    FastTokenizer(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=len(vocab),
+        vocab_size=len(tokenizer),
         max_position_embeddings=POSITIONS,
         bos_token_id=1,
         eos_token_id=2,
@@ -158,13 +149,9 @@ def replace_tensor(folder: Path, name: str, value: Tensor | None) -> None:
     edit_tensors(folder, **{name.replace(".", "/"): value})
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def shard(folder: Path, suffix: str = ".safetensors", **options: Any) -> list[Path]:
     """Lay the weights out in two shards with an index."""
-    tensors = tensors_of(folder)
+    tensors = weights(folder)
     (folder / "model.safetensors").unlink()
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
     names = sorted(tensors)
@@ -186,7 +173,7 @@ def shard(folder: Path, suffix: str = ".safetensors", **options: Any) -> list[Pa
 def to_bin(folder: Path, **options: Any) -> Path:
     """Turn the weights into one legacy file."""
     path = folder / "pytorch_model.bin"
-    torch.save(tensors_of(folder), path, **options)
+    torch.save(weights(folder), path, **options)
     (folder / "model.safetensors").unlink()
     return path
 
@@ -368,7 +355,7 @@ def test_tensor_of_another_shape_is_named_with_both_shapes(model, refused):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", [EMBEDDINGS, DOWN, NORM, "lm_head.weight"])
 def test_tensor_with_nan_or_infinity_is_named(name, value, model, refused):
-    tensor = tensors_of(model)[name]
+    tensor = weights(model)[name]
     tensor.view(-1)[-1] = value
     replace_tensor(model, name, tensor)
     message = refused(model)
@@ -391,7 +378,7 @@ def test_logits_that_overflow_are_refused(model, refused):
 
 
 def test_stream_too_large_for_its_raw_moments_is_refused(model, refused):
-    replace_tensor(model, EMBEDDINGS, tensors_of(model)[EMBEDDINGS] * 1e25)
+    replace_tensor(model, EMBEDDINGS, weights(model)[EMBEDDINGS] * 1e25)
     refused(model, "--moments", "raw", "--basis", "pca")
 
 
@@ -400,7 +387,7 @@ def test_raw_moments_with_a_basis_of_the_normalised_stream_are_refused(model, re
 
 
 def test_weights_that_do_not_fit_the_dtype_asked_for_are_refused(model, refused):
-    replace_tensor(model, DOWN, tensors_of(model)[DOWN] * 1e8)
+    replace_tensor(model, DOWN, weights(model)[DOWN] * 1e8)
     message = refused(model, "--dtype", "float16")
     assert DOWN in message
     assert "float16" in message
@@ -560,7 +547,7 @@ def test_folder_without_tokenizer_is_refused(model, refused):
 def test_tokenizer_of_another_model_is_refused(model, refused):
     edit_json(model / "config.json", vocab_size=100)
     for name in (EMBEDDINGS, "lm_head.weight"):
-        replace_tensor(model, name, tensors_of(model)[name][:100].clone())
+        replace_tensor(model, name, weights(model)[name][:100].clone())
     message = refused(model)
     assert "tokenizer" in message
     assert "100" in message
@@ -718,9 +705,9 @@ def test_bin_shards_read_like_safetensors(zipped, sharded, dense, model):
 def test_bin_checkpoint_compresses_to_the_same_weights(dense, model, run, out):
     to_bin(model)
     run(dense)
-    expected = tensors_of(out)
+    expected = weights(out)
     run(model)
-    found = tensors_of(out)
+    found = weights(out)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -738,7 +725,7 @@ class Intruder:
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_bin_shard_that_carries_code_is_refused_and_not_run(form, model, refused, tmp_path):
     marker = tmp_path / "was-here"
-    value = {**tensors_of(model), "more": Intruder(marker)}
+    value = {**weights(model), "more": Intruder(marker)}
     path = to_bin(model)
     if form == "pickle":
         path.write_bytes(pickle.dumps(value, protocol=2))

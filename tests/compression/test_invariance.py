@@ -9,15 +9,10 @@ import pytest
 import torch
 
 from sp3llm.compression.basis_choice import choose_basis
-from sp3llm.compression.building import refitted_groups
 from sp3llm.compression.measuring import measure_dense
-from sp3llm.compression.projecting import plain_groups
 from sp3llm.compression.projection import Projection
-from sp3llm.compression.refitter import Refitter
-from sp3llm.models import families
 from sp3llm.models.families import EMBEDDING, axis_sizes, is_square
 from sp3llm.models.shapes import Shape, resized_config
-from sp3llm.runtime.devices import Execution
 from tests.conftest import (
     TINY,
     disk_tensors,
@@ -30,18 +25,10 @@ from tests.conftest import (
     save_model,
     stock_model,
     tiny_model,
-    written_model,
 )
+from tests.helpers import EXECUTION, confine_stream, cut_model, shape_of_width, tolerance
 
-EXECUTION = Execution(torch.device("cpu"), torch.float64)
 TIED = [name for name in TINY if tiny_model(name).config.tie_word_embeddings]
-WRITERS = {writer for family in families.FAMILIES.values() for writer in family.writers}
-WRITERS |= {"project_in", "mlp.shared_expert.down_proj"}
-
-
-def tolerance(exact: bool) -> float:
-    """Hugging Face's norms round to float32 in the middle of the model."""
-    return 1e-12 if exact else 2e-6
 
 
 def padded(checkpoint, family, tensors):
@@ -114,25 +101,6 @@ def test_norm_weights_are_exactly_one(variant, tmp_path):
         assert set(projected[name].tolist()) <= values, name
 
 
-def confine_stream(model, kept: int) -> None:
-    """Make embeddings and writers write into `kept` dimensions only, along no coordinate axis."""
-    width = model.config.hidden_size
-    frame = random_orthogonal(width, seed=5)[:, :kept]
-    if family_of_model(model).centred:  # one dimension goes to the mean, which nothing reads
-        frame[:, 0] = 1
-    frame = torch.linalg.qr(frame)[0]
-    projector = frame @ frame.T
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("embed_tokens.weight", "embed_positions.weight", "embed_in.weight")):
-                if parameter.shape[1] == width:  # else the projection into the stream confines it
-                    parameter.copy_(parameter @ projector)
-            elif any(f".{writer}." in name for writer in WRITERS) or name.endswith(
-                "experts.down_proj"  # (E, D, F)
-            ):
-                parameter.copy_(projector @ parameter)
-
-
 def square_heads_that_die(model) -> int:
     """Let half of the heads write nothing, and return the width that the other half makes."""
     config = model.config
@@ -142,14 +110,6 @@ def square_heads_that_die(model) -> int:
             if name.endswith((".o_proj.weight", ".out_proj.weight", ".attention.dense.weight")):
                 parameter[:, half:] = 0
     return half
-
-
-def shape_of_width(family, config, kept):
-    """The dense shape at another width; heads go with it where the class demands that."""
-    shape = Shape.of(family, config)
-    if is_square(family, config):
-        shape = shape.with_groups(shape.num_key_value_heads * kept // shape.hidden_size)
-    return shape.with_width(kept) if shape.tie_word_embeddings else shape.with_width(kept).untied()
 
 
 @pytest.mark.parametrize("refit", [False, True], ids=["plain", "refit"])
@@ -168,17 +128,9 @@ def test_cut_is_exact_where_the_stream_is_confined(variant, refit, tokens, tmp_p
     shape = shape_of_width(family, checkpoint.config, kept)
     eigenvalues, projection = choose_basis(checkpoint, family, moment, shape, tokens)
     assert eigenvalues[kept - family.centred] < 1e-12 * eigenvalues[0]
-    config = resized_config(family, checkpoint.config, shape)
-    if refit:
-        refitter = Refitter(
-            checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs", 3, 4, []
-        )
-        compressed = refitted_groups(refitter, tokens)
-    else:
-        compressed = plain_groups(checkpoint, family, projection, torch.float64, EXECUTION)
-    small = written_model(family, config, compressed, torch.float64, tmp_path / "small")
+    small = cut_model(checkpoint, family, shape, projection, tokens, tmp_path / "small", refit)
     dense_model = stock_model(checkpoint.config, disk_tensors(checkpoint, family), exact=True)
-    small_model = stock_model(config, disk_tensors(small, family), exact=True)
+    small_model = stock_model(*small, exact=True)
     unseen = (tokens + 31) % 96
     error = relative_error(logits_of(small_model, unseen), logits_of(dense_model, unseen))
     # The refit sees streams that went through Hugging Face's float32 norms.

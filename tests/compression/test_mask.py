@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from sp3llm.compression import learned_mask
 from sp3llm.compression.basis_choice import learned_basis, nested_frame
@@ -45,9 +44,7 @@ from tests.conftest import (
     tiny_model,
     written_model,
 )
-
-EXECUTION = Execution(torch.device("cpu"), torch.float64)
-QUIET = Console(quiet=True)
+from tests.helpers import EXECUTION, QUIET
 
 
 def gated_and_checkpoint(variant, folder, tokens, **overrides):

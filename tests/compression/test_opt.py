@@ -8,10 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sp3llm.compression.basis_choice import choose_basis
-from sp3llm.compression.building import refitted_groups
 from sp3llm.compression.measuring import measure_dense
-from sp3llm.compression.projecting import plain_groups
-from sp3llm.compression.refitter import Refitter
 from sp3llm.errors import UserError
 from sp3llm.maths.basis import mean_free_frame
 from sp3llm.models import families
@@ -21,9 +18,6 @@ from sp3llm.models.shapes import Shape, resized_config
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits
 from sp3llm.planning.search import row_of
-from sp3llm.runtime.devices import Execution
-from tests.compression.test_invariance import confine_stream
-from tests.compression.test_stock import compress_tiny
 from tests.conftest import (
     disk_tensors,
     family_of_model,
@@ -33,10 +27,9 @@ from tests.conftest import (
     save_model,
     stock_model,
     tiny_model,
-    written_model,
 )
+from tests.helpers import EXECUTION, compress_tiny, confine_stream, cut_model
 
-EXECUTION = Execution(torch.device("cpu"), torch.float64)
 OPT_125M = {
     "model_type": "opt",
     "architectures": ["OPTForCausalLM"],
@@ -62,16 +55,7 @@ def compressed(checkpoint, family, shape, tokens, folder, refit):
     """The small model's config and tensors, in float64, written and read back."""
     moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", EXECUTION)
     _, projection = choose_basis(checkpoint, family, moments, shape, tokens)
-    if refit:
-        refitter = Refitter(
-            checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs", 3, 4, []
-        )
-        made = refitted_groups(refitter, tokens)
-    else:
-        made = plain_groups(checkpoint, family, projection, torch.float64, EXECUTION)
-    config = resized_config(family, checkpoint.config, shape)
-    small = written_model(family, config, made, torch.float64, folder)
-    return config, disk_tensors(small, family)
+    return cut_model(checkpoint, family, shape, projection, tokens, folder, refit)
 
 
 def confine_heads(model, kept: int) -> None:

@@ -20,8 +20,6 @@ from sp3llm.maths.unit_selection import select_units
 from sp3llm.models.head import backward_head
 from sp3llm.models.stock import empty_model
 from sp3llm.models.stream import backward_layer, open_stream, run_layer
-from sp3llm.runtime.devices import Execution
-from tests.compression.test_stock import compress_tiny
 from tests.conftest import (
     disk_tensors,
     family_of_model,
@@ -31,13 +29,7 @@ from tests.conftest import (
     stock_model,
     tiny_model,
 )
-
-CPU = torch.device("cpu")
-EXECUTION = Execution(CPU, torch.float64)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from tests.helpers import CPU, EXECUTION, compress_tiny, normal
 
 
 def gram_of(a, y, weight=None):

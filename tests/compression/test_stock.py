@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,9 +15,9 @@ from sp3llm.models import export
 from sp3llm.models.families import count_parameters, family_of
 from sp3llm.models.source import bundled_model
 from sp3llm.options import CompressConfig
-from tests.conftest import WITHOUT_SP3LLM, save_model, tiny_model
+from tests.conftest import save_model, tiny_model
+from tests.helpers import LOAD_ELSEWHERE, QUIET, compress_tiny
 
-QUIET = Console(quiet=True)
 EVALUATION = Path(__file__).parents[2] / "eval"
 VARIANTS = [
     "llama-biases",
@@ -52,43 +51,6 @@ SETTINGS = {
     "gemma": {"tie": "keep"},
     "smollm3": {"tie": "untie"},
 }
-
-LOAD_ELSEWHERE = (
-    WITHOUT_SP3LLM
-    + """
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-
-for folder in sys.argv[1:]:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    problems = {k: v for k, v in info.items() if v}
-    assert not problems, (folder, problems)
-    ids = torch.arange(3, 27)[None]
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-    # A random model may well begin with the end of the text, where generate would stop.
-    generated = model.generate(
-        ids, min_new_tokens=5, max_new_tokens=5, do_sample=False, pad_token_id=2
-    )
-    assert generated.shape == (1, 29)
-    save_file({"logits": logits, "generated": generated}, folder + "/elsewhere.safetensors")
-"""
-)
-
-
-def compress_tiny(variant, folder, **settings):
-    """A tiny model through the whole pipeline, with the bundled model's vocabulary."""
-    variant, _, mask = variant.partition(" ")
-    model = tiny_model(variant, torch.float32, vocab_size=4096)
-    save_model(model, folder / "dense", tokenizer=True)
-    if mask:
-        settings = {"mask": mask, "mask_steps": 4, "mask_batch": 2, **settings}
-    options = {"samples": 4, "seq_len": 32, "eval_samples": 4, "keep": 0.7, "calib": "stdlib"}
-    options["report"] = False  # a second each
-    options |= settings
-    config = CompressConfig(model=str(folder / "dense"), out=folder / "small", **options)
-    return compress(config, QUIET)
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,9 @@ import math
 import pytest
 import torch
 
-from sp3llm.cli import main
 from sp3llm.compression.basis_choice import choose_basis
-from sp3llm.compression.building import refitted_groups
 from sp3llm.compression.measuring import measure_dense
-from sp3llm.compression.projecting import plain_groups
-from sp3llm.compression.refitter import Refitter
 from sp3llm.maths.basis import spread_mean_free_frame, spreading_rotation, stream_scale
-from sp3llm.models.shapes import resized_config
-from tests.compression.test_invariance import EXECUTION, shape_of_width, tolerance
 from tests.conftest import (
     disk_tensors,
     family_of_model,
@@ -22,10 +16,9 @@ from tests.conftest import (
     save_model,
     stock_model,
     tiny_model,
-    written_model,
 )
+from tests.helpers import CPU, EXECUTION, cut_model, shape_of_width, tolerance
 
-CPU = torch.device("cpu")
 # Untied, or with projections between table and stream.
 FREE = ["llama", "qwen3", "gemma-untied", "opt-projected", "opt-untied", "gpt-neox", "stablelm"]
 
@@ -63,16 +56,8 @@ def compressed(model, checkpoint, tokens, turn, refit, width, folder):
     moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", EXECUTION)
     shape = shape_of_width(family, checkpoint.config, width)
     _, projection = choose_basis(checkpoint, family, moments, shape, tokens, turn)
-    if refit:
-        refitter = Refitter(
-            checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs", 3, 4, []
-        )
-        built = refitted_groups(refitter, tokens)
-    else:
-        built = plain_groups(checkpoint, family, projection, torch.float64, EXECUTION)
-    config = resized_config(family, checkpoint.config, shape)
-    small = written_model(family, config, built, torch.float64, folder)
-    return stock_model(config, disk_tensors(small, family), exact=True), projection
+    small = cut_model(checkpoint, family, shape, projection, tokens, folder, refit)
+    return stock_model(*small, exact=True), projection
 
 
 @pytest.mark.parametrize("refit", [False, True], ids=["plain", "refit"])
@@ -111,21 +96,12 @@ def test_turn_at_full_width_is_the_dense_model(variant, tokens, tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["--tie", "keep"]])
-def test_turn_is_refused_where_the_tie_fixes_the_rotation(words, tmp_path, capsys):
+def test_turn_is_refused_where_the_tie_fixes_the_rotation(words, tmp_path, refused):
     save_model(tiny_model("llama-tied", torch.float32, vocab_size=4096), tmp_path / "m", True)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(["compress", str(tmp_path / "m"), "--out", str(tmp_path / "small"), "--turn",
-              "hadamard", *words])  # fmt: skip
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert "--tie untie" in error
-    assert error.count("\n") == 1
+    words = ["--out", tmp_path / "small", "--turn", "hadamard", *words]
+    assert "--tie untie" in refused("compress", tmp_path / "m", *words)
     assert not (tmp_path / "small").exists()
 
 
-def test_unknown_turn_is_refused(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["compress", "--turn", "banana"])
-    assert end.value.code == 2
-    assert "none, hadamard" in capsys.readouterr().err
+def test_unknown_turn_is_refused(refused):
+    assert "none, hadamard" in refused("compress", "--turn", "banana")

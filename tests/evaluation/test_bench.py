@@ -6,14 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from sp3llm.cli import main
 from sp3llm.evaluation.speed import Runner, bench, load, work_of
 from sp3llm.evaluation.speed_figures import Spread
 from sp3llm.models.families import FAMILIES
 from sp3llm.options import BenchConfig
 from tests.conftest import save_model, tiny_model
-
-CPU = torch.device("cpu")
+from tests.helpers import CPU
 
 
 @pytest.fixture
@@ -147,13 +145,8 @@ def test_unknown_family_is_measured_without_a_promise(pair, monkeypatch):
         ["--against", "no/such-model/here"],
     ],
 )
-def test_bad_input_gets_one_sentence(words, pair, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["bench", pair[0], "--against", pair[1], *words])
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("sp3llm: ")
-    assert error.count("\n") == 1
+def test_bad_input_gets_one_sentence(words, pair, refused):
+    refused("bench", pair[0], "--against", pair[1], *words)
 
 
 @pytest.mark.slow

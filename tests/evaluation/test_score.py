@@ -12,10 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from sp3llm.cli import main
 from sp3llm.compression.story import compress
 from sp3llm.errors import UserError
 from sp3llm.evaluation.comparison import Row, Scored, compare, mean, paired_standard_error
@@ -34,8 +32,8 @@ from sp3llm.text.split import part_of
 from sp3llm.text.stdlib import stdlib_documents
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.text.windows import unbroken_windows
+from tests.helpers import QUIET
 
-QUIET = Console(quiet=True)
 QUESTIONS = 24
 NOTHING = {"tasks": {}, "groups": {}}
 
@@ -207,14 +205,9 @@ def test_wikitext_preset_counts_tokens_and_words():
     assert preset["token_perplexity"] == {"text": "wikitext2", "seq_lens": [2048, 4096]}
 
 
-def test_lm_eval_missing_is_one_sentence_with_the_command(monkeypatch, capsys):
+def test_lm_eval_missing_is_one_sentence_with_the_command(monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(SystemExit) as end:
-        main(["score", str(bundled_model()), "--tasks", "stdlib"])
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert "pip install 'lm-eval" in error
-    assert error.count("\n") == 1
+    assert "pip install 'lm-eval" in refused("score", bundled_model(), "--tasks", "stdlib")
 
 
 @pytest.mark.parametrize(
@@ -232,15 +225,10 @@ def test_lm_eval_missing_is_one_sentence_with_the_command(monkeypatch, capsys):
         (["--tasks", "wrong.yaml"], "compare it with"),
     ],
 )
-def test_bad_input_gets_one_sentence(words, said, capsys, tmp_path, monkeypatch):
+def test_bad_input_gets_one_sentence(words, said, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("tasks: [a]\nseq_lens: [7]\n")
-    with pytest.raises(SystemExit) as end:
-        main(["score", str(bundled_model()), *words])
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
+    assert said in refused("score", bundled_model(), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.yaml"]
 
 

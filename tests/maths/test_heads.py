@@ -12,8 +12,8 @@ from sp3llm.maths.heads import (
     split_writer,
     value_output_projection,
 )
-from tests.compression.test_refit import normal
 from tests.conftest import relative_error
+from tests.helpers import normal
 
 WIDTH, HEADS, HEAD_DIM, TOKENS = 24, 4, 8, 60
 PARTS = ("q", "k", "v", "o")

@@ -15,8 +15,8 @@ from sp3llm.models.shapes import Shape, cost_of
 from sp3llm.options import CompressConfig
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits, plan_of
-from tests.compression.test_stock import LOAD_ELSEWHERE, compress_tiny
 from tests.conftest import TINY
+from tests.helpers import LOAD_ELSEWHERE, compress_tiny
 from tests.planning.test_plan import LLAMA_2_7B, LLAMA_3_8B, MIXTRAL_8X7B
 
 LLAMA = FAMILIES["llama"]

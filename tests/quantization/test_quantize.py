@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,11 +23,11 @@ from sp3llm.quantization.story import quantize
 from sp3llm.recovery.teacher import load_teacher
 from sp3llm.reporting.origins import held_out_tokens
 from sp3llm.runtime.folders import RECORD
-from tests.conftest import WITHOUT_SP3LLM, logits_of, relative_error, save_model, tiny_model
+from tests.conftest import logits_of, relative_error, save_model, tiny_model
+from tests.helpers import QUIET, WITHOUT_SP3LLM
 
 pytest.importorskip("bitsandbytes")
 
-QUIET = Console(quiet=True)
 # In 64s, before and after.
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 4096}
 OPT = {"num_hidden_layers": 2, "vocab_size": 4096}
@@ -63,23 +62,6 @@ def folder_of(tmp_path_factory):
         return made[variant]
 
     return folder
-
-
-@pytest.fixture
-def refused(capsys):
-    """Run a command that must be refused in one sentence; returns the sentence."""
-
-    def run(*words: object) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(word) for word in words])
-        assert end.value.code == 2
-        errors = capsys.readouterr().err.strip().splitlines()
-        assert len(errors) == 1
-        assert errors[0].startswith("sp3llm: ")
-        return errors[0]
-
-    return run
 
 
 def entry_of(folder: Path) -> dict:

@@ -14,7 +14,6 @@ import psutil
 import pytest
 import torch
 from huggingface_hub.repocard import metadata_load
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sp3llm.cli import main
@@ -27,10 +26,9 @@ from sp3llm.reporting.page import PAGE
 from sp3llm.reporting.record import add_to_record, measured, read_record
 from sp3llm.reporting.samples import with_samples
 from sp3llm.runtime.folders import RECORD
-from tests.compression.test_stock import compress_tiny
 from tests.conftest import TINY, save_model, tiny_model
+from tests.helpers import QUIET, compress_tiny
 
-QUIET = Console(quiet=True)
 VOID = {"meta", "link", "br"}
 
 
@@ -284,23 +282,15 @@ def test_what_bench_found_becomes_a_table(made, tmp_path):
         (["--private"], "--push-to-hub"),
     ],
 )
-def test_what_is_named_must_be_right(made, words, expected, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["report", str(made), *words])
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert error.count("\n") == 1
+def test_what_is_named_must_be_right(made, words, expected, refused):
+    assert expected in refused("report", made, *words)
 
 
-def test_a_folder_that_is_not_ours_is_refused(tmp_path, capsys):
+def test_a_folder_that_is_not_ours_is_refused(tmp_path, refused):
     for text in (None, "not json", "[]", "{}"):
         if text is not None:
             (tmp_path / RECORD).write_text(text)
-        with pytest.raises(SystemExit) as end:
-            main(["report", str(tmp_path)])
-        assert end.value.code == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        refused("report", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sp3llm.errors import ResumableError
 from sp3llm.options import CompressConfig
@@ -19,6 +18,7 @@ from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.processes import Ranks
 from tests.conftest import relative_error, save_model, tiny_model
+from tests.helpers import weights
 from tests.runtime.test_resume import FORKS, content, dense, learned, run, run_and_die, settings  # noqa: F401
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,10 +58,6 @@ def together(count: int, options: CompressConfig, dies: tuple[int, int] | None =
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def close(found: Path, expected: Path) -> bool:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sp3llm.errors import UserError
@@ -26,27 +25,9 @@ from sp3llm.text.split import PARTS, content_hash, part_of
 from sp3llm.text.stdlib import stdlib_documents
 from sp3llm.text.tokenizer import adds_bos
 from sp3llm.text.windows import calibration_windows, cut_windows, evaluation_windows, pack
+from tests.helpers import BOS, EOS, byte_tokenizer
 
-BOS, EOS = 1, 2
 HUB_SETS = [name for name, source in manifest().items() if not source.stdlib]
-
-
-def byte_tokenizer(bos: bool = True, eos: bool = True) -> PreTrainedTokenizerFast:
-    """One token a byte, with a BOS added before a text or not."""
-    vocab = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", BOS)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token="</s>" if eos else None,
-        unk_token="<unk>",
-    )
 
 
 @pytest.fixture(scope="module")
