@@ -1,3 +1,8 @@
 """Compress Hugging Face decoder models into smaller ones of the same stock architecture."""
 
 __version__ = "0.1.0"
+
+from sp3llm.api import compress, plan, recover
+from sp3llm.errors import UserError
+
+__all__ = ["UserError", "__version__", "compress", "plan", "recover"]

@@ -1,0 +1,92 @@
+"""What `sp3llm plan` finds out: the shapes within a budget, what they cost, what a run will need.
+
+From `config.json` alone: no weights are read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sp3llm.models import families
+from sp3llm.models.families import Family
+from sp3llm.models.shapes import Cost, Shape, cost_of
+from sp3llm.models.source import resolve_config
+from sp3llm.options import PlanConfig
+from sp3llm.planning.candidates import candidates
+from sp3llm.planning.limits import Limits, limits_of
+from sp3llm.planning.needs import Needs, needs_of
+from sp3llm.planning.recovery_needs import RecoveryNeeds, recovery_needs_of
+
+# Plans are made without looking for a GPU: on a CPU everything is computed in float32.
+_COMPUTE_ITEMSIZE = 4
+_ITEMSIZES = {"float64": 8, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The plan of a model before one of its shapes is chosen."""
+
+    model: str
+    """Name to show."""
+    note: str | None
+    """A line to print where another repository was taken than the one named."""
+    family: Family
+    config: Mapping[str, Any]
+    """`config.json` of the dense model."""
+    limits: Limits
+    shapes: list[Shape]
+    """Within the budget, the one that spends all of it on the hidden size first."""
+    costs: list[Cost]
+    """Of each of the shapes."""
+    seq_len: int
+    """Tokens a calibration window."""
+    needs: Needs
+    """Of a compression to the first shape."""
+    recovery_needs: RecoveryNeeds | None
+    """Of a recovery after it, where one was asked about."""
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        costs = zip(self.shapes, self.costs, strict=True)
+        plain = {
+            "model": self.model,
+            "limits": asdict(self.limits),
+            "shapes": [{**asdict(shape), **asdict(cost)} for shape, cost in costs],
+            "needs": asdict(self.needs),
+        }
+        if self.recovery_needs is not None:
+            plain["recovery_needs"] = asdict(self.recovery_needs)
+        return plain
+
+
+def overview_of(settings: PlanConfig) -> Overview:
+    """Plan a model.
+
+    Raises UserError if there is no such model, it cannot be compressed, or no shape fits.
+    """
+    config, name, note = resolve_config(settings.model)
+    family = families.family_of(config)
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    itemsize = _ITEMSIZES.get(stated.removeprefix("torch."), 2)
+    limits = limits_of(settings.compression, itemsize)
+    shapes = candidates(family, config, limits)
+    seq_len = families.window_length(family, config, settings.seq_len)
+    needs = needs_of(
+        family,
+        config,
+        shapes[0],
+        settings.samples,
+        settings.eval_samples,
+        seq_len,
+        itemsize,
+        _COMPUTE_ITEMSIZE,
+    )
+    recovery_needs = None
+    if settings.recover:
+        recovery_needs = recovery_needs_of(
+            family, config, shapes[0], settings.recovery, seq_len, itemsize
+        )
+    costs = [cost_of(family, config, shape, limits.context, itemsize) for shape in shapes]
+    return Overview(
+        name, note, family, config, limits, shapes, costs, seq_len, needs, recovery_needs
+    )
