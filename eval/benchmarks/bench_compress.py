@@ -33,7 +33,8 @@ from sp3llm.compression import basis_choice, refitter, writers
 from sp3llm.compression.attempts import _placed
 from sp3llm.compression.job import Job, prepare
 from sp3llm.compression.measuring import measure_dense
-from sp3llm.compression.stages import build, choose_shape, final_basis
+from sp3llm.compression.shape_search import choose_shape
+from sp3llm.compression.stages import build, final_basis
 from sp3llm.models.shapes import Shape, cost_of, resized_config
 from sp3llm.models.source import resolve_model
 from sp3llm.options import CompressConfig

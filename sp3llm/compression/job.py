@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from sp3llm.compression.projection import Projection
+    from sp3llm.compression.refitter import Refitter
     from sp3llm.maths.paired import Excess
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
@@ -218,3 +220,30 @@ def hub_id(settings: CompressConfig, name: str) -> str | None:
 def calibration_sets(settings: CompressConfig) -> str:
     """The calibration sets, the default resolved."""
     return settings.calib or ("stdlib" if settings.model is None else "wikitext2")
+
+
+def same_basis_for_all(job: Job, basis: "tuple[Tensor, Projection]") -> "tuple[Tensor, Projection]":
+    """The first process's basis, in place: a last bit can turn an eigenvector around."""
+    eigenvalues, projection = basis
+    job.execution.ranks.broadcast_(eigenvalues, *projection.tensors().values())
+    return basis
+
+
+def refitter_of(
+    job: Job, shape: "Shape", projection: "Projection", held_from: int, unseen_from: int
+) -> "Refitter":
+    """What every fit of the second pass needs, of a job; see `Refitter` for the last two."""
+    from sp3llm.compression.refitter import Refitter
+
+    return Refitter(
+        dense=job.dense,
+        family=job.family,
+        shape=shape,
+        projection=projection,
+        dtype=job.dtype,
+        execution=job.execution,
+        unit_selection=job.settings.unit_selection,
+        held_from=held_from,
+        unseen_from=unseen_from,
+        log=[],
+    )

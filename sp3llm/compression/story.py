@@ -32,7 +32,8 @@ from sp3llm.compression.afterwards import (
 )
 from sp3llm.compression.attempts import compress_resumably
 from sp3llm.compression.job import Job, Result, hub_id, prepare, with_dtype
-from sp3llm.compression.stages import build, choose_shape, energy_kept, final_basis, learn_mask
+from sp3llm.compression.shape_search import choose_shape
+from sp3llm.compression.stages import build, energy_kept, final_basis, learn_mask
 from sp3llm.compression.texts import draw_windows, read_mask_windows, read_windows
 from sp3llm.options import CompressConfig, command_line
 from sp3llm.reporting.record import read_record
