@@ -30,20 +30,24 @@ from torch import Tensor
 
 from sp3llm.compression.gated_model import GatedModel
 from sp3llm.compression.mask_budget import Budget
+from sp3llm.compression.mask_steps import (
+    LEAST,
+    MOST,
+    WAY,
+    MaskRun,
+    MaskTraining,
+    shape_fixed_at,
+    take_step,
+)
 from sp3llm.compression.projection import KeptUnits
 from sp3llm.errors import UserError
 from sp3llm.maths.gates import (
     Gates,
-    correction,
     folded,
-    multipliers,
     open_probability,
-    sampled,
     settled,
     top_indices,
 )
-from sp3llm.maths.losses import divergence
-from sp3llm.maths.shuffling import window_order
 from sp3llm.models.checkpoint import Checkpoint
 from sp3llm.models.families import Family, setting
 from sp3llm.models.shapes import Shape
@@ -55,29 +59,8 @@ from sp3llm.runtime.memory import trim_memory
 
 # As a journal knows the steps, and what came out.
 _STEPS, _LEARNED = "mask", "learned"
-# Log-alphas begin where 98 gates of 100 are open. Their ends are where a gate is as good as open or
-# closed (996 and 4 of 1000 are open there, so that what is closed takes no room from what is kept
-# even of a narrow stream), and in all steps together they could move by _WAY.
-_START, _LEAST, _MOST, _WAY = 2.5, -7.0, 4.0, 40.0
-# The target reaches the budget after this part of the steps; then the shape is fixed.
-_FALL = 0.6
-# Corrections after a step, each to first order, until no constraint is violated by more than this.
-_CORRECTIONS, _MET = 20, 1e-3
-# A gradient is kept for as many of a batch's tokens at once as of a streamed batch, by this factor.
-_TOKENS_OF_A_BATCH = 1 / 4
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """What a mask is learned on."""
-
-    tokens: Tensor
-    """`(windows, tokens)`."""
-    batch: int
-    """Windows a step, over all processes."""
-    steps: int
-    seed: int
-    """Orders the windows and draws the gates."""
+# Log-alphas begin where 98 gates of 100 are open.
+_START = 2.5
 
 
 @dataclass(frozen=True)
@@ -101,8 +84,8 @@ class Learned:
         return {"expected": self.expected, "undecided": undecided, "history": self.history}
 
     def stream(self) -> tuple[Tensor, Tensor | None]:
-        """Winning coordinates of the stream as columns, `(D, K)` (under LayerNorm `(D, K - 1)`),
-        and their gates.
+        """The coordinates of the stream that are kept, as columns, `(D, K)` (under LayerNorm
+        `(D, K - 1)`), and their gates; None where the stream has no gates.
         """
         width, coordinates = self.frame_DC.shape
         keep = self.shape.hidden_size - (width - coordinates)
@@ -114,7 +97,7 @@ class Learned:
         return self.frame_DC[:, kept_K], gates_K
 
     def kept_units(self) -> KeptUnits:
-        """Winning neurons and groups of every layer, with their gates."""
+        """The neurons and KV groups that every layer keeps, with their gates."""
 
         def of(score_LU: Tensor | None, keep: int) -> Tensor | None:
             if score_LU is None:
@@ -136,7 +119,7 @@ def learn(
     family: Family,
     budget: Budget,
     frame_of: Callable[[list[int]], Tensor],
-    lessons: Lessons,
+    training: MaskTraining,
     execution: Execution,
     progress: Progress | None,
     journal: Journal,
@@ -151,13 +134,16 @@ def learn(
         facts, tensors = dict(before.facts), dict(before.tensors)
         frame_DC = tensors.pop("frame").to(execution.device)
         return Learned(frame_DC, Gates(**tensors), Shape(**facts.pop("shape")), **facts)
-    run, steps = _begin(dense, family, budget, frame_of, lessons, execution, journal), lessons.steps
+    run, steps = (
+        _begin(dense, family, budget, frame_of, training, execution, journal),
+        training.steps,
+    )
     bar = None if progress is None else progress.add_task("learned mask", total=steps)
-    fixed_at = _shape_fixed_at(steps)
+    fixed_at = shape_fixed_at(steps)
     for step in range(run.done, steps):
         if step == fixed_at:
             run = _at_one_shape(run, frame_of)
-        entry = _step(run, step)
+        entry = take_step(run, step)
         if not math.isfinite(entry["divergence"]):
             raise UserError(
                 f"Expected a finite divergence at step {step + 1} of the learned mask, found "
@@ -171,31 +157,13 @@ def learn(
         if step + 1 < steps and journal.due():
             _save(run, step + 1, journal)
     log_alpha = run.log_alpha.map(lambda alpha: alpha.detach().cpu())
-    found = Learned(run.frame_DC, log_alpha, run.budget.shapes[0], run.expected, run.history)
-    facts = {"shape": vars(found.shape), "expected": run.expected, "history": run.history}
-    journal.save(_LEARNED, 0, {**found.log_alpha.named(), "frame": run.frame_DC}, facts)
+    learned = Learned(run.frame_DC, log_alpha, run.budget.shapes[0], run.expected, run.history)
+    facts = {"shape": vars(learned.shape), "expected": run.expected, "history": run.history}
+    journal.save(_LEARNED, 0, {**learned.log_alpha.named(), "frame": run.frame_DC}, facts)
     journal.drop(_STEPS)
     del run
     trim_memory()
-    return found
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Everything that changes, and what it is changed by."""
-
-    gated: GatedModel
-    frame_DC: Tensor
-    budget: Budget
-    log_alpha: Gates
-    optimizer: torch.optim.Adam
-    expected: dict[str, float]
-    """Sizes that were open when the shape was fixed; nothing before."""
-    history: list[dict[str, float]]
-    lessons: Lessons
-    execution: Execution
-    done: int = 0
-    """Steps taken by a run before."""
+    return learned
 
 
 def _begin(
@@ -203,10 +171,10 @@ def _begin(
     family: Family,
     budget: Budget,
     frame_of: Callable[[list[int]], Tensor],
-    lessons: Lessons,
+    training: MaskTraining,
     execution: Execution,
     journal: Journal,
-) -> _Run:
+) -> MaskRun:
     """All gates open, or as a run before has left them."""
     before = journal.latest(_STEPS)
     facts: dict[str, Any] = {"expected": {}, "history": []}
@@ -222,16 +190,24 @@ def _begin(
         frame_DC = kept["frame"]
         log_alpha = Gates(**{n: kept[n] for n in vars(Gates()) if n in kept})
     log_alpha = log_alpha.map(torch.Tensor.requires_grad_)
-    optimizer = _optimizer(log_alpha, lessons.steps)
+    optimizer = _optimizer(log_alpha, training.steps)
     for name, alpha in log_alpha.named().items() if before else ():
         moments = {moment: kept[f"{name}.{moment}"] for moment in _MOMENTS}
         optimizer.state[alpha] = {"step": torch.tensor(float(facts["updates"])), **moments}
     model = load_frozen(dense.folder, execution.dtype, execution.device)
     gated = GatedModel(model, family, dense.config, frame_DC)
-    return _Run(
-        gated, frame_DC, budget, log_alpha, optimizer, facts["expected"], facts["history"], lessons,
-        execution, before.step if before else 0,
-    )  # fmt: skip
+    return MaskRun(
+        gated=gated,
+        frame_DC=frame_DC,
+        budget=budget,
+        log_alpha=log_alpha,
+        optimizer=optimizer,
+        expected=facts["expected"],
+        history=facts["history"],
+        training=training,
+        execution=execution,
+        done=before.step if before else 0,
+    )
 
 
 def _all_open(budget: Budget, layers: int, frame_DC: Tensor) -> Gates:
@@ -245,16 +221,11 @@ def _all_open(budget: Budget, layers: int, frame_DC: Tensor) -> Gates:
     return Gates(**{n: torch.full(sizes[n], _START, device=device) for n in budget.gated()})
 
 
-def _shape_fixed_at(steps: int) -> int:
-    """The step at which the shape is fixed."""
-    return max(1, int(_FALL * steps))
-
-
 def _optimizer(log_alpha: Gates, steps: int) -> torch.optim.Adam:
-    return torch.optim.Adam(log_alpha.named().values(), lr=_WAY / steps, betas=(0.9, 0.95))
+    return torch.optim.Adam(log_alpha.named().values(), lr=WAY / steps, betas=(0.9, 0.95))
 
 
-def _at_one_shape(run: _Run, frame_of: Callable[[list[int]], Tensor]) -> _Run:
+def _at_one_shape(run: MaskRun, frame_of: Callable[[list[int]], Tensor]) -> MaskRun:
     """Fix the shape nearest to what is open, and start its stream from what its width keeps best.
 
     Gates of what the shape keeps whole go; of the others those of neurons and groups stay.
@@ -271,130 +242,24 @@ def _at_one_shape(run: _Run, frame_of: Callable[[list[int]], Tensor]) -> _Run:
         run.execution.ranks.broadcast_(frame_DC)
         free = width - (len(frame_DC) - frame_DC.shape[1])  # one less under LayerNorm
         first_C = torch.arange(frame_DC.shape[1], device=run.execution.device) < free
-        kept["stream_C"] = torch.where(first_C, _MOST, _LEAST)
+        kept["stream_C"] = torch.where(first_C, MOST, LEAST)
     log_alpha = Gates(**kept).map(torch.Tensor.requires_grad_)
     run.gated.set_frame(frame_DC)
-    optimizer = _optimizer(log_alpha, run.lessons.steps)
+    optimizer = _optimizer(log_alpha, run.training.steps)
     return replace(
-        run, frame_DC=frame_DC, budget=budget, log_alpha=log_alpha, optimizer=optimizer,
+        run,
+        frame_DC=frame_DC,
+        budget=budget,
+        log_alpha=log_alpha,
+        optimizer=optimizer,
         expected=expected,
-    )  # fmt: skip
-
-
-def _step(run: _Run, step: int) -> dict[str, float]:
-    """One step of all gates; what it found."""
-    execution, log_alpha, lessons = run.execution, run.log_alpha, run.lessons
-    order = window_order(len(lessons.tokens), lessons.seed, step * lessons.batch, lessons.batch)
-    uniform = _noise(log_alpha, lessons.batch, lessons.seed, step)
-    local_windows = torch.arange(lessons.batch).chunk(execution.ranks.count)
-    local_windows = (
-        local_windows[execution.ranks.index]
-        if execution.ranks.index < len(local_windows)
-        else torch.arange(0)
     )
-    at_once = max(1, int(_TOKENS_OF_A_BATCH * execution.batch_tokens) // lessons.tokens.shape[1])
-    total = torch.zeros((), device=execution.device)
-    for rows in local_windows.split(at_once) if len(local_windows) else ():
-        tokens = lessons.tokens[order[rows]].to(execution.device)
-        with torch.no_grad():
-            teacher = run.gated.model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        gates = Gates(
-            **{
-                name: sampled(alpha, uniform[name][rows].to(execution.device))
-                for name, alpha in log_alpha.named().items()
-            }
-        )
-        with run.gated.through(gates) as model:
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-            loss = divergence(logits, teacher, 1.0) * len(rows) / lessons.batch
-            loss.backward()
-        total += loss.detach()
-    alphas = list(log_alpha.named().values())
-    for alpha in alphas:
-        alpha.grad = torch.zeros_like(alpha) if alpha.grad is None else alpha.grad
-    execution.ranks.all_reduce_(total, *(alpha.grad for alpha in alphas))
-
-    fixed_at = _shape_fixed_at(lessons.steps)
-    fallen = min(1.0, (step + 1) / fixed_at)
-    if step >= fixed_at:  # gates come to rest
-        run.optimizer.param_groups[0]["lr"] = (
-            _WAY / lessons.steps * (lessons.steps - step) / (lessons.steps - fixed_at)
-        )
-    _, jacobian_EN, _ = _constraints(run, fallen)
-    gradient_N = torch.cat([alpha.grad.flatten() for alpha in alphas]).to(jacobian_EN)
-    prices_E = multipliers(jacobian_EN, gradient_N)
-    for alpha, forbidden in _each(alphas, jacobian_EN.T @ prices_E):
-        alpha.grad += forbidden
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    expected = _meet(run, fallen)
-    return {
-        "step": step + 1,
-        "target": run.budget.target(fallen),
-        "expected": expected,
-        "divergence": total.item(),
-    }
-
-
-def _constraints(run: _Run, fallen: float) -> tuple[Tensor, Tensor, float]:
-    """What is violated, `(E,)`, its gradients by all log-alphas in a row, `(E, N)`, float64, and
-    the share of the budget's count that is expected to stay open.
-    """
-    alphas = run.log_alpha.map(lambda alpha: alpha.detach().cpu().double().requires_grad_())
-    violated_E, sizes = run.budget.violated(alphas.map(open_probability), fallen)
-    leaves = list(alphas.named().values())
-    rows = [
-        torch.autograd.grad(one, leaves, retain_graph=True, materialize_grads=True)
-        for one in violated_E
-    ]
-    jacobian_EN = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
-    return violated_E.detach(), jacobian_EN, run.budget.cost(sizes).item()
-
-
-def _meet(run: _Run, fallen: float) -> float:
-    """Move the log-alphas until all constraints are met; the share that is then expected to stay
-    open.
-    """
-    alphas = list(run.log_alpha.named().values())
-    for _ in range(_CORRECTIONS):
-        violated_E, jacobian_EN, expected = _constraints(run, fallen)
-        if violated_E.abs().max() < _MET:
-            break
-        change_N = correction(jacobian_EN, violated_E)
-        at_N = torch.cat([alpha.detach().flatten() for alpha in alphas]).to(change_N)
-        is_stuck_N = ((at_N <= _LEAST) & (change_N < 0)) | ((at_N >= _MOST) & (change_N > 0))
-        change_N = correction(jacobian_EN * ~is_stuck_N, violated_E)
-        # Far from where it holds a first-order step is too long.
-        for alpha, change in _each(alphas, change_N.clamp(-1, 1)):
-            alpha.data.add_(change).clamp_(_LEAST, _MOST)
-    else:
-        *_, expected = _constraints(run, fallen)
-    return expected
-
-
-def _each(alphas: list[Tensor], all_N: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Every log-alpha with its part of a row of all."""
-    parts = all_N.split([alpha.numel() for alpha in alphas])
-    return [
-        (alpha, part.view_as(alpha).to(alpha)) for alpha, part in zip(alphas, parts, strict=True)
-    ]
-
-
-def _noise(log_alpha: Gates, batch: int, seed: int, step: int) -> dict[str, Tensor]:
-    """Uniform noise for every gate of every window of a step: the same however windows are dealt
-    out, and inside (0, 1), where its logarithms are numbers.
-    """
-    generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-    return {
-        name: torch.rand((batch, *alpha.shape), generator=generator).clamp(1e-6, 1 - 1e-6)
-        for name, alpha in log_alpha.named().items()
-    }
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _save(run: _Run, step: int, journal: Journal) -> None:
+def _save(run: MaskRun, step: int, journal: Journal) -> None:
     """Everything that the steps to come depend on."""
     tensors, updates = {"frame": run.frame_DC}, 0.0
     for name, alpha in run.log_alpha.named().items():

@@ -33,12 +33,13 @@ def energy_kept(moments: "Moments", projection: "Projection") -> float:
 
 
 def learn_mask(
-    job: Job, moments: "Moments", lessons: "Windows", journal: "Journal", progress: "Progress"
+    job: Job, moments: "Moments", mask_windows: "Windows", journal: "Journal", progress: "Progress"
 ) -> "tuple[Learned, dict[str, Any]]":
-    """Learn on the windows `lessons` what is to be kept; returns that, and what the record says."""
+    """Learn on `mask_windows` what is to be kept; returns that, and what the record says."""
     from sp3llm.compression.basis_choice import nested_frame
-    from sp3llm.compression.learned_mask import Lessons, learn
+    from sp3llm.compression.learned_mask import learn
     from sp3llm.compression.mask_budget import budget_of
+    from sp3llm.compression.mask_steps import MaskTraining
 
     settings, family = job.settings, job.family
     budget = budget_of(family, job.dense.config, job.limits, job.shapes)
@@ -47,12 +48,12 @@ def learn_mask(
         family,
         budget,
         partial(nested_frame, family, moments),
-        Lessons(lessons.tokens, settings.mask_batch, settings.mask_steps, settings.seed),
+        MaskTraining(mask_windows.tokens, settings.mask_batch, settings.mask_steps, settings.seed),
         job.execution,
         progress,
         journal,
     )
-    return mask, {"mask": {**mask.describe(), "training": lessons.describe()}}
+    return mask, {"mask": {**mask.describe(), "training": mask_windows.describe()}}
 
 
 def final_basis(

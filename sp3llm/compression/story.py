@@ -120,9 +120,9 @@ def run_stages(
 
     settings, dense, family, execution = job.settings, job.dense, job.family, job.execution
     calibration, evaluation = draw_windows(job, journal)
-    lessons = None
+    mask_windows = None
     if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
-        lessons = execution.ranks.from_first(lambda: read_mask_windows(job, evaluation))
+        mask_windows = execution.ranks.from_first(lambda: read_mask_windows(job, evaluation))
     moments, dense_losses = measure_dense(
         dense,
         family,
@@ -134,8 +134,8 @@ def run_stages(
         progress,
         journal,
     )
-    if lessons is not None:
-        mask, about_mask = learn_mask(job, moments, lessons, journal, progress)
+    if mask_windows is not None:
+        mask, about_mask = learn_mask(job, moments, mask_windows, journal, progress)
         shape, trials = mask.shape, []
     else:
         mask, about_mask = None, {}

@@ -13,8 +13,9 @@ from sp3llm.compression import learned_mask
 from sp3llm.compression.basis_choice import learned_basis, nested_frame
 from sp3llm.compression.building import refitted_groups
 from sp3llm.compression.gated_model import GatedModel
-from sp3llm.compression.learned_mask import _WAY, Learned, Lessons, _at_one_shape, _step, learn
+from sp3llm.compression.learned_mask import WAY, Learned, _at_one_shape, learn
 from sp3llm.compression.mask_budget import budget_of
+from sp3llm.compression.mask_steps import MaskTraining, take_step
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.compression.projecting import plain_groups
 from sp3llm.compression.refitter import Refitter
@@ -284,7 +285,7 @@ def lesson(tmp_path, tokens, variant="llama", keep=0.6, steps=60):
     return {
         "dense": checkpoint, "family": family, "budget": budget,
         "frame_of": partial(nested_frame, family, moments),
-        "lessons": Lessons(tokens, 4, steps, 0), "execution": execution, "progress": None,
+        "training": MaskTraining(tokens, 4, steps, 0), "execution": execution, "progress": None,
         "journal": NOTHING_KEPT,
     }  # fmt: skip
 
@@ -363,7 +364,7 @@ def test_what_is_at_once_in_memory_does_not_matter(tokens, tmp_path):
     one_by_one = learn(**options | {"execution": replace(options["execution"], batch_tokens=1)})
     for name, alpha in at_once.log_alpha.named().items():
         difference = (alpha - one_by_one.log_alpha.named()[name]).abs().max()
-        assert difference < 1e-5 * _WAY  # of how far they can move
+        assert difference < 1e-5 * WAY  # of how far they can move
 
 
 def test_a_resumed_mask_is_the_uninterrupted_one(tokens, tmp_path, monkeypatch):
@@ -376,7 +377,7 @@ def test_a_resumed_mask_is_the_uninterrupted_one(tokens, tmp_path, monkeypatch):
         monkeypatch.setattr(type(journal), "due", lambda self: True)
         return journal
 
-    real, taken = _step, []
+    real, taken = take_step, []
 
     def dying(run, step):
         if step == 6 and len(taken) == 6:
@@ -384,7 +385,7 @@ def test_a_resumed_mask_is_the_uninterrupted_one(tokens, tmp_path, monkeypatch):
         taken.append(step)
         return real(run, step)
 
-    monkeypatch.setattr(learned_mask, "_step", dying)
+    monkeypatch.setattr(learned_mask, "take_step", dying)
     with pytest.raises(KeyboardInterrupt):
         learn(**options | {"journal": begun()})
     taken.append(-1)
