@@ -23,6 +23,7 @@ def run(settings: PlanConfig) -> None:
     from sp3llm.planning.limits import limits_of
     from sp3llm.planning.needs import needs_of
     from sp3llm.planning.recovery_needs import recovery_needs_of
+    from sp3llm.planning.windows import window_length
     from sp3llm.reporting.plans import needs_line, plan_table
     from sp3llm.reporting.recovery import recovery_line
 
@@ -33,7 +34,7 @@ def run(settings: PlanConfig) -> None:
     itemsize = {"float64": 8, "float32": 4}.get(stated.removeprefix("torch."), 2)
     limits = limits_of(compression, itemsize)
     shapes = candidates(family, config, limits)
-    seq_len = families.window_length(family, config, settings.seq_len)
+    seq_len = window_length(family, config, settings.seq_len)
     needs = needs_of(
         family, config, shapes[0], settings.samples, settings.eval_samples, seq_len, itemsize, 4
     )

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sp3llm.errors import UserError
 from sp3llm.models.families.schema import (
     EACH,
     EMBEDDING,
@@ -128,20 +127,6 @@ def axis_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 def axis_size(sizes: Mapping[str, int], axis: Axis) -> int:
     """Length of an axis, from `axis_sizes`; of a fused one the sum of its parts."""
     return sizes[axis] if isinstance(axis, str) else sum(sizes[part] for part in axis)
-
-
-def window_length(family: Family, config: Mapping[str, Any], asked: int | None) -> int:
-    """Tokens a window: as asked, or 2048, or the model's positions if fewer.
-
-    Raises UserError if more are asked for than the model has positions.
-    """
-    positions = setting(family, config, "max_position_embeddings")
-    if asked is not None and asked > positions:
-        raise UserError(
-            f"Expected --seq-len of at most {positions}, the model's positions, found {asked}: "
-            "give a smaller one."
-        )
-    return asked or min(2048, positions)
 
 
 def is_tied(family: Family, config: Mapping[str, Any]) -> bool:
