@@ -21,7 +21,7 @@ def run(settings: PlanConfig) -> None:
     from sp3llm.models.source import resolve_config
     from sp3llm.planning.candidates import candidates
     from sp3llm.planning.limits import limits_of
-    from sp3llm.planning.needs import needs_of
+    from sp3llm.planning.needs import Workload, needs_of
     from sp3llm.planning.recovery_needs import recovery_needs_of
     from sp3llm.planning.windows import window_length
     from sp3llm.reporting.plans import needs_line, plan_table
@@ -35,9 +35,8 @@ def run(settings: PlanConfig) -> None:
     limits = limits_of(compression, itemsize)
     shapes = candidates(family, config, limits)
     seq_len = window_length(family, config, settings.seq_len)
-    needs = needs_of(
-        family, config, shapes[0], settings.samples, settings.eval_samples, seq_len, itemsize, 4
-    )
+    workload = Workload(settings.samples, settings.eval_samples, seq_len, itemsize)
+    needs = needs_of(family, config, shapes[0], workload)
     recovery_needs = None
     if settings.recover:
         recovery_needs = recovery_needs_of(family, config, shapes[0], recovery, seq_len, itemsize)

@@ -80,22 +80,20 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     """Where streams lie and how much goes through a layer at once; what a run before has found
     out about the latter holds, since sums depend on it in their last bits.
     """
-    from sp3llm.planning.needs import needs_of
+    from sp3llm.planning.needs import Workload, needs_of
     from sp3llm.planning.windows import window_length
     from sp3llm.runtime.memory import memory_limits
     from sp3llm.runtime.placement import place_streams
 
     seq_len = window_length(job.family, job.dense.config, settings.seq_len)
-    needs = needs_of(
-        job.family,
-        job.dense.config,
-        job.shapes[0],
+    workload = Workload(
         settings.samples,
         settings.eval_samples,
         seq_len,
         job.dense_dtype.itemsize,
         job.execution.dtype.itemsize,
     )
+    needs = needs_of(job.family, job.dense.config, job.shapes[0], workload)
     before = journal.latest(_BATCH)
     found = {} if before is None else before.facts
     known = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]
