@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# Documents joined by text are tokenized together, in runs of about this many characters: a few
-# thousand tokens, so that few joints fall between runs and no text is held whole.
+# Documents joined by text are tokenized in runs of about this many characters: together, as the
+# tokens at a joint depend on both sides, but without holding a whole set.
 _RUN_CHARS = 1 << 16
 
 
