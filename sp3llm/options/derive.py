@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -49,6 +49,14 @@ def command_line(settings: Any) -> str:
         else:
             options += _words(flag(field.name), value)
     return shlex.join(["sp3llm", settings.command, *positional, *options])
+
+
+def plain_values(settings: Any) -> dict[str, Any]:
+    """The settings by field, for JSON: paths as text."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(settings).items()
+    }
 
 
 def help_text(field: Field) -> str:
