@@ -80,22 +80,20 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     """Where streams lie and how much goes through a layer at once; what a run before has found
     out about the latter holds, since sums depend on it in their last bits.
     """
-    from sp3llm.models import families
-    from sp3llm.planning.needs import needs_of
+    from sp3llm.planning.needs import Workload, needs_of
+    from sp3llm.planning.windows import window_length
     from sp3llm.runtime.memory import memory_limits
     from sp3llm.runtime.placement import place_streams
 
-    seq_len = families.window_length(job.family, job.dense.config, settings.seq_len)
-    needs = needs_of(
-        job.family,
-        job.dense.config,
-        job.shapes[0],
+    seq_len = window_length(job.family, job.dense.config, settings.seq_len)
+    workload = Workload(
         settings.samples,
         settings.eval_samples,
         seq_len,
         job.dense_dtype.itemsize,
         job.execution.dtype.itemsize,
     )
+    needs = needs_of(job.family, job.dense.config, job.shapes[0], workload)
     before = journal.latest(_BATCH)
     found = {} if before is None else before.facts
     known = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]
@@ -120,9 +118,9 @@ def _halved(job: Job, journal: "Journal") -> "Execution":
 
     Raises ResumableError where the run cannot go on by itself.
     """
-    from sp3llm.models import families
+    from sp3llm.planning.windows import window_length
 
-    seq_len = families.window_length(job.family, job.dense.config, job.settings.seq_len)
+    seq_len = window_length(job.family, job.dense.config, job.settings.seq_len)
     windows = min(job.execution.windows_a_batch(seq_len), job.settings.samples)
     fewer = max(1, windows // 2)
     journal.save(_BATCH, 0, facts={"tokens": fewer * seq_len, "share": job.execution.share_tokens})

@@ -49,12 +49,13 @@ def read_windows(job: Job) -> "tuple[Windows, Windows]":
     Raises UserError if a text will not do, or the tokenizer has ids that the model has not.
     """
     from sp3llm.models import families
+    from sp3llm.planning.windows import window_length
     from sp3llm.text.sources import default_evaluation
     from sp3llm.text.tokenizer import load_tokenizer
     from sp3llm.text.windows import calibration_windows, evaluation_windows
 
     settings, dense, family = job.settings, job.dense, job.family
-    seq_len = families.window_length(family, dense.config, settings.seq_len)
+    seq_len = window_length(family, dense.config, settings.seq_len)
     tokenizer = load_tokenizer(dense.folder)
     calib = calibration_sets(settings)
     calibration = calibration_windows(calib, tokenizer, settings.samples, seq_len, settings.seed)
@@ -77,7 +78,7 @@ def read_windows(job: Job) -> "tuple[Windows, Windows]":
 
 def read_mask_windows(job: Job, evaluation: "Windows") -> "Windows":
     """What a mask learns on: the training part of the calibration sets."""
-    from sp3llm.models import families
+    from sp3llm.planning.windows import window_length
     from sp3llm.text.tokenizer import load_tokenizer
     from sp3llm.text.windows import training_windows
 
@@ -86,7 +87,7 @@ def read_mask_windows(job: Job, evaluation: "Windows") -> "Windows":
         calibration_sets(settings),
         load_tokenizer(job.dense.folder),
         settings.mask_steps * settings.mask_batch,
-        families.window_length(job.family, job.dense.config, settings.seq_len),
+        window_length(job.family, job.dense.config, settings.seq_len),
         settings.seed,
         evaluation.documents,
     )

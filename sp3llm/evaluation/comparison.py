@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sp3llm.evaluation.selection import Mean, Selection, TokenPerplexity
+from sp3llm.evaluation.tables import markdown_page, terminal_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from sp3llm.text.windows import Windows
 
 
+# Resamples for the standard error of what is no mean.
 _RESAMPLES = 1000
-# As lm-eval has it: a resample of these takes seconds.
+# As lm-eval has it: one resample of these takes seconds.
 _FEW_RESAMPLES = {"bleu": 100, "chrf": 100, "ter": 100}
 
 Items = dict[Hashable, Any]
@@ -70,10 +72,10 @@ class Row:
 
     def describe(self) -> dict[str, Any]:
         """As plain values, for JSON, which knows no NaN."""
-        found = {**asdict(self), "difference": self.difference}
+        values = {**asdict(self), "difference": self.difference}
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in found.items()
+            for key, value in values.items()
         }
 
 
@@ -127,12 +129,12 @@ def paired_standard_error(
             differences = differences - np.asarray(dense, dtype=np.float64)
         return float(differences.std(ddof=1) / math.sqrt(count))
     generator = np.random.default_rng(0)
-    found = []
+    values = []
     for _ in range(resamples):
         drawn = generator.integers(count, size=count)
         value = aggregate([small[at] for at in drawn])
-        found.append(value - aggregate([dense[at] for at in drawn]) if dense else value)
-    return float(np.std(found, ddof=1))
+        values.append(value - aggregate([dense[at] for at in drawn]) if dense else value)
+    return float(np.std(values, ddof=1))
 
 
 def compare(
@@ -147,7 +149,7 @@ def compare(
             samples=small.counts[name],
             small=value,
             standard_error=small.errors.get((name, key)),
-            higher_is_better=small.higher_is_better.get(name, {}).get(key.partition(",")[0]),
+            higher_is_better=small.higher_is_better.get(name, {}).get(_metric(key)),
         )
         if dense is not None and (name, key) in dense.values:
             error = _error_of_task(loaded, small, dense, name, key)
@@ -160,13 +162,21 @@ def compare(
     return [*rows.values(), *means, *_perplexity_rows(small, dense)]
 
 
+def _metric(key: str) -> str:
+    """The metric of lm-eval's `metric,filter`."""
+    return key.partition(",")[0]
+
+
 def _error_of_task(
     loaded: Mapping[str, Any], small: Scored, dense: Scored, name: str, key: str
 ) -> float | None:
+    """Standard error of `small - dense` on a task; None for a group, or where the two models were
+    not asked the same.
+    """
     ours, theirs = small.items.get((name, key), {}), dense.items.get((name, key), {})
     if name not in loaded["tasks"] or set(ours) != set(theirs):
         return None
-    metric = key.partition(",")[0]
+    metric = _metric(key)
     aggregate = loaded["tasks"][name].aggregation().get(metric)
     is_mean = aggregate is None or getattr(aggregate, "__name__", "") == "mean"
     order = sorted(ours)
@@ -179,18 +189,22 @@ def _error_of_task(
 
 
 def _with_error_of_group(group: Any, row: Row, rows: Mapping[tuple[str, str], Row]) -> Row:
-    """A group's score is a weighted mean of its tasks', which err independently."""
-    metric = row.metric.partition(",")[0]
-    how = next(h for h in group.aggregate_metric_list if h.metric == metric)
+    """A group's row with the standard error of its difference: a group's score is a weighted mean
+    of its tasks', which err independently.
+    """
+    metric = _metric(row.metric)
+    how = next(how for how in group.aggregate_metric_list if how.metric == metric)
     names = [task.task_name for task in group.get_all_tasks()]
     tasks = [rows[name, row.metric] for name in names if (name, row.metric) in rows]
     weights = [task.samples if how.weight_by_size else 1 for task in tasks]
-    return replace(row, paired_standard_error=_combined(tasks, weights))
+    errors = [task.paired_standard_error for task in tasks]
+    return replace(row, paired_standard_error=_combined(errors, weights))
 
 
-def _combined(rows: Sequence[Row], weights: Sequence[float]) -> float | None:
-    """Standard error of the weighted mean of independent differences."""
-    errors = [row.paired_standard_error for row in rows]
+def _combined(errors: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """Standard error of the weighted mean of independent figures, from theirs; None where one of
+    them is unknown, or there is none.
+    """
     if not errors or None in errors:
         return None
     squares = sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True))
@@ -199,24 +213,25 @@ def _combined(rows: Sequence[Row], weights: Sequence[float]) -> float | None:
 
 def _mean_row(asked: Mean, rows: Mapping[tuple[str, str], Row]) -> Row | None:
     """The mean that a preset asks for; None where it names a task that has none of its metrics."""
-    found = []
+    of_tasks = []
     for task in asked.tasks:
-        named = {row.metric.partition(",")[0]: row for (name, _), row in rows.items()
-                 if name == task}  # fmt: skip
-        found += [next((named[metric] for metric in asked.metrics if metric in named), None)]
-    if not found or None in found:
+        by_metric = {_metric(row.metric): row for (name, _), row in rows.items() if name == task}
+        row = next((by_metric[metric] for metric in asked.metrics if metric in by_metric), None)
+        if row is None:
+            return None
+        of_tasks.append(row)
+    if not of_tasks:
         return None
-    alone = [row.standard_error for row in found]
-    squares = None if None in alone else sum(error**2 for error in alone)
+    first, equal = of_tasks[0], [1] * len(of_tasks)
     return Row(
-        task=f"mean ({asked.preset}, {len(found)} tasks)",
+        task=f"mean ({asked.preset}, {len(of_tasks)} tasks)",
         metric=" or ".join(asked.metrics),
-        samples=sum(row.samples for row in found),
-        small=mean([row.small for row in found]),
-        standard_error=None if squares is None else math.sqrt(squares) / len(found),
-        higher_is_better=found[0].higher_is_better,
-        dense=None if found[0].dense is None else mean([row.dense for row in found]),
-        paired_standard_error=_combined(found, [1] * len(found)),
+        samples=sum(row.samples for row in of_tasks),
+        small=mean([row.small for row in of_tasks]),
+        standard_error=_combined([row.standard_error for row in of_tasks], equal),
+        higher_is_better=first.higher_is_better,
+        dense=None if first.dense is None else mean([row.dense for row in of_tasks]),
+        paired_standard_error=_combined([row.paired_standard_error for row in of_tasks], equal),
     )
 
 
@@ -231,6 +246,7 @@ def _perplexity_rows(small: Scored, dense: Scored | None) -> list[Row]:
             same = small.windows[asked].sha256 == dense.windows[asked].sha256
         for metric, aggregate in (("token perplexity", _exp_mean), ("log perplexity", None)):
             value = aggregate or mean
+            error = paired_standard_error(ours, theirs, aggregate) if same else None
             rows.append(
                 Row(
                     task=str(asked),
@@ -240,19 +256,21 @@ def _perplexity_rows(small: Scored, dense: Scored | None) -> list[Row]:
                     standard_error=paired_standard_error(ours, None, aggregate),
                     higher_is_better=False,
                     dense=None if theirs is None else value(theirs),
-                    paired_standard_error=paired_standard_error(ours, theirs, aggregate)
-                    if same
-                    else None,
+                    paired_standard_error=error,
                 )
             )
     return rows
 
 
 def _exp_mean(values: Sequence[float]) -> float:
+    """Perplexity from mean losses, in nats."""
     return math.exp(mean(values))
 
 
 # --------------------------------------------------------------------------- the table
+
+
+_LEFT = {0, 1}  # task and metric
 
 
 def cells(row: Row, compared: bool) -> list[str]:
@@ -276,19 +294,6 @@ def columns(compared: bool) -> list[str]:
     return ["task", "metric", "n", *figures]
 
 
-def markdown(comparison: Comparison, record: Mapping[str, Any]) -> str:
-    """The comparison as a page of its own."""
-    from sp3llm.reporting.formatting import provenance
-
-    compared = comparison.against is not None
-    head = columns(compared)
-    lines = [f"# {comparison.model}" + (f" against {comparison.against}" if compared else ""), ""]
-    lines += [f"    {record['command']}", ""]
-    lines += ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
-    lines += ["| " + " | ".join(cells(row, compared)) + " |" for row in comparison.rows]
-    return "\n".join([*lines, "", _legend(compared), *comparison.notes, provenance(record), ""])
-
-
 def _legend(compared: bool) -> str:
     return (
         "± is the standard error of the difference, both models paired over the same n questions "
@@ -298,17 +303,21 @@ def _legend(compared: bool) -> str:
     )
 
 
+def _title(comparison: Comparison) -> str:
+    against = "" if comparison.against is None else f" against {comparison.against}"
+    return comparison.model + against
+
+
+def markdown(comparison: Comparison, record: Mapping[str, Any]) -> str:
+    """The comparison as a page of its own; `record` names command, machine and versions."""
+    compared = comparison.against is not None
+    rows = [cells(row, compared) for row in comparison.rows]
+    notes = [_legend(compared), *comparison.notes]
+    return markdown_page(_title(comparison), record, columns(compared), rows, _LEFT, notes)
+
+
 def table(comparison: Comparison) -> "Table":
     """The comparison for the terminal."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
     compared = comparison.against is not None
-    title = comparison.model + (f" against {comparison.against}" if compared else "")
-    found = Table(title=Text(title), caption=Text(_legend(compared)), box=SIMPLE)
-    for at, column in enumerate(columns(compared)):
-        found.add_column(column, justify="left" if at < 2 else "right")
-    for row in comparison.rows:
-        found.add_row(*map(Text, cells(row, compared)))
-    return found
+    rows = [cells(row, compared) for row in comparison.rows]
+    return terminal_table(_title(comparison), _legend(compared), columns(compared), rows, _LEFT)

@@ -3,10 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Spread:
         return Spread(median, low, high)
 
     def times(self, factor: float) -> "Spread":
-        """In another unit."""
+        """The same in another unit, of which `factor` make one of this."""
         return Spread(self.median * factor, self.low * factor, self.high * factor)
 
 
@@ -84,7 +81,7 @@ class Cell:
 
     def describe(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        found = asdict(self)
+        values = asdict(self)
         for name in ("prefill", "decode"):
-            found[name]["realised"] = getattr(self, name).realised
-        return found
+            values[name]["realised"] = getattr(self, name).realised
+        return values

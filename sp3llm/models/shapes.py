@@ -1,4 +1,4 @@
-"""The sizes that may change in a model, and what a shape costs."""
+"""The sizes that compression may change, and what a model of such sizes costs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -23,16 +23,26 @@ from sp3llm.models.families import (
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that a plan may change, and those that follow from them."""
+    """The sizes of a model that compression may change, by their names in Llama's config.
+
+    They are the same in every layer: stock configs hold one number of each.
+    """
 
     hidden_size: int
+    """Width of the residual stream."""
     intermediate_size: int
+    """Neurons of the FFN; of Mixtral's experts, of each."""
     num_attention_heads: int
+    """Query heads."""
     num_key_value_heads: int
+    """Key-value heads, each shared by a group of query heads; the groups are of one size."""
     head_dim: int
+    """Dimensions of a head."""
     word_embed_proj_dim: int | None = None
-    """Width of the embedding table, in families that have projections between it and the stream."""
+    """Width of the embedding table in families that may have projections between it and the
+    stream (OPT); None in others, where it is the stream's."""
     tie_word_embeddings: bool = False
+    """Whether the output head shares the embedding table."""
 
     @staticmethod
     def of(family: Family, config: Mapping[str, Any]) -> "Shape":
@@ -54,7 +64,7 @@ class Shape:
         return replace(self, hidden_size=hidden_size)
 
     def with_groups(self, num_key_value_heads: int) -> "Shape":
-        """The same with fewer KV groups, each with its query heads."""
+        """The same with another number of KV groups, each with as many query heads as before."""
         group = self.num_attention_heads // self.num_key_value_heads
         return replace(
             self,
@@ -68,7 +78,9 @@ class Shape:
         return replace(self, tie_word_embeddings=False, word_embed_proj_dim=width)
 
     def with_axis_of(self, other: "Shape", axis: str) -> "Shape":
-        """The same with `other`'s size of the axis that a writer reads: FFN or heads."""
+        """The same with the sizes that `other` has along one axis of what writers read: `FFN`, or
+        any other for the heads.
+        """
         if axis == FFN:
             return replace(self, intermediate_size=other.intermediate_size)
         return self.with_groups(other.num_key_value_heads)
@@ -76,20 +88,21 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a shape costs."""
+    """What a model of a certain shape costs, by what a budget may be about (`options.COUNTS`)."""
 
     params: int
-    """True parameters, tied weights once."""
+    """Number of parameters; tied weights count once."""
     bytes: int
-    """Of the weights."""
+    """Bytes of the weights."""
     flops: int
-    """A token: two a matrix parameter (the embedding lookup is free), and attention. Of experts
-    those count that a token goes through, shared ones included."""
+    """FLOPs for one token: two for each matrix parameter that it meets (the embedding lookup is
+    free), and attention over the context. Of experts those count that a token goes through, shared
+    ones included."""
     kv_cache: int
-    """Bytes of KV cache a token."""
+    """Bytes of KV cache for one token."""
 
     def of(self, what: str) -> int:
-        """The count that a budget is about."""
+        """The count of that name: `params`, `bytes`, `flops` or `kv-cache`."""
         return getattr(self, what.replace("-", "_"))
 
 
@@ -97,35 +110,53 @@ def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> d
     """`config.json` of the compressed model: the dense one's own, with the new shape.
 
     The file is carried over key by key rather than written anew, so that RoPE scaling, sliding
-    windows and whatever else a tool reads there stay as their author wrote them. `head_dim` is
-    written out, as it is no longer the quotient of width and heads.
+    windows and whatever else a tool reads there stay as their author wrote them. Sizes that the
+    class would derive from the width where they are not stated are always stated.
     """
     dense = asdict(Shape.of(family, config))
-    written = ("head_dim", "word_embed_proj_dim")  # the classes would derive them from the width
-    changed = {
-        k: v for k, v in asdict(shape).items() if v != dense[k] or (k in written and v is not None)
-    }
-    named = {family.keys.get(k, k): v for k, v in changed.items()}
-    return {**config, **{k: v for k, v in named.items() if k is not None}}
+    derived = ("head_dim", "word_embed_proj_dim")
+    resized = dict(config)
+    for name, size in asdict(shape).items():
+        key = family.keys.get(name, name)
+        stated = size != dense[name] or (name in derived and size is not None)
+        if stated and key is not None:
+            resized[key] = size
+    return resized
 
 
 def cost_of(
     family: Family, config: Mapping[str, Any], shape: Shape, context: int = 2048, itemsize: int = 2
 ) -> Cost:
-    """Count a shape of a model."""
+    """What the model of that `config.json` costs once it is cut to `shape`.
+
+    `context` is how many tokens a token attends to, `itemsize` the bytes of a weight and of a
+    number in the KV cache.
+    """
     resized = resized_config(family, config, shape)
     layers = setting(family, config, "num_hidden_layers")
     params = count_parameters(family, resized)
-    multiplied = count_matrix_parameters(family, resized)
-    if not is_tied(family, resized):
-        sizes = axis_sizes(family, resized)
-        multiplied -= sizes[VOCAB] * sizes[EMBEDDING]
-    if POSITIONS in (axes[0] for axes in family.embeddings.values()):
-        multiplied -= axis_sizes(family, resized)[POSITIONS] * shape.hidden_size
-    attention = 4 * layers * shape.num_attention_heads * shape.head_dim * context
+    multiplied = count_matrix_parameters(family, resized) - _looked_up(family, resized)
+    heads, groups = (
+        count * shape.head_dim for count in (shape.num_attention_heads, shape.num_key_value_heads)
+    )
+    # Two products with the context, of queries with keys and of weights with values.
+    attention = 2 * 2 * layers * heads * context
     return Cost(
         params=params,
         bytes=params * itemsize,
         flops=2 * multiplied + attention,
-        kv_cache=2 * layers * shape.num_key_value_heads * shape.head_dim * itemsize,
+        kv_cache=2 * layers * groups * itemsize,  # keys and values
     )
+
+
+def _looked_up(family: Family, config: Mapping[str, Any]) -> int:
+    """Parameters in tables that no token is multiplied by: learned positions, and the embeddings
+    where the head has a table of its own.
+    """
+    sizes = axis_sizes(family, config)
+    tables = 0
+    if not is_tied(family, config):
+        tables += sizes[VOCAB] * sizes[EMBEDDING]
+    if POSITIONS in (axes[0] for axes in family.embeddings.values()):
+        tables += sizes[POSITIONS] * sizes[RESIDUAL]
+    return tables

@@ -7,7 +7,7 @@ them come the parser, `--help`, the recorded command line and `docs/options.md` 
 from sp3llm.options.bench import BenchConfig
 from sp3llm.options.choices import COUNTS, DTYPES
 from sp3llm.options.compress import CompressConfig
-from sp3llm.options.derive import command_line
+from sp3llm.options.derive import command_line, plain_values
 from sp3llm.options.plan import PlanConfig
 from sp3llm.options.quantize import QuantizeConfig
 from sp3llm.options.recover import RecoverConfig
@@ -25,4 +25,5 @@ __all__ = [
     "ReportConfig",
     "ScoreConfig",
     "command_line",
+    "plain_values",
 ]

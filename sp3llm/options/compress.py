@@ -22,11 +22,19 @@ from sp3llm.options.choices import (
 )
 from sp3llm.options.field import flag, option
 
-# Where things are computed and put, not what.
-_NOT_OF_RESULT = (
-    *("out", "streams", "max_memory", "batch_tokens", "fresh"),
-    *("recover_steps", "score", "quantize", "report"),
-)
+# Settings that change where the weights are computed and put and what is done with them afterwards,
+# but not what they are: a killed run may be continued with others.
+_NOT_OF_RESULT = {
+    "out",
+    "streams",
+    "max_memory",
+    "batch_tokens",
+    "fresh",
+    "recover_steps",
+    "score",
+    "quantize",
+    "report",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class CompressConfig:
         metavar="FRACTION",
         recorded="always",
     )
-    of: str = option("what --keep counts", default="params", choices=COUNTS)
+    of: str = option("what --keep is a fraction of", default="params", choices=COUNTS)
     out: Path | None = option(
         "output folder", default=None, shown="./<model>-keep<percent>", metavar="DIR"
     )
@@ -77,8 +85,8 @@ class CompressConfig:
         default=True,
     )
     unit_selection: str = option(
-        "how FFN neurons and KV groups are chosen: by the loss of the refit, or by their own "
-        "energy",
+        "how the FFN neurons and KV groups that stay are chosen: by the loss of the refit, or by "
+        "their own energy",
         default="obs",
         choices=UNIT_SELECTIONS,
     )
@@ -105,8 +113,8 @@ class CompressConfig:
         choices=TURNS,
     )
     allocate: str | None = option(
-        "{choices}: find the mix of hidden size, FFN width and KV groups that loses least, or "
-        "spend the budget on the hidden size",
+        "how the budget is spent: on the mix of hidden size, FFN width and KV groups that loses "
+        "least, or on the hidden size alone",
         default=None,
         shown="search; width with --no-refit, unless the mask is learned",
         choices=ALLOCATIONS,
@@ -117,8 +125,8 @@ class CompressConfig:
     head_dim: int | None = option("fix the head size that an OPT is projected to", default=None)
     word_embed_proj_dim: int | None = option("fix the embedding width of a tied OPT", default=None)
     tie: str = option(
-        "tied embeddings: {choices}; the budget holds either way, and auto takes whichever loses "
-        "less",
+        "what becomes of tied embeddings; the budget holds either way, and auto takes whichever "
+        "loses less",
         default="auto",
         choices=TIES,
     )
@@ -151,7 +159,7 @@ class CompressConfig:
         "chooses the calibration windows; everything else is deterministic", default=0
     )
     streams: str = option(
-        "where the streams of all windows lie: {choices}; auto takes the first with room",
+        "where the streams of all windows lie; auto takes the first of the others with room",
         default="auto",
         choices=STREAMS,
     )
@@ -183,14 +191,15 @@ class CompressConfig:
         metavar="TASKS",
     )
     quantize: str | None = option(
-        "write the result in {choices} too, into <out>-<bits>, as sp3llm quantize does",
+        "write the result in few bits too, into <out>-<bits>, as sp3llm quantize does",
         default=None,
-        metavar="BITS",
         choices=BITS,
     )
 
     def of_result(self) -> dict[str, Any]:
-        """The settings that the result depends on, by option."""
+        """The settings that the compressed weights depend on, as text, by option: what must be the
+        same for a killed run to be continued.
+        """
         return {
             flag(name): value if value is None else str(value)
             for name, value in asdict(self).items()

@@ -1,8 +1,8 @@
-"""What follows from a settings dataclass: its parser, a command line, a table of its options."""
+"""What is made from a settings dataclass: parser, recorded command line, page of options."""
 
 import argparse
 import shlex
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -11,8 +11,10 @@ from sp3llm.options.field import flag, option_of
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Adds an option for every field of the dataclass. What is not given is not in the namespace,
-    so that the dataclass alone knows the defaults.
+    """Adds an option for every field of the dataclass `settings`.
+
+    argparse is told no defaults: what is not given is not in the namespace, so that the dataclass
+    alone knows them.
     """
     hints = get_type_hints(settings)
     for field in fields(settings):
@@ -21,7 +23,10 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
 
 
 def settings_from(settings: type, given: dict[str, Any]) -> Any:
-    """The dataclass with what the parser found, by field; it raises `UserError` as it does."""
+    """An instance of the dataclass `settings` from what the parser found, by field.
+
+    Raises UserError where the dataclass refuses a value.
+    """
     values = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
     }
@@ -29,40 +34,39 @@ def settings_from(settings: type, given: dict[str, Any]) -> Any:
 
 
 def command_line(settings: Any) -> str:
-    """The command line that gives these settings, quoted for a shell. What has its default is left
-    out, but for options that are recorded always; those that never are do not come back.
+    """The command line that gives these settings, quoted for a shell, as it goes on record.
+
+    Options at their defaults are left out, as `Option.recorded` says.
     """
-    first, words = [], []
+    positional, options = [], []
     for field in fields(settings):
         option, value = option_of(field), getattr(settings, field.name)
-        usual = value == field.default and option.recorded != "always"
-        if usual or option.recorded == "never":
+        is_default = value == field.default
+        if option.recorded == "never" or (is_default and option.recorded == "changed"):
             continue
         if option.positional:
-            first.append(str(value))
+            positional.append(str(value))
         else:
-            words += _words(flag(field.name), value)
-    return shlex.join(["sp3llm", settings.command, *first, *words])
+            options += _words(flag(field.name), value)
+    return shlex.join(["sp3llm", settings.command, *positional, *options])
+
+
+def plain_values(settings: Any) -> dict[str, Any]:
+    """The settings by field, for JSON: paths as text."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(settings).items()
+    }
 
 
 def help_text(field: Field) -> str:
-    """What `--help` says of an option: what it does, its choices, its default."""
-    default = default_text(field)
-    return f"{meaning(field)} (default: {default})" if default else meaning(field)
-
-
-def meaning(field: Field) -> str:
-    """What an option does, with its choices."""
-    option = option_of(field)
-    joint = " or " if len(option.choices) == 2 else ", "
-    choices = joint.join(option.choices)
-    if choices and "{choices}" not in option.help:
-        return f"{option.help}: {choices}"
-    return option.help.replace("{choices}", choices)
+    """What `--help` says of an option: what it does, and its default."""
+    does, default = option_of(field).help, default_text(field)
+    return f"{does} (default: {default})" if default else does
 
 
 def default_text(field: Field) -> str:
-    """What an option is without being given; empty where that is nothing."""
+    """What holds where an option is not given, in words; empty where there is nothing to say."""
     if option_of(field).shown is not None:
         return option_of(field).shown
     if field.default in (MISSING, None, ()) or field.default is False:
@@ -73,7 +77,9 @@ def default_text(field: Field) -> str:
 
 
 def markdown_table(settings: type) -> str:
-    """The options of a dataclass as a table: how each is written, its default, what it does."""
+    """The options of a dataclass as a Markdown table: how each is written, its default, and what
+    it does.
+    """
     hints = get_type_hints(settings)
     rows = ["| option | default | what it does |", "|---|---|---|"]
     for field in fields(settings):
@@ -81,15 +87,16 @@ def markdown_table(settings: type) -> str:
         if default == str(field.default) or (isinstance(field.default, tuple) and default):
             default = f"`{default}`"  # as it would be written
         written = f"`{_usage(field, hints[field.name])}`"
-        rows.append(f"| {written} | {_cell(default)} | {_cell(meaning(field))} |")
+        rows.append(f"| {written} | {_cell(default)} | {_cell(option_of(field).help)} |")
     return "\n".join(rows)
 
 
 def _words(name: str, value: Any) -> list[str]:
+    """The words on a command line that give an option this value."""
     if isinstance(value, bool):
         return [name if value else f"--no-{name.removeprefix('--')}"]
     if isinstance(value, str | Path) and str(value).startswith("-"):
-        return [f"{name}={value}"]
+        return [f"{name}={value}"]  # as a word of its own it would be taken for an option
     return [name, *_values(value)]
 
 
@@ -98,26 +105,28 @@ def _values(value: Any) -> list[str]:
 
 
 def _arguments(field: Field, hint: Any) -> dict[str, Any]:
-    """What argparse is told about a field."""
+    """What `ArgumentParser.add_argument` is told about a field, as keyword arguments."""
     kind, nargs = _value_type(hint)
-    said = {"help": help_text(field).replace("%", "%%"), "default": argparse.SUPPRESS}
+    arguments = {"help": help_text(field).replace("%", "%%"), "default": argparse.SUPPRESS}
     if kind is bool:
         action = argparse.BooleanOptionalAction if field.default else "store_true"
-        return {**said, "action": action}
-    said |= {"type": _number if kind is float else kind, "metavar": _metavar(field, kind)}
+        return {**arguments, "action": action}
+    arguments |= {"type": _number if kind is float else kind, "metavar": _metavar(field, kind)}
     if nargs is not None:
-        said["nargs"] = nargs
+        arguments["nargs"] = nargs
     if nargs == "?":
-        said["const"] = True
+        arguments["const"] = True
     if not option_of(field).positional:
-        said["required"] = field.default is MISSING
+        arguments["required"] = field.default is MISSING
     elif field.default is not MISSING:
-        said["nargs"] = "?"
-    return said
+        arguments["nargs"] = "?"
+    return arguments
 
 
 def _value_type(hint: Any) -> tuple[type, str | None]:
-    """What a word becomes, and how many words there are, as argparse's `nargs`."""
+    """The type that a word on the command line is turned into, and argparse's `nargs`: None for one
+    word, `+` for one or more, `?` for one or none.
+    """
     if get_origin(hint) is tuple:
         return get_args(hint)[0], "+"
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
@@ -128,7 +137,10 @@ def _value_type(hint: Any) -> tuple[type, str | None]:
 
 
 def _metavar(field: Field, kind: type) -> str:
+    """What stands for the value in `--help`: its choices, or a name for it."""
     option = option_of(field)
+    if option.choices:
+        return f"{{{','.join(option.choices)}}}"
     if option.metavar is not None:
         return option.metavar
     if option.positional:
@@ -137,6 +149,7 @@ def _metavar(field: Field, kind: type) -> str:
 
 
 def _usage(field: Field, hint: Any) -> str:
+    """How an option is written, with what stands for its value."""
     kind, nargs = _value_type(hint)
     name = flag(field.name)
     if kind is bool:
@@ -148,10 +161,12 @@ def _usage(field: Field, hint: Any) -> str:
 
 
 def _cell(text: str) -> str:
+    """Text that is safe in a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("<", "\\<")
 
 
 def _number(text: str) -> float:
+    """`float`, with an error that says what was expected."""
     try:
         return float(text)
     except ValueError as error:

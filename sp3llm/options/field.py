@@ -1,4 +1,4 @@
-"""What a field of a settings dataclass says about its option."""
+"""How a field of a settings dataclass describes its option on the command line."""
 
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
@@ -8,24 +8,24 @@ _KEY = "option"
 
 @dataclass(frozen=True)
 class Option:
-    """What the type, the name and the default of a field leave open about its option."""
+    """What an option is, beyond the name, the type and the default of its field."""
 
     help: str
-    """What it does. `{choices}` stands for the choices, which otherwise come last."""
+    """What it does. The choices need no mention: they stand where the value does."""
     shown: str | None = None
-    """What the default is called; None: as it is written on the command line."""
+    """The default in words, where its value does not say it; None: the value itself."""
     metavar: str | None = None
-    """What the value is called; None: by its type."""
+    """What stands for the value in `--help`; None: the choices, or a letter by the type."""
     choices: tuple[str, ...] = ()
-    """The values it takes; empty: any."""
+    """The values it takes; empty: any of its type."""
     least: int | None = None
     """The smallest number it takes."""
     above: int | None = None
-    """The number that it must be larger than."""
+    """The number that its value must be larger than."""
     positional: bool = False
-    """Given without its name."""
+    """Whether the value is given without the option's name."""
     recorded: Literal["changed", "always", "never"] = "changed"
-    """When the recorded command line names it."""
+    """When the recorded command line names it: where it is not at its default, always, or never."""
 
 
 def option(
@@ -41,18 +41,18 @@ def option(
     recorded: Literal["changed", "always", "never"] = "changed",
 ) -> Any:
     """A dataclass field that is an option; without a default it must be given. See `Option`."""
-    said = Option(help, shown, metavar, choices, least, above, positional, recorded)
-    return field(default=default, metadata={_KEY: said})
+    description = Option(help, shown, metavar, choices, least, above, positional, recorded)
+    return field(default=default, metadata={_KEY: description})
 
 
 def same_as(settings: type, name: str) -> Any:
-    """A dataclass field with the default and the description of another dataclass's."""
-    (found,) = (found for found in fields(settings) if found.name == name)
-    return field(default=found.default, metadata=found.metadata)
+    """A dataclass field with the default and the description of the field `name` of `settings`."""
+    (original,) = (one for one in fields(settings) if one.name == name)
+    return field(default=original.default, metadata=original.metadata)
 
 
 def option_of(field: Field) -> Option:
-    """What a field that `option` or `same_as` made says."""
+    """The description of the option that a field made by `option` or `same_as` is."""
     return field.metadata[_KEY]
 
 

@@ -8,8 +8,13 @@ from sp3llm.options.compress import CompressConfig
 from sp3llm.options.field import option, same_as
 from sp3llm.options.recover import RecoverConfig
 
+# Settings of a recovery that its memory depends on.
 _OF_RECOVERY = (
-    *("lora", "teacher_dtype", "teacher_memory", "batch", "micro_batch"),
+    "lora",
+    "teacher_dtype",
+    "teacher_memory",
+    "batch",
+    "micro_batch",
     "gradient_checkpointing",
 )
 

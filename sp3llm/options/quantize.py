@@ -18,8 +18,7 @@ class QuantizeConfig:
 
     model: str = option("the compressed model: a folder or a hub id", positional=True)
     to: str = option(
-        "{choices}, as bitsandbytes has them; on a CPU nf4 wants widths in multiples of 64",
-        metavar="BITS",
+        "format, as bitsandbytes has it; on a CPU nf4 wants widths in multiples of 64",
         choices=BITS,
     )
     dense: str | None = option(

@@ -88,7 +88,7 @@ class RecoverConfig:
         "scale of the adapters", default=None, shown="twice the rank", above=0
     )
     teacher_dtype: str = option(
-        "the teacher's weights: {choices}; auto is as in its checkpoint, float32 on a CPU; int8 "
+        "format of the teacher's weights; auto is as in its checkpoint, float32 on a CPU; int8 "
         "and nf4 are bitsandbytes'",
         default="auto",
         choices=TEACHER_DTYPES,
@@ -109,7 +109,7 @@ class RecoverConfig:
     )
     top_k: int = option("how many logits a token --teacher-logits holds", default=64, least=1)
     precision: str = option(
-        "arithmetic: {choices}; auto is bfloat16, by autocast, on a GPU",
+        "dtype of the arithmetic; auto is bfloat16, by autocast, on a GPU",
         default="auto",
         choices=PRECISIONS,
     )
@@ -128,7 +128,7 @@ class RecoverConfig:
     checkpoint_every: int | None = option(
         "steps between checkpoints", default=None, shown="a tenth of all", least=1
     )
-    track: str | None = option("follow the run in {choices}", default=None, choices=TRACKERS)
+    track: str | None = option("follow the run in a tracker", default=None, choices=TRACKERS)
     device: str = option("auto, which is what accelerate finds, cuda or cpu", default="auto")
     seed: int = option("orders the training windows and starts the adapters", default=0)
 

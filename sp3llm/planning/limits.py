@@ -9,6 +9,15 @@ from sp3llm.models.families import Family, is_square
 from sp3llm.models.shapes import Shape, cost_of
 from sp3llm.options import CompressConfig
 
+# Models at least this wide get widths in multiples of 256, for tensor cores and llama.cpp's
+# K-quants, or, where the heads make that coarse, of 64; in smaller ones both are coarse.
+_LARGE_WIDTH = 2048
+_LARGE_MULTIPLE, _FINER_MULTIPLE, SMALL_MULTIPLE = 256, 64, 8
+# Coarser than this part of the width is too coarse to spend a budget in.
+_COARSEST = 8
+# Heads shrink in steps of this many dimensions, as small widths do.
+HEAD_DIM_STEP = 8
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -87,23 +96,23 @@ class Plan:
 
 
 def width_multiple(hidden_size: int, num_attention_heads: int, tensor_parallel: int = 1) -> int:
-    """The number that a new hidden size must be a multiple of.
+    """The number that a new hidden size must be a multiple of, for a dense model of that width.
 
     The heads must divide it (Hugging Face's Llama rejects anything else, and other tools derive
-    head sizes from the quotient). Beyond that 256 is preferred for widths of 2048 and more
-    (tensor cores; llama.cpp's K-quants), 64 where the heads make 256 coarser than an eighth of
-    the width, 8 for small models.
+    head sizes from the quotient). Beyond that 256 is preferred for widths of 2048 and more, 64
+    where the heads make 256 coarser than an eighth of the width, 8 for small models.
     """
-    for preferred in (256, 64) if hidden_size >= 2048 else ():
+    for preferred in (_LARGE_MULTIPLE, _FINER_MULTIPLE) if hidden_size >= _LARGE_WIDTH else ():
         multiple = math.lcm(preferred, num_attention_heads, tensor_parallel)
-        if multiple <= hidden_size // 8:
+        if multiple <= hidden_size // _COARSEST:
             return multiple
-    return math.lcm(8, num_attention_heads, tensor_parallel)
+    return math.lcm(SMALL_MULTIPLE, num_attention_heads, tensor_parallel)
 
 
 def intermediate_multiple(hidden_size: int, tensor_parallel: int = 1) -> int:
     """The number that a new FFN width must be a multiple of: 256, or 8 for small models."""
-    return math.lcm(256 if hidden_size >= 2048 else 8, tensor_parallel)
+    preferred = _LARGE_MULTIPLE if hidden_size >= _LARGE_WIDTH else SMALL_MULTIPLE
+    return math.lcm(preferred, tensor_parallel)
 
 
 def width_step(limits: Limits, dense: Shape) -> int:
@@ -119,17 +128,22 @@ def stays_square(family: Family, config: Mapping[str, Any], limits: Limits) -> b
 
 
 def _width_step(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> int:
-    """What the hidden size of a chosen shape is a multiple of."""
+    """What the hidden size of a chosen shape is a multiple of, for the record.
+
+    Under `stays_square` that is a step of all heads' dimensions, or a whole KV group of heads.
+    """
     dense = Shape.of(family, config)
     if not stays_square(family, config, limits):
         return width_step(limits, dense)
     if shape.head_dim < dense.head_dim:
-        return dense.num_attention_heads * math.gcd(8, shape.head_dim)
+        return dense.num_attention_heads * math.gcd(HEAD_DIM_STEP, shape.head_dim)
     return shape.head_dim * dense.num_attention_heads // dense.num_key_value_heads
 
 
 def cost_in(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> int:
-    """What a shape counts, of what the budget is about."""
+    """What a shape counts, of what the budget is about: parameters, bytes, FLOPs a token, or bytes
+    of KV cache a token (`limits.of`).
+    """
     return cost_of(family, config, shape, limits.context, limits.itemsize).of(limits.of)
 
 

@@ -17,6 +17,66 @@ from sp3llm.models.families import (
 )
 from sp3llm.models.shapes import Shape, resized_config
 
+GRADIENT_TOKENS = 8192
+"""Calibration tokens that the loss gradients behind the basis are taken on, in whole windows, one
+at least. They only weigh directions, and four times as many gave no better basis (eval/NOTES.md),
+while the input of every layer is kept on disk for each of them."""
+
+_FLOAT64, _FLOAT32 = 8, 4
+
+# How many tensors of which size are alive at once. They follow from reading `compression/` and are
+# rounded up.
+
+# Of `(width, width)`, float64: the second moments of the stream and the metrics that gradients
+# make, each in the four groups that `compression.measuring` sums neighbouring sites into, and the
+# second moment of what the head reads.
+_STREAM_MOMENTS = 2 * 4 + 1
+# Of that size too, while the basis is found: gradients, directions, products with the moments.
+_BASIS_WORK = 5
+# Under LayerNorm also the moments in mean-free coordinates, and the map into these.
+_CENTRED_MOMENTS = _STREAM_MOMENTS + 1
+# Of `(inputs, inputs)`, float64, while a writer is fitted: the Gram matrices of the tokens to fit
+# and of those held back, their sum where units are chosen, a factor or an inverse, made in place,
+# and products of them.
+_INPUT_GRAMS = 7
+# Of `(inputs, small width)` beside them: the Grams' cross moments of inputs and targets, the
+# weights to begin from, solutions and products.
+_CROSS_GRAMS = 6
+# Of `(head size, head size)`, float64, for every head of every layer, where the heads themselves
+# are cut.
+_HEAD_MOMENTS = 3
+# Of a layer's weights in the dtype of the checkpoint: the dense ones, those of the next layer,
+# which is read meanwhile, and the small ones. Those that run are in the dtype of the arithmetic.
+_LAYERS_AS_STORED = 3
+# Of an embedding table in the dtype of the checkpoint, beside the one that runs.
+_TABLES_AS_STORED = 2
+# Of the saved streams: as they were after two layers, and a third while it is saved.
+_SAVED_STREAMS = 3
+# Of the saved moments: the last, and those that are being saved.
+_SAVED_MOMENTS = 2
+# Vectors a token, float32, while a layer runs: as wide as the stream, the FFN, all heads together.
+_STREAM_ACTIVATIONS, _FFN_ACTIVATIONS, _HEAD_ACTIVATIONS = 8, 4, 4
+
+# The largest file of weights that is written (`models.export`); while its parts are merged they lie
+# on disk twice.
+_SHARD_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What goes through a compression, and in which precision."""
+
+    samples: int
+    """Calibration windows."""
+    eval_samples: int
+    """Evaluation windows."""
+    seq_len: int
+    """Tokens a window."""
+    weight_itemsize: int
+    """Bytes of a weight in the dense checkpoint, and in the small one."""
+    compute_itemsize: int = _FLOAT32
+    """Bytes of a number of the streams, and of the weights while they run."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -36,57 +96,114 @@ class Needs:
     """What the activations of one token take in a layer."""
 
 
-def needs_of(
-    family: Family,
-    config: Mapping[str, Any],
-    shape: Shape,
-    samples: int,
-    eval_samples: int,
-    seq_len: int,
-    itemsize: int,
-    compute_itemsize: int,
-) -> Needs:
-    """Estimate the memory and disk of `sp3llm compress`.
+@dataclass(frozen=True)
+class _Widths:
+    """Lengths that the estimates are made of."""
 
-    The first pass holds calibration and evaluation streams; the second the dense stream before and
-    between the writers of a layer, the small one and what attention's writer reads. Of a layer
-    there are the dense weights, the next layer's, those placed to run and the small ones, made in
-    float64. Gram matrices are float64: one to fit and one held back, their sum where something is
-    chosen, and a factor or an inverse, made in place; at the end of a layer products of them. The
-    basis takes second moments and metrics of four groups of sites. On disk lie a shard of weights
-    twice, every layer's input for the 8192 tokens (one window at least) whose
-    gradients the basis is made from, and the streams as they were after two layers, and a third
-    while it is saved.
-    """
+    dense: int
+    """Of the dense residual stream."""
+    small: int
+    """Of the compressed one."""
+    ffn: int
+    """Of the dense FFN."""
+    heads: int
+    """Of all dense query heads together."""
+
+
+def needs_of(family: Family, config: Mapping[str, Any], shape: Shape, workload: Workload) -> Needs:
+    """Estimate the memory and disk of `sp3llm compress` for a model that is cut to `shape`."""
     dense = Shape.of(family, config)
-    wide, narrow = dense.hidden_size, shape.hidden_size
-    depth = setting(family, config, "num_hidden_layers")
-    traced = min(samples, max(1, 8192 // seq_len)) * (depth + 1)
-    heads = dense.num_attention_heads * dense.head_dim
-    first = (samples + eval_samples) * wide
-    second = samples * ((1 + len(family.sites[1:])) * wide + narrow + heads)
-    streams = max(first, second) * seq_len * compute_itemsize
-    layer = count_largest_layer(family, config)
-    table = axis_sizes(family, config)[VOCAB] * wide
-    # The only writers that are not fitted are experts'.
-    is_fitted = not all(is_sparse(family, config, index) for index in range(depth))
-    widest_input = max(dense.intermediate_size if is_fitted else 0, heads)
-    if is_parallel(family, config):  # all writers in one regression
-        widest_input = dense.intermediate_size + heads
-    basis = 8 * (24 if family.centred else 14) * wide**2
-    grams = 8 * (7 * widest_input**2 + 6 * widest_input * narrow)
-    # What heads are cut by is kept for all layers.
-    of_heads = 8 * 3 * depth * heads * dense.head_dim if is_square(family, config) else 0
-    layers = layer * (3 * itemsize + compute_itemsize)
-    weights = count_parameters(family, resized_config(family, config, shape)) * itemsize
-    kept = 3 * (first if first > second else samples * (wide + narrow)) * seq_len
-    return Needs(
-        streams=streams,
-        working=of_heads
-        + max(layers + max(grams, basis, 8 * layer), table * (2 * itemsize + compute_itemsize)),
-        disk=weights,
-        kept=min(weights, 2 * 10**9)
-        + (traced * wide * seq_len + kept) * compute_itemsize
-        + 2 * 8 * 9 * wide**2,
-        token=4 * (8 * wide + 4 * dense.intermediate_size + 4 * heads),
+    widths = _Widths(
+        dense=dense.hidden_size,
+        small=shape.hidden_size,
+        ffn=dense.intermediate_size,
+        heads=dense.num_attention_heads * dense.head_dim,
     )
+    measuring, building = _channels(family, widths, workload)
+    small_parameters = count_parameters(family, resized_config(family, config, shape))
+    small_bytes = small_parameters * workload.weight_itemsize
+    # Between layers of the building pass the dense and the small stream are all there is to save.
+    saved = measuring if measuring > building else workload.samples * (widths.dense + widths.small)
+    return Needs(
+        streams=max(measuring, building) * workload.seq_len * workload.compute_itemsize,
+        working=_working_bytes(family, config, widths, workload),
+        disk=small_bytes,
+        kept=min(small_bytes, _SHARD_BYTES)
+        + _SAVED_STREAMS * saved * workload.seq_len * workload.compute_itemsize
+        + _traced_bytes(family, config, widths, workload)
+        + _SAVED_MOMENTS * _FLOAT64 * _STREAM_MOMENTS * widths.dense**2,
+        token=_FLOAT32
+        * (
+            _STREAM_ACTIVATIONS * widths.dense
+            + _FFN_ACTIVATIONS * widths.ffn
+            + _HEAD_ACTIVATIONS * widths.heads
+        ),
+    )
+
+
+def _channels(family: Family, widths: _Widths, workload: Workload) -> tuple[int, int]:
+    """Numbers held for every position of a window, over all windows, while the dense model is
+    measured and while the small one is built.
+
+    The first pass holds the stream of the calibration and the evaluation windows. The second holds,
+    of the calibration windows, the dense stream as a layer gets it and between its blocks, the
+    small stream, and what the writer of attention reads.
+    """
+    measuring = (workload.samples + workload.eval_samples) * widths.dense
+    between_blocks = len(family.sites) - 1
+    building = (1 + between_blocks) * widths.dense + widths.small + widths.heads
+    return measuring, workload.samples * building
+
+
+def _working_bytes(
+    family: Family, config: Mapping[str, Any], widths: _Widths, workload: Workload
+) -> int:
+    """Memory of the device that computes: of a layer and what is solved for it, or of the
+    embedding table, whichever is more, and what is known of all heads.
+    """
+    stored, computed = workload.weight_itemsize, workload.compute_itemsize
+    layer = count_largest_layer(family, config)
+    weights = layer * (_LAYERS_AS_STORED * stored + computed)
+    # One after the other: the search for the basis, the fits, the small layer before rounding.
+    solving = max(
+        _gram_bytes(family, config, widths), _basis_bytes(family, widths), _FLOAT64 * layer
+    )
+    table = axis_sizes(family, config)[VOCAB] * widths.dense
+    tables = table * (_TABLES_AS_STORED * stored + computed)
+    return _head_moment_bytes(family, config, widths) + max(weights + solving, tables)
+
+
+def _gram_bytes(family: Family, config: Mapping[str, Any], widths: _Widths) -> int:
+    """Of the fit of the writer that reads most."""
+    depth = setting(family, config, "num_hidden_layers")
+    # Writers in experts are not fitted.
+    fits_ffn = not all(is_sparse(family, config, layer) for layer in range(depth))
+    inputs = max(widths.ffn if fits_ffn else 0, widths.heads)
+    if is_parallel(family, config):  # one regression for both writers of a layer
+        inputs = widths.ffn + widths.heads
+    return _FLOAT64 * (_INPUT_GRAMS * inputs**2 + _CROSS_GRAMS * inputs * widths.small)
+
+
+def _basis_bytes(family: Family, widths: _Widths) -> int:
+    """Of the moments, and of the search for the basis among them."""
+    centred = _CENTRED_MOMENTS if family.centred else 0
+    return _FLOAT64 * (_STREAM_MOMENTS + _BASIS_WORK + centred) * widths.dense**2
+
+
+def _head_moment_bytes(family: Family, config: Mapping[str, Any], widths: _Widths) -> int:
+    """Of what heads are cut by, which is kept for all layers."""
+    if not is_square(family, config):
+        return 0
+    depth = setting(family, config, "num_hidden_layers")
+    head_dim = Shape.of(family, config).head_dim
+    return _FLOAT64 * _HEAD_MOMENTS * depth * widths.heads * head_dim
+
+
+def _traced_bytes(
+    family: Family, config: Mapping[str, Any], widths: _Widths, workload: Workload
+) -> int:
+    """Of the input of every layer, and of the head, for the windows that gradients are taken on."""
+    depth = setting(family, config, "num_hidden_layers")
+    windows = min(workload.samples, max(1, GRADIENT_TOKENS // workload.seq_len))
+    positions = windows * workload.seq_len * (depth + 1)
+    return positions * widths.dense * workload.compute_itemsize

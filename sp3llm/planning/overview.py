@@ -14,11 +14,11 @@ from sp3llm.models.source import resolve_config
 from sp3llm.options import PlanConfig
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits, limits_of
-from sp3llm.planning.needs import Needs, needs_of
+from sp3llm.planning.needs import Needs, Workload, needs_of
 from sp3llm.planning.recovery_needs import RecoveryNeeds, recovery_needs_of
+from sp3llm.planning.windows import window_length
 
-# Plans are made without looking for a GPU: on a CPU everything is computed in float32.
-_COMPUTE_ITEMSIZE = 4
+# Bytes of a weight by the dtype that a config states, where it is not two.
 _ITEMSIZES = {"float64": 8, "float32": 4}
 
 
@@ -70,17 +70,9 @@ def overview_of(settings: PlanConfig) -> Overview:
     itemsize = _ITEMSIZES.get(stated.removeprefix("torch."), 2)
     limits = limits_of(settings.compression, itemsize)
     shapes = candidates(family, config, limits)
-    seq_len = families.window_length(family, config, settings.seq_len)
-    needs = needs_of(
-        family,
-        config,
-        shapes[0],
-        settings.samples,
-        settings.eval_samples,
-        seq_len,
-        itemsize,
-        _COMPUTE_ITEMSIZE,
-    )
+    seq_len = window_length(family, config, settings.seq_len)
+    workload = Workload(settings.samples, settings.eval_samples, seq_len, itemsize)
+    needs = needs_of(family, config, shapes[0], workload)
     recovery_needs = None
     if settings.recover:
         recovery_needs = recovery_needs_of(

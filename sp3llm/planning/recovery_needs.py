@@ -24,13 +24,20 @@ from sp3llm.options import RecoverConfig
 # Tokens that a process runs at once where nothing else is said.
 _TOKENS_A_MICRO_BATCH = 2048
 # Bytes a parameter of bitsandbytes' formats: nf4 with a float32 scale to 64 weights, int8 with one
-# a row.
+# a row, which comes to nothing.
 _NF4, _INT8 = 0.5 + 4 / 64, 1.0
+_FLOAT32, _BFLOAT16 = 4, 2
 # Tensors of the size of the logits, float32, that are alive at once: the model's own, both models'
 # log-probabilities, the teacher's probabilities, what they make, and the gradients.
 _LOGITS = 8
-# What a CUDA context, cuBLAS and gaps between blocks take: so much, and a part of all the rest.
+# Bytes that a CUDA context and cuBLAS take, and the part of all the rest that is lost in gaps
+# between blocks.
 _MARGIN, _GAPS = 10**9, 0.05
+# Bytes a token that a layer keeps for its backward pass under bfloat16 autocast: for each channel
+# of the stream, each row of queries, keys and values, and each neuron of the FFN. Counted in torch
+# on a Llama, weights and their copies apart, they are 26, 2.7 and 8, with adapters 18, 3.4 and 8;
+# rounded up for other kernels.
+_STREAM_BYTES, _HEADS_BYTES, _FFN_BYTES = 28, 4, 10
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,10 @@ def recovery_needs_of(
     tokens = micro_batch_of(settings, seq_len) * seq_len
     parameters = count_parameters(family, small)
     if settings.lora is None:
-        trained, weights = parameters, (4 + 2) * parameters
+        trained, weights = parameters, (_FLOAT32 + _BFLOAT16) * parameters
     else:
         trained = adapter_parameters(family, small, settings.lora)
-        weights = itemsize * parameters + 4 * trained
+        weights = itemsize * parameters + _FLOAT32 * trained
     teacher = teacher_bytes(family, config, settings.teacher_dtype, itemsize)
     if settings.teacher_memory is not None:
         teacher = min(teacher, int(settings.teacher_memory * 1e9))
@@ -101,13 +108,14 @@ def recovery_needs_of(
         teacher = 0
     layers = setting(family, small, "num_hidden_layers")
     a_layer = _layer_activations(family, small)
-    kept = 4 * axis_sizes(family, small)[RESIDUAL]  # the stream as it enters a layer
+    kept = _FLOAT32 * axis_sizes(family, small)[RESIDUAL]  # the stream as it enters a layer
     if settings.gradient_checkpointing:
+        # The layer that is computed again, and its gradients.
         activations = tokens * (layers * kept + 2 * a_layer)
     else:
-        activations = tokens * (layers * a_layer + a_layer)
-    logits = _LOGITS * 4 * tokens * axis_sizes(family, small)[VOCAB]
-    optimizer = (4 + 8) * trained
+        activations = tokens * (layers + 1) * a_layer
+    logits = _LOGITS * _FLOAT32 * tokens * axis_sizes(family, small)[VOCAB]
+    optimizer = 3 * _FLOAT32 * trained  # the gradient and AdamW's two moments
     needed = teacher + weights + optimizer + activations + logits
     return RecoveryNeeds(
         teacher=teacher,
@@ -127,22 +135,21 @@ def adapter_parameters(family: Family, config: Mapping[str, Any], rank: int) -> 
 def teacher_bytes(
     family: Family, config: Mapping[str, Any], teacher_dtype: str, itemsize: int
 ) -> int:
-    """Of the dense model's weights on a GPU; embeddings, head and norms are never in low bits."""
+    """Bytes of the dense model's weights on a GPU in one of the formats of `--teacher-dtype`.
+
+    In int8 and nf4 are the linear modules only: embeddings, head and norms never are.
+    """
     parameters = count_parameters(family, config)
     if teacher_dtype in ("auto", "float32", "bfloat16"):
-        return parameters * {"auto": itemsize, "float32": 4, "bfloat16": 2}[teacher_dtype]
+        sizes = {"auto": itemsize, "float32": _FLOAT32, "bfloat16": _BFLOAT16}
+        return parameters * sizes[teacher_dtype]
     low = sum(map(math.prod, linear_modules(family, config).values()))
     size = {"int8": _INT8, "nf4": _NF4}[teacher_dtype]
     return int(low * size) + (parameters - low) * itemsize
 
 
 def _layer_activations(family: Family, config: Mapping[str, Any]) -> int:
-    """Bytes a token that one layer keeps for its backward pass under bfloat16 autocast.
-
-    Counted in torch on a Llama, weights and their copies apart: 26 a channel of the stream, 2.7 a
-    row of queries, keys and values, 8 a neuron of the FFN, with adapters 18, 3.4 and 8; rounded up
-    for other kernels.
-    """
+    """Bytes a token that one layer keeps for its backward pass under bfloat16 autocast."""
     sizes = axis_sizes(family, config)
     heads = sizes[QUERY] + 2 * sizes[KEY_VALUE]
-    return 28 * sizes[RESIDUAL] + 4 * heads + 10 * sizes[FFN]
+    return _STREAM_BYTES * sizes[RESIDUAL] + _HEADS_BYTES * heads + _FFN_BYTES * sizes[FFN]

@@ -9,7 +9,10 @@ from sp3llm.models.shapes import Shape
 
 
 def row_of(family: Family, config: Mapping[str, Any], shape: Shape) -> int:
-    """Which row of candidates a shape belongs to: neighbouring rows differ by one step."""
+    """The number of the row of candidates that a shape is in; neighbouring rows differ by one step
+    of the KV groups, or, where the width is heads times head size, of the embedding width, with
+    shapes of whole heads and untied ones in rows of their own.
+    """
     if not is_square(family, config):
         return -shape.num_key_value_heads
     dense = Shape.of(family, config)
@@ -21,27 +24,35 @@ def row_of(family: Family, config: Mapping[str, Any], shape: Shape) -> int:
 
 
 def learnable(family: Family, config: Mapping[str, Any], shapes: list[Shape]) -> list[Shape]:
-    """Of the candidates those that a learned mask chooses from: which width, FFN and number of KV
-    groups it finds; ties and embedding widths are as in the first.
+    """Of the candidates those that a learned mask chooses from.
+
+    It finds the width, the FFN width and the number of KV groups; whether the head is tied, and the
+    width of the embedding table, are as in the first candidate.
     """
     first, dense = shapes[0], Shape.of(family, config)
     heads_shrink = any(shape.head_dim != dense.head_dim for shape in shapes)
-    return [
-        shape
-        for shape in shapes
-        if shape.tie_word_embeddings == first.tie_word_embeddings
-        and (shape.word_embed_proj_dim == first.word_embed_proj_dim or not family.projections
-             or not first.tie_word_embeddings)
-        and not (heads_shrink and shape.num_key_value_heads != dense.num_key_value_heads)
-    ]  # fmt: skip
+
+    def is_learnable(shape: Shape) -> bool:
+        same_table = shape.word_embed_proj_dim == first.word_embed_proj_dim
+        keeps_table = family.projections is not None and first.tie_word_embeddings
+        keeps_groups = shape.num_key_value_heads == dense.num_key_value_heads
+        return (
+            shape.tie_word_embeddings == first.tie_word_embeddings
+            and (same_table or not keeps_table)
+            and (keeps_groups or not heads_shrink)
+        )
+
+    return [shape for shape in shapes if is_learnable(shape)]
 
 
 def nearest(shapes: list[Shape], sizes: Mapping[str, float]) -> Shape:
-    """The shape whose sizes, `sizes` by field, are off by the smallest factors; what no shape
-    reaches counts as what the nearest does.
+    """The shape nearest to the `sizes` asked for, by field of `Shape`: the least sum of squared
+    logarithms of the ratios. A size beyond what any shape has counts as the nearest that one has.
     """
-    found = {name: [getattr(shape, name) for shape in shapes] for name in sizes}
-    wanted = {n: min(max(size, min(found[n])), max(found[n])) for n, size in sizes.items()}
+    reached = {name: [getattr(shape, name) for shape in shapes] for name in sizes}
+    wanted = {
+        name: min(max(size, min(reached[name])), max(reached[name])) for name, size in sizes.items()
+    }
 
     def distance(shape: Shape) -> float:
         return sum(math.log(getattr(shape, name) / size) ** 2 for name, size in wanted.items())

@@ -131,10 +131,10 @@ def disk_bytes(settings: RecoverConfig, pair: Pair) -> int:
 
 def window_length_of(settings: RecoverConfig, pair: Pair) -> int:
     """Tokens a training window: as asked, or what both models have positions for."""
-    from sp3llm.models import families
+    from sp3llm.planning.windows import window_length
 
     return min(
-        families.window_length(family, model.config, settings.seq_len)
+        window_length(family, model.config, settings.seq_len)
         for family, model in ((pair.family, pair.small), (pair.dense_family, pair.dense))
     )
 

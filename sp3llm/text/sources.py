@@ -13,7 +13,7 @@ from sp3llm.text.files import data_suffix, read_file, text_of
 from sp3llm.text.split import content_hash, part_of
 from sp3llm.text.stdlib import stdlib_documents
 
-# A streamed hub set is shuffled in a buffer of this many documents.
+# A streamed hub set is shuffled in a buffer of this many documents, as it cannot be as a whole.
 _SHUFFLE_BUFFER = 10_000
 
 
@@ -28,28 +28,26 @@ class TextSource:
     join: str
     """`eos`: an end-of-sequence token between documents; any other value: that text itself."""
     stdlib: bool = False
-    """The running Python's own documentation."""
+    """Whether it is the running Python's own documentation (`text.stdlib`)."""
     path: str | None = None
-    """A local file."""
+    """Of a local file; None: it is none."""
     dataset: str | None = None
-    """A hub dataset, loaded with `datasets`."""
+    """Of a hub dataset, which `datasets` loads: `owner/name`; None: it is none."""
     config: str | None = None
-    """Its configuration."""
+    """The dataset's configuration; None: the only or the default one."""
     revision: str | None = None
-    """Its commit, so that the same command reads the same text next year."""
+    """The dataset's commit, so that the same command reads the same text next year."""
     split: str = "train"
-    """The split calibration reads."""
+    """The split that calibration and training read."""
     evaluation_split: str | None = None
-    """The split evaluation reads; None: the set has none."""
+    """The split that evaluation reads; None: the set has none, and `split` is divided."""
     column: str | None = None
     """The column that holds the text; None: found by looking."""
     document_start: str | None = None
-    """For sets of one line a row: a row that starts with this and ends alike opens a document."""
+    """For sets that hold a line in each row: what a row that opens a document begins and ends with.
+    None: every row is a document."""
     streaming: bool = True
-    """Read only as much of the set as is needed."""
-
-
-# --------------------------------------------------------------------------- sources
+    """Whether only as much of the dataset is downloaded as is needed."""
 
 
 @functools.cache
@@ -96,12 +94,12 @@ def resolve_source(name: str) -> TextSource:
 
 
 def read_documents(source: TextSource, part: str, seed: int = 0) -> Iterator[str]:
-    """Yield the source's documents for `part`, deduplicated by content.
+    """Yield the source's documents for `part` (`train`, `calibration` or `evaluation`), none twice.
 
-    `calibration` reads the source's calibration split, `train` too, and `evaluation` its
-    evaluation split. A hub set without an evaluation split (into two), and `stdlib` (into all
-    three), are divided by `part_of`. A local file is
-    read whole: what it is for is its owner's choice, and overlap is dropped by content.
+    A hub dataset gives `split` to training and calibration, and `evaluation_split` to evaluation;
+    one without the latter is divided in two by `part_of`, and `stdlib` in three. A local file is
+    read whole for every part: what it is for is its owner's choice, and overlap is dropped by
+    content.
     """
     if source.stdlib:
         documents: Iterable[str] = (d for d in stdlib_documents() if part_of(d) == part)
@@ -124,9 +122,10 @@ def read_documents(source: TextSource, part: str, seed: int = 0) -> Iterator[str
 
 
 def read_hub(source: TextSource, split: str, seed: int) -> Iterator[str]:
-    """Yield the documents of a hub dataset's split.
+    """Yield the documents of a hub dataset's split; of one that is streamed in an order drawn from
+    `seed`.
 
-    Raises UserError if it cannot be had.
+    Raises UserError if `datasets` is not installed or cannot load it.
     """
     try:
         import datasets
@@ -158,7 +157,10 @@ def read_hub(source: TextSource, split: str, seed: int) -> Iterator[str]:
 
 
 def _articles(rows: Iterable[str], start: str) -> Iterator[str]:
-    """Join rows into documents; ` = Title = ` opens one, ` = = Section = = ` does not."""
+    """Join rows of one line into documents, as WikiText has them.
+
+    With `start` being `=`, a row ` = Title = ` opens a document and ` = = Section = = ` does not.
+    """
     article: list[str] = []
     for row in rows:
         heading = row.strip()
@@ -172,8 +174,8 @@ def _articles(rows: Iterable[str], start: str) -> Iterator[str]:
 
 
 def default_evaluation(calib: str) -> str:
-    """The held-out text that goes with calibration sets: that of the first named set that has an
-    evaluation part of its own, or the standard library's.
+    """The set to evaluate on where none is named: the first of the calibration sets that stands in
+    the manifest and has an evaluation part of its own, else `stdlib`.
     """
     for name in split_names(calib):
         source = manifest().get(name)
@@ -187,12 +189,12 @@ def split_names(names: str) -> list[str]:
 
     Raises UserError if there is none, or one twice.
     """
-    found = [name.strip() for name in names.split(",") if name.strip()]
-    if not found:
+    stripped = [name.strip() for name in names.split(",") if name.strip()]
+    if not stripped:
         raise UserError(
             f"Expected the name of a text set, found '{names}': name one of "
             f"{', '.join(sorted(manifest()))}, a file, or a hub dataset."
         )
-    if len(set(found)) < len(found):
+    if len(set(stripped)) < len(stripped):
         raise UserError(f"Expected each text set once, found '{names}': name it once.")
-    return found
+    return stripped

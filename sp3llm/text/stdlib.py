@@ -10,7 +10,10 @@ from pathlib import Path
 
 from sp3llm.text.split import content_hash
 
-# --------------------------------------------------------------------------- stdlib
+# Shorter docstrings say little more than the name they belong to.
+_FEWEST_CHARS = 80
+# Packages and folders that are no part of the library, or hold tests and an editor.
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "ensurepip"}
 
 
 @functools.cache
@@ -24,16 +27,15 @@ def stdlib_documents() -> tuple[str, ...]:
 
     texts = [topics[name] for name in sorted(topics)]
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "ensurepip"}
     for path in sorted(root.rglob("*.py")):
-        if skipped.isdisjoint(path.relative_to(root).parts):
+        if _SKIPPED.isdisjoint(path.relative_to(root).parts):
             texts.extend(_docstrings_of_source(path))
     for name in sorted(sys.stdlib_module_names):
         if "test" not in name and not (root / f"{name}.py").exists() and not (root / name).is_dir():
             texts.extend(_docstrings_of_extension(name))
     unique: dict[str, str] = {}
     for text in texts:
-        if len(text) >= 80:
+        if len(text) >= _FEWEST_CHARS:
             unique.setdefault(content_hash(text), text.strip())
     return tuple(unique.values())
 

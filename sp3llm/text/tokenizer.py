@@ -5,8 +5,6 @@ from typing import Any
 
 from sp3llm.errors import UserError, reason
 
-# --------------------------------------------------------------------------- windows
-
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a model folder.

@@ -25,28 +25,29 @@ if TYPE_CHECKING:
     import torch
 
 
-# Documents joined by text are tokenized in runs of about this many characters.
+# Documents joined by text are tokenized in runs of about this many characters: together, as the
+# tokens at a joint depend on both sides, but without holding a whole set.
 _RUN_CHARS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows with what a reader needs to trust them."""
+    """Windows of token ids, and where they come from."""
 
     tokens: "torch.Tensor"
     """Token ids, `(samples, seq_len)`, int64."""
     sources: tuple[str, ...]
-    """The sets drawn from."""
+    """Names of the sets that they are drawn from."""
     documents: frozenset[str]
     """Content hashes of every document drawn."""
     begins_with_bos: bool
     """Each window begins with the tokenizer's BOS."""
     dropped_documents: int = 0
-    """Documents left out since they also occur in an excluded set."""
+    """Documents left out since they were to be excluded, such as those of the other text."""
 
     @property
     def sha256(self) -> str:
-        """Hash of the token ids, shape included."""
+        """SHA-256 of the token ids and their shape, as 64 hex digits."""
         header = repr(tuple(self.tokens.shape)).encode()
         return hashlib.sha256(header + self.tokens.numpy().tobytes()).hexdigest()
 
@@ -64,7 +65,7 @@ class Windows:
 
 
 def pack(documents: Iterable[str], tokenizer: Any, join: str) -> Iterator[list[int]]:
-    """Yield runs of token ids whose concatenation is the packed text.
+    """Yield lists of token ids which, one after the other, are the packed text.
 
     With `join="eos"` every document is followed by the tokenizer's EOS (a blank line where there
     is none); otherwise documents are joined by that text before they are tokenized.
@@ -87,9 +88,10 @@ def pack(documents: Iterable[str], tokenizer: Any, join: str) -> Iterator[list[i
 def cut_windows(
     runs: Iterable[list[int]], seq_len: int, bos_token_id: int | None
 ) -> Iterator[list[int]]:
-    """Cut packed runs into consecutive windows of exactly `seq_len` ids, BOS first if given.
+    """Cut packed text into consecutive windows of exactly `seq_len` ids, each of which begins with
+    the BOS if one is given.
 
-    The tail that does not fill a window is dropped.
+    What is left at the end and does not fill a window is dropped.
     """
     head = [] if bos_token_id is None else [bos_token_id]
     body = seq_len - len(head)
@@ -111,23 +113,18 @@ def calibration_windows(
 
     Raises UserError if a set is unknown, unreadable, empty or too small.
     """
-    sources = [resolve_source(name) for name in split_names(names)]
-    rows: list[list[int]] = []
-    hashes: set[str] = set()
-    for index, source in enumerate(sources):
-        share = samples // len(sources) + (index < samples % len(sources))
-        documents: Iterable[str] = read_documents(source, "calibration", seed)
-        if not (source.dataset and source.streaming):
-            documents = sorted(documents, key=content_hash)
-            random.Random(seed).shuffle(documents)
-        found = _take(documents, source, tokenizer, share, seq_len, hashes)
-        if len(found) < share:
+    recipe = _Recipe(tokenizer, seq_len, seed)
+    parts = []
+    for source, share in _shares(names, samples):
+        part = _draw(read_documents(source, "calibration", seed), source, share, recipe)
+        if len(part.rows) < share:
             raise UserError(
-                f"Calibration set '{source.name}' holds {len(found)} windows of {seq_len} tokens, "
-                f"{share} were asked for: lower --samples or --seq-len, or add a set to --calib."
+                f"Calibration set '{source.name}' holds {len(part.rows)} windows of {seq_len} "
+                f"tokens, {share} were asked for: lower --samples or --seq-len, or add a set to "
+                "--calib."
             )
-        rows.extend(found)
-    return _windows(rows, sources, hashes, tokenizer, dropped=0)
+        parts.append(part)
+    return _joined(parts, tokenizer)
 
 
 def evaluation_windows(
@@ -144,22 +141,18 @@ def evaluation_windows(
 
     Raises UserError if not even one window is left.
     """
-    sources = [resolve_source(name) for name in split_names(names)]
-    rows: list[list[int]] = []
-    hashes: set[str] = set()
-    dropped: list[str] = []
-    for index, source in enumerate(sources):
-        share = samples // len(sources) + (index < samples % len(sources))
-
-        documents = _without(read_documents(source, "evaluation"), exclude, dropped)
-        rows.extend(_take(documents, source, tokenizer, share, seq_len, hashes))
-    if not rows:
+    recipe = _Recipe(tokenizer, seq_len, seed=None, exclude=exclude)
+    parts = [
+        _draw(read_documents(source, "evaluation"), source, share, recipe)
+        for source, share in _shares(names, samples)
+    ]
+    if not any(part.rows for part in parts):
         raise UserError(
             f"Evaluation text '{names}' does not fill one window of {seq_len} tokens after "
-            f"{len(dropped)} documents that also occur in the calibration set were dropped: choose "
-            "other text with --eval-text."
+            f"{sum(part.dropped for part in parts)} documents that also occur in the calibration "
+            "set were dropped: choose other text with --eval-text."
         )
-    return _windows(rows, sources, hashes, tokenizer, len(dropped))
+    return _joined(parts, tokenizer)
 
 
 def unbroken_windows(name: str, tokenizer: Any, seq_len: int) -> Windows:
@@ -211,75 +204,106 @@ def training_windows(
 
     Raises UserError if a set is unknown or unreadable, or not one window is left.
     """
-    sources = [resolve_source(name) for name in split_names(names)]
-    rows: list[list[int]] = []
-    hashes: set[str] = set()
-    dropped: list[str] = []
-    for index, source in enumerate(sources):
-        share = samples // len(sources) + (index < samples % len(sources))
-        apart = (d for d in read_documents(source, "train", seed) if is_for_stopping(d) == stopping)
-        documents: Iterable[str] = _without(apart, exclude, dropped)
-        if not (source.dataset and source.streaming):
-            documents = sorted(documents, key=content_hash)
-            random.Random(seed).shuffle(documents)
-        rows.extend(_take(documents, source, tokenizer, share, seq_len, hashes))
-    if not rows:
-        what = "a sixteenth of the training text, kept to decide when to stop," if stopping else ""
-        kept = "" if stopping else " and a sixteenth kept apart to decide when to stop recovery"
-        advice = (
-            "name text for it with --stop-text" if stopping else "choose text of more documents"
+    recipe = _Recipe(tokenizer, seq_len, seed, exclude)
+    parts = []
+    for source, share in _shares(names, samples):
+        training = read_documents(source, "train", seed)
+        documents = (text for text in training if is_for_stopping(text) == stopping)
+        parts.append(_draw(documents, source, share, recipe))
+    if not any(part.rows for part in parts):
+        text, apart, advice = (
+            "the training text",
+            " and a sixteenth kept apart to decide when to stop recovery",
+            "choose text of more documents",
         )
+        if stopping:
+            text, apart, advice = (
+                "a sixteenth of the training text, kept to decide when to stop,",
+                "",
+                "name text for it with --stop-text",
+            )
         raise UserError(
-            f"Expected at least one window of {seq_len} tokens in {what or 'the training text'} "
-            f"'{names}' after {len(dropped)} documents of the evaluation were dropped"
-            f"{kept}, found none: {advice}, or lower --seq-len."
+            f"Expected at least one window of {seq_len} tokens in {text} "
+            f"'{names}' after {sum(part.dropped for part in parts)} documents of the evaluation "
+            f"were dropped{apart}, found none: {advice}, or lower --seq-len."
         )
-    return _windows(rows, sources, hashes, tokenizer, len(dropped))
+    return _joined(parts, tokenizer)
 
 
-def _without(
-    documents: Iterable[str], exclude: frozenset[str], dropped: list[str]
-) -> Iterator[str]:
-    """The documents whose content hash is not in `exclude`; the others' hashes go to `dropped`."""
-    for document in documents:
-        digest = content_hash(document)
-        if digest in exclude:
-            dropped.append(digest)
-        else:
-            yield document
+@dataclass(frozen=True)
+class _Recipe:
+    """How documents become windows."""
+
+    tokenizer: Any
+    seq_len: int
+    seed: int | None
+    """Draws the order of the documents; None: the order they are read in."""
+    exclude: frozenset[str] = frozenset()
+    """Content hashes of documents to drop."""
 
 
-def _take(
-    documents: Iterable[str],
-    source: TextSource,
-    tokenizer: Any,
-    samples: int,
-    seq_len: int,
-    hashes: set[str],
-) -> list[list[int]]:
-    def noted() -> Iterator[str]:
+@dataclass(frozen=True)
+class _Drawn:
+    """Windows of one set."""
+
+    source: str
+    """The set's name."""
+    rows: list[list[int]]
+    """Token ids, a list for each window."""
+    documents: set[str]
+    """Content hashes of the documents that were read to fill them."""
+    dropped: int
+    """Documents that the recipe excludes."""
+
+
+def _shares(names: str, samples: int) -> list[tuple[TextSource, int]]:
+    """The sets of a comma-separated list, each with how many of `samples` windows it is to give:
+    equal shares, the first ones one window more where it does not divide.
+    """
+    sources = [resolve_source(name) for name in split_names(names)]
+    share, left = divmod(samples, len(sources))
+    return [(source, share + (index < left)) for index, source in enumerate(sources)]
+
+
+def _draw(documents: Iterable[str], source: TextSource, samples: int, recipe: _Recipe) -> _Drawn:
+    """At most `samples` windows of a set's documents; no more are read than fill them.
+
+    A hub set that is streamed is shuffled as it comes, by `read_documents`.
+    """
+    drawn: set[str] = set()
+    dropped: list[str] = []
+
+    def allowed() -> Iterator[str]:
         for document in documents:
-            hashes.add(content_hash(document))
+            digest = content_hash(document)
+            if digest in recipe.exclude:
+                dropped.append(digest)
+            else:
+                yield document
+
+    def noted(ordered: Iterable[str]) -> Iterator[str]:
+        for document in ordered:
+            drawn.add(content_hash(document))
             yield document
 
-    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
-    runs = pack(noted(), tokenizer, source.join)
-    return list(islice(cut_windows(runs, seq_len, bos), samples))
+    ordered: Iterable[str] = allowed()
+    if recipe.seed is not None and not (source.dataset and source.streaming):
+        ordered = sorted(ordered, key=content_hash)
+        random.Random(recipe.seed).shuffle(ordered)
+    bos = recipe.tokenizer.bos_token_id if adds_bos(recipe.tokenizer) else None
+    runs = pack(noted(ordered), recipe.tokenizer, source.join)
+    rows = list(islice(cut_windows(runs, recipe.seq_len, bos), samples))
+    return _Drawn(source.name, rows, drawn, len(dropped))
 
 
-def _windows(
-    rows: list[list[int]],
-    sources: list[TextSource],
-    hashes: set[str],
-    tokenizer: Any,
-    dropped: int,
-) -> Windows:
+def _joined(parts: list[_Drawn], tokenizer: Any) -> Windows:
+    """The windows of all sets, one set after the other."""
     import torch
 
     return Windows(
-        tokens=torch.tensor(rows, dtype=torch.int64),
-        sources=tuple(source.name for source in sources),
-        documents=frozenset(hashes),
+        tokens=torch.tensor([row for part in parts for row in part.rows], dtype=torch.int64),
+        sources=tuple(part.source for part in parts),
+        documents=frozenset().union(*(part.documents for part in parts)),
         begins_with_bos=adds_bos(tokenizer),
-        dropped_documents=dropped,
+        dropped_documents=sum(part.dropped for part in parts),
     )

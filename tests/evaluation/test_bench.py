@@ -6,8 +6,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from sp3llm.evaluation.speed import Runner, bench, load, work_of
+from sp3llm.evaluation import speed, speed_run
+from sp3llm.evaluation.speed import bench, work_of
 from sp3llm.evaluation.speed_figures import Spread
+from sp3llm.evaluation.speed_run import load, peak_memory, run_pass, runner_of
 from sp3llm.models.families import FAMILIES
 from sp3llm.options import BenchConfig
 from tests.conftest import save_model, tiny_model
@@ -85,20 +87,22 @@ def test_peak_memory_grows_with_the_cache(pair):
     peaks = []
     for length in (16, 48):
         prompt = torch.randint(96, (4, length))
-        peaks.append(Runner(subject, prompt, 4, compiled=False).peak_memory())
+        peaks.append(peak_memory(runner_of(subject, prompt, 4, compiled=False)))
     assert subject.weight_bytes < peaks[0]
     cache_of_32_tokens = 2 * 3 * 2 * 12 * 4 * 4 * 32
     assert peaks[1] - peaks[0] >= cache_of_32_tokens
 
 
-def test_generation_is_that_of_transformers(pair):
+def test_generation_is_that_of_transformers(pair, monkeypatch):
     subject = load(pair[0], "float32", CPU)
     prompt = torch.randint(96, (2, 8), generator=torch.Generator().manual_seed(1))
-    runner = Runner(subject, prompt, 5, compiled=False)
+    runner = runner_of(subject, prompt, 5, compiled=False)
     chosen = []
-    step = runner._next
-    runner._next = lambda tokens, cache: chosen.append(step(tokens, cache)) or chosen[-1]
-    runner.run()
+    step = speed_run.next_tokens
+    monkeypatch.setattr(
+        speed_run, "next_tokens", lambda *given: chosen.append(step(*given)) or chosen[-1]
+    )
+    run_pass(runner)
     expected = subject.model.generate(
         prompt, min_new_tokens=5, max_new_tokens=5, do_sample=False, pad_token_id=2,
         eos_token_id=None,
@@ -108,8 +112,9 @@ def test_generation_is_that_of_transformers(pair):
 
 def test_models_take_turns_and_neither_is_always_first(pair, monkeypatch):
     order = []
-    run = Runner.run
-    monkeypatch.setattr(Runner, "run", lambda self: order.append(self.subject.name) or run(self))
+    monkeypatch.setattr(
+        speed, "run_pass", lambda runner: order.append(runner.subject.name) or run_pass(runner)
+    )
     bench_tiny(pair, repeats=4)
     assert order[2:10] == ["dense", "small", "small", "dense"] * 2  # after a warm-up of each
 
@@ -150,19 +155,21 @@ def test_bad_input_gets_one_sentence(words, pair, refused):
 
 
 @pytest.mark.slow
-def test_compiled_models_generate_the_same(pair):
+def test_compiled_models_generate_the_same(pair, monkeypatch):
     subject = load(pair[0], "float32", CPU)
     prompt = torch.randint(96, (2, 8), generator=torch.Generator().manual_seed(1))
-    found = []
+    chosen: list[torch.Tensor] = []
+    step = speed_run.next_tokens
+    monkeypatch.setattr(
+        speed_run, "next_tokens", lambda *given: chosen.append(step(*given)) or chosen[-1]
+    )
+    generated = []
     for compiled in (False, True):
-        runner = Runner(subject, prompt, 5, compiled)
-        chosen: list[torch.Tensor] = []
-        step = runner._next
-        runner._next = lambda t, c, s=step, k=chosen: k.append(s(t, c)) or k[-1]
-        runner.run()
-        runner.run()
-        found.append(torch.cat(chosen[-5:], 1))
-    assert torch.equal(*found)
+        runner = runner_of(subject, prompt, 5, compiled)
+        run_pass(runner)
+        run_pass(runner)
+        generated.append(torch.cat(chosen[-5:], 1))
+    assert torch.equal(*generated)
 
 
 @pytest.mark.gpu

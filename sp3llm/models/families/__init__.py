@@ -51,7 +51,6 @@ from sp3llm.models.families.sizes import (
     parameter_shapes,
     residual_multiplier,
     setting,
-    window_length,
 )
 from sp3llm.models.families.stablelm import STABLELM
 
@@ -114,5 +113,4 @@ __all__ = [
     "parameter_shapes",
     "residual_multiplier",
     "setting",
-    "window_length",
 ]

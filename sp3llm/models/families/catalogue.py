@@ -22,12 +22,8 @@ from sp3llm.models.families.llama import (
 from sp3llm.models.families.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from sp3llm.models.families.neox import GPT_NEOX
 from sp3llm.models.families.opt import OPT
-from sp3llm.models.families.schema import (
-    Family,
-)
-from sp3llm.models.families.sizes import (
-    setting,
-)
+from sp3llm.models.families.schema import Family
+from sp3llm.models.families.sizes import setting
 from sp3llm.models.families.stablelm import STABLELM
 
 FAMILIES: Mapping[str, Family] = {
@@ -87,10 +83,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
             "config.json: choose the causal language model of this family."
         )
     for key, (value, why) in family.unsupported.items():
-        found = setting(family, config, key)
-        if found != value:
+        present = setting(family, config, key)
+        if present != value:
             raise UserError(
-                f"A {model_type} model with {key} = {json.dumps(found)} cannot be compressed: "
+                f"A {model_type} model with {key} = {json.dumps(present)} cannot be compressed: "
                 f"{why}; choose another model."
             )
     if config.get("quantization_config"):

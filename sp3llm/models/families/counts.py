@@ -6,6 +6,7 @@ from typing import Any
 
 from sp3llm.models.families.schema import (
     EACH,
+    EXPERTS,
     Family,
     Table,
 )
@@ -22,14 +23,14 @@ from sp3llm.models.families.sizes import (
 
 
 def count_parameters(family: Family, config: Mapping[str, Any]) -> int:
-    """True number of parameters, tied weights once."""
+    """Number of parameters; tied weights and tables count once."""
     experts, _ = expert_counts(family, config)
     return _count(family, config, experts, matrices_only=False)
 
 
 def count_parts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
-    """True number of parameters of every part of a model, tied weights once: `embeddings`,
-    `attention`, `FFN` (`experts`, router and shared expert among them), `norms` and `head`.
+    """Number of parameters of every part of a model, tied weights once: `embeddings`,
+    `attention`, `FFN` (experts, router and shared expert among them), `norms` and `head`.
 
     Projections around the embeddings and learned positions count as embeddings.
     """
@@ -51,17 +52,18 @@ def count_parts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def count_matrix_parameters(family: Family, config: Mapping[str, Any]) -> int:
-    """Those in matrices that a token meets, the embedding table included.
+    """Number of parameters in the matrices that one token is multiplied by or looked up in: norms
+    and biases are left out, the embedding table is counted.
 
-    Of a sparse layer these are the router's, the experts' that a token goes through, and a shared
-    expert's with its gate.
+    Of a sparse layer these are the router, as many experts as a token goes through, and a shared
+    expert with its gate.
     """
     _, active = expert_counts(family, config)
     return _count(family, config, active, matrices_only=True)
 
 
 def count_largest_layer(family: Family, config: Mapping[str, Any]) -> int:
-    """True number of parameters of the layer that has most."""
+    """Number of parameters of the layer that has most."""
     experts, _ = expert_counts(family, config)
     kinds = {is_sparse(family, config, n) for n in range(_layers(family, config))}
     tables = [layer_table(family, config, sparse) for sparse in kinds]
@@ -98,16 +100,27 @@ def _size(
 
 
 def linear_modules(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Linear modules outside the head, with the shapes of their weights.
+    """Modules that are `nn.Linear` in the stock class, but for the head, with their weights' shapes
+    `(out, in)`; in the order of a forward pass.
 
-    Experts and their routers are no such modules in transformers.
+    Experts and their routers are not among them: in the class they are bare parameters.
     """
-    tables = (*family.embeddings, f"{family.head}.weight")
-    found = {}
+    not_linear = {*family.embeddings, f"{family.head}.weight"}
+    in_layers = [_linear_names(layer_table(family, config, sparse)) for sparse in (False, True)]
+    names: list[str] = []
     for group in groups(family, config):
-        for name, axes in group.parameters.items():
-            of_experts = group.sparse and (".experts." in name or name.endswith(".gate.weight"))
-            if len(axes) == 2 and name not in tables and not of_experts:
-                found[name.removesuffix(".weight")] = name
+        if group.layer >= 0:
+            names += [group.prefix + name for name in in_layers[group.sparse]]
+        else:
+            names += [name for name in _linear_names(group.parameters) if name not in not_linear]
     shapes = parameter_shapes(family, config)
-    return {module: shapes[name] for module, name in found.items()}
+    return {name.removesuffix(".weight"): shapes[name] for name in names}
+
+
+def _linear_names(table: Table) -> list[str]:
+    """Of a table the matrices that are neither an expert's nor a router's."""
+    return [
+        name
+        for name, axes in table.items()
+        if len(axes) == 2 and EACH not in name and EXPERTS not in axes
+    ]

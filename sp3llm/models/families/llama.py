@@ -180,4 +180,5 @@ PHI3 = replace(
         Site("input_layernorm", ("self_attn.qkv_proj",), "self_attn"),
         Site("post_attention_layernorm", ("mlp.gate_up_proj",), "mlp"),
     ),
+    square_rope_types=("longrope", "su", "yarn"),
 )

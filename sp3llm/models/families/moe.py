@@ -110,6 +110,8 @@ QWEN3_MOE = replace(
             ),
             "mlp.experts.down_proj": (f"mlp.experts.{EACH}.down_proj.weight",),
         },
+        dense_layers="mlp_only_layers",
+        sparse_step="decoder_sparse_step",
     ),
 )
 QWEN2_MOE = replace(

@@ -22,7 +22,7 @@ SHARED_FFN = "shared_expert_intermediate_size"
 ONE = "1"
 
 EACH = "{expert}"
-"""Stands in a name for the number of an expert."""
+"""Stands in a name for the number of an expert, which makes the name one of every expert."""
 
 Axis = str | tuple[str, ...]
 """One axis of a parameter; a tuple: several one after the other, as fused matrices have them."""
@@ -63,6 +63,10 @@ class Experts:
     them, all experts' tensors on a first axis, several names one after the other on the next."""
     active: str = "num_experts_per_tok"
     """Config key of the number of experts that a token goes through."""
+    dense_layers: str | None = None
+    """Config key of the list of layers that have no experts; None: the class has no such list."""
+    sparse_step: str | None = None
+    """Config key of `n` where only every `n`-th layer has experts; None: every layer may."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Family:
     keys: Mapping[str, str | None] = field(default_factory=dict)
     """Where the config names a size otherwise than Llama's: the key, or None if it has none."""
     centred: bool = False
-    """The norms are LayerNorms: they remove the mean over channels first (DESIGN 3.4)."""
+    """The norms are LayerNorms: they remove the mean over channels first (docs/design.md 3.4)."""
     norm_bias: bool = False
     """The norms have biases."""
     norm_offset: float = 0.0
@@ -110,12 +114,15 @@ class Family:
     scales_embeddings: bool = False
     """The class multiplies embeddings by the square root of the hidden size."""
     square: bool = False
-    """The class demands `hidden_size = num_attention_heads * head_dim` (DESIGN 3.6)."""
+    """The class demands `hidden_size = num_attention_heads * head_dim` (docs/design.md 3.6)."""
+    square_rope_types: tuple[str, ...] = ()
+    """RoPE types under which the class demands that too, since it derives the head size, and with
+    it the length of the factors it expects, from width and heads."""
     rotary: bool = True
     """Positions are rotated into queries and keys, which cannot be projected then."""
     projections: tuple[str, str] | None = None
     """Modules from the embedding width into the stream, and from the stream to it before the head;
-    the class has them where the two widths differ (DESIGN 3.5)."""
+    the class has them where the two widths differ (docs/design.md 3.5)."""
     position_offset: int = 0
     """Rows of the table of learned positions before the first position's."""
     parallel: str | None = None

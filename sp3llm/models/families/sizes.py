@@ -1,11 +1,10 @@
 """Sizes and parameters of a model, from its family's table and its `config.json`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sp3llm.errors import UserError
 from sp3llm.models.families.schema import (
     EACH,
     EMBEDDING,
@@ -43,40 +42,45 @@ def norm_eps(family: Family, config: Mapping[str, Any]) -> float:
 
 
 def residual_multiplier(family: Family, config: Mapping[str, Any]) -> float:
-    """The factor on what writers add to the stream."""
+    """The factor on what the writers add to the residual stream; 1 where the family has none."""
     key = family.residual_multiplier
     return setting(family, config, key) if key else 1.0
 
 
 def is_parallel(family: Family, config: Mapping[str, Any]) -> bool:
-    """Whether a layer's blocks read the same stream and are added together."""
+    """Whether attention and FFN of a layer read the same stream and are added together."""
     return bool(family.parallel and setting(family, config, family.parallel))
 
 
 def is_square(family: Family, config: Mapping[str, Any]) -> bool:
-    """Whether `hidden_size` must stay `num_attention_heads * head_dim`.
-
-    Some classes derive one from the other; Phi-3's check of its longrope factors does.
+    """Whether `hidden_size` must stay `num_attention_heads * head_dim`, since the class derives one
+    from the other: always (`Family.square`), or with the RoPE that the config asks for.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    is_long = (rope.get("rope_type") or rope.get("type")) in ("longrope", "su", "yarn")
-    return family.square or (family.model_type == "phi3" and is_long)
+    rope_type = rope.get("rope_type") or rope.get("type")  # the second is how old files say it
+    return family.square or rope_type in family.square_rope_types
 
 
 def embedding_scale(family: Family, hidden_size: int) -> float:
-    """What the class multiplies embeddings by before the stream."""
+    """The factor that the class puts on embeddings before the first layer; mostly 1."""
     return math.sqrt(hidden_size) if family.scales_embeddings else 1.0
 
 
 def key_value_heads(family: Family, config: Mapping[str, Any]) -> int:
-    """Number of KV groups: null means as many as there are heads, absence the class default."""
+    """Number of key-value heads, that is of groups of query heads that share one.
+
+    null in `config.json` means as many as there are query heads, absence the class's default.
+    """
     key = family.keys.get("num_key_value_heads", "num_key_value_heads")
     stated = config.get(key, family.defaults.get(key)) if key else None
     return stated or setting(family, config, "num_attention_heads")
 
 
 def expert_counts(family: Family, config: Mapping[str, Any]) -> tuple[int, int]:
-    """Number of experts of a sparse layer, and of those that a token goes through; or zeros."""
+    """Number of experts of a sparse layer, and how many of them a token goes through.
+
+    Both are 0 in a family without experts.
+    """
     if family.experts is None:
         return 0, 0
     stated = [config[key] for key in family.experts.number if config.get(key) is not None]
@@ -85,15 +89,21 @@ def expert_counts(family: Family, config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def is_sparse(family: Family, config: Mapping[str, Any], layer: int) -> bool:
-    """Whether a layer has experts: all have, but for those that Qwen's configs except."""
-    number, _ = expert_counts(family, config)
-    excepted = setting(family, config, "mlp_only_layers") or ()
-    step = setting(family, config, "decoder_sparse_step") or 1
-    return number > 0 and layer not in excepted and (layer + 1) % step == 0
+    """Whether the layer of that index has experts."""
+    experts = family.experts
+    if experts is None or expert_counts(family, config)[0] == 0:
+        return False
+    dense = (setting(family, config, experts.dense_layers) if experts.dense_layers else None) or ()
+    step = (setting(family, config, experts.sparse_step) if experts.sparse_step else None) or 1
+    return layer not in dense and (layer + 1) % step == 0
 
 
 def axis_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
-    """Length of every axis."""
+    """Length of every axis that a parameter may lie on, by the axis' name.
+
+    Fused axes are not among them: `axis_size` adds up their parts. Sizes that the family does not
+    have are 0.
+    """
     heads = setting(family, config, "num_attention_heads")
     hidden_size = setting(family, config, "hidden_size")
     head_dim = setting(family, config, "head_dim") or hidden_size // heads
@@ -115,22 +125,8 @@ def axis_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def axis_size(sizes: Mapping[str, int], axis: Axis) -> int:
-    """Length of an axis, fused ones included."""
+    """Length of an axis, from `axis_sizes`; of a fused one the sum of its parts."""
     return sizes[axis] if isinstance(axis, str) else sum(sizes[part] for part in axis)
-
-
-def window_length(family: Family, config: Mapping[str, Any], asked: int | None) -> int:
-    """Tokens a window: as asked, or 2048, or the model's positions if fewer.
-
-    Raises UserError if more are asked for than the model has positions.
-    """
-    positions = setting(family, config, "max_position_embeddings")
-    if asked is not None and asked > positions:
-        raise UserError(
-            f"Expected --seq-len of at most {positions}, the model's positions, found {asked}: "
-            "give a smaller one."
-        )
-    return asked or min(2048, positions)
 
 
 def is_tied(family: Family, config: Mapping[str, Any]) -> bool:
@@ -139,44 +135,78 @@ def is_tied(family: Family, config: Mapping[str, Any]) -> bool:
 
 
 def has_projections(family: Family, config: Mapping[str, Any]) -> bool:
-    """Whether embeddings have a width of their own."""
+    """Whether the embedding table has another width than the residual stream."""
     sizes = axis_sizes(family, config)
     return family.projections is not None and sizes[EMBEDDING] != sizes[RESIDUAL]
 
 
 def groups(family: Family, config: Mapping[str, Any]) -> list[Group]:
-    """All parameters on disk in the order the stream meets them: embeddings, layers, head."""
-    embeddings, head = dict(family.embeddings), {f"{family.final_norm}.weight": (RESIDUAL,)}
-    if family.norm_bias:
-        head[f"{family.final_norm}.bias"] = (RESIDUAL,)
+    """All parameters on disk in the order a forward pass needs them: embeddings, layers, head."""
+    return [
+        Group("embeddings", _embedding_table(family, config)),
+        *_layer_groups(family, config),
+        Group("head", _head_table(family, config)),
+    ]
+
+
+def _embedding_table(family: Family, config: Mapping[str, Any]) -> dict[str, Axes]:
+    """Parameters before the layers."""
+    table = dict(family.embeddings)
     if has_projections(family, config):
-        into, out = family.projections
-        embeddings[f"{into}.weight"] = (RESIDUAL, EMBEDDING)
-        head[f"{out}.weight"] = (EMBEDDING, RESIDUAL)
+        into_stream, _ = family.projections
+        table[f"{into_stream}.weight"] = (RESIDUAL, EMBEDDING)
+    return table
+
+
+def _head_table(family: Family, config: Mapping[str, Any]) -> dict[str, Axes]:
+    """Parameters behind the layers; a tied head has none of its own."""
+    table: dict[str, Axes] = {f"{family.final_norm}.weight": (RESIDUAL,)}
+    if family.norm_bias:
+        table[f"{family.final_norm}.bias"] = (RESIDUAL,)
+    if has_projections(family, config):
+        _, out_of_stream = family.projections
+        table[f"{out_of_stream}.weight"] = (EMBEDDING, RESIDUAL)
     if not is_tied(family, config):
-        head[f"{family.head}.weight"] = (VOCAB, EMBEDDING if family.projections else RESIDUAL)
-    found = [Group("embeddings", embeddings)]
+        table[f"{family.head}.weight"] = (VOCAB, EMBEDDING if family.projections else RESIDUAL)
+    return table
+
+
+def _layer_groups(family: Family, config: Mapping[str, Any]) -> Iterator[Group]:
+    """The layers in order, each a group."""
     number, _ = expert_counts(family, config)
-    tables = [_expanded(layer_table(family, config, sparse), number) for sparse in (False, True)]
-    sites, writers = [family.sites] * 2, [family.writers] * 2
+    # Layers are of two kinds at most, so that names need not be made anew for each.
+    dense = Group(
+        "",
+        layer_table(family, config, sparse=False),
+        sites=family.sites,
+        writers=family.writers,
+    )
+    sparse = dense
     if family.experts is not None:
         site = family.experts.site
-        site = replace(site, readers=tuple(_expanded(dict.fromkeys(site.readers, ()), number)))
-        sites[True] = (*family.sites[:-1], site)
-        last = _expanded(dict.fromkeys(family.experts.writers, ()), number)
-        writers[True] = (*family.writers[:-1], *last)
-    for index in range(setting(family, config, "num_hidden_layers")):
-        prefix, sparse = family.layer_prefix.format(layer=index), is_sparse(family, config, index)
-        table = {prefix + name: axes for name, axes in tables[sparse].items()}
-        found.append(
-            Group(f"layer {index}", table, prefix, index, sparse, sites[sparse], writers[sparse])
+        sparse = Group(
+            "",
+            _expanded(layer_table(family, config, sparse=True), number),
+            sparse=True,
+            sites=(*family.sites[:-1], replace(site, readers=_of_each(site.readers, number))),
+            writers=(*family.writers[:-1], *_of_each(family.experts.writers, number)),
         )
-    found.append(Group("head", head))
-    return found
+    for index in range(setting(family, config, "num_hidden_layers")):
+        kind = sparse if is_sparse(family, config, index) else dense
+        prefix = family.layer_prefix.format(layer=index)
+        yield replace(
+            kind,
+            name=f"layer {index}",
+            parameters={prefix + name: axes for name, axes in kind.parameters.items()},
+            prefix=prefix,
+            layer=index,
+        )
 
 
 def layer_table(family: Family, config: Mapping[str, Any], sparse: bool) -> dict[str, Axes]:
-    """Parameters of one layer, an `EACH` in names for all experts."""
+    """Parameters of a layer that is `sparse` or not, relative to its prefix; a name with `EACH` in
+    it stands for those of all experts.
+    """
     layer = dict(family.experts.layer if sparse and family.experts else family.layer)
     for flag, table in family.optional.items():
         if setting(family, config, flag):
@@ -185,12 +215,19 @@ def layer_table(family: Family, config: Mapping[str, Any], sparse: bool) -> dict
 
 
 def _expanded(table: Table, experts: int) -> dict[str, Axes]:
-    """A table with the names of every expert."""
-    found: dict[str, Axes] = {}
-    for name, axes in table.items():
-        numbers = range(experts) if EACH in name else range(1)
-        found.update({name.replace(EACH, str(number)): axes for number in numbers})
-    return found
+    """The table with every expert's name where one name stood for all."""
+    return {
+        expanded: axes for name, axes in table.items() for expanded in _of_each([name], experts)
+    }
+
+
+def _of_each(names: Sequence[str], experts: int) -> tuple[str, ...]:
+    """The names, those with `EACH` in them once for every expert."""
+    return tuple(
+        name.replace(EACH, str(number))
+        for name in names
+        for number in (range(experts) if EACH in name else range(1))
+    )
 
 
 def parameter_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,24 @@
+"""How long a window of tokens is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sp3llm.errors import UserError
+from sp3llm.models.families import Family, setting
+
+# Papers on pruning calibrate and evaluate on windows of this many tokens.
+_USUAL_LENGTH = 2048
+
+
+def window_length(family: Family, config: Mapping[str, Any], asked: int | None) -> int:
+    """Tokens a window: `asked` (`--seq-len`), else 2048, or the model's positions if fewer.
+
+    Raises UserError if more are asked for than the model has positions.
+    """
+    positions = setting(family, config, "max_position_embeddings")
+    if asked is not None and asked > positions:
+        raise UserError(
+            f"Expected --seq-len of at most {positions}, the model's positions, found {asked}: "
+            "give a smaller one."
+        )
+    return asked or min(_USUAL_LENGTH, positions)
