@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sp3llm.cli import main
 from sp3llm.errors import UserError
 from sp3llm.models.families import FAMILIES, count_parameters, count_parts
-from sp3llm.reporting import samples
+from sp3llm.reporting import origins, samples
 from sp3llm.reporting.card import write_card
 from sp3llm.reporting.origins import held_out_tokens
 from sp3llm.reporting.page import PAGE
@@ -190,7 +190,7 @@ def test_a_report_without_the_dense_model_keeps_the_samples_there_are(made, monk
     before = (made / PAGE).read_text()
     (made / PAGE).unlink()
     monkeypatch.setattr(samples, "find_dense", lambda *_: pytest.fail("samples are there already"))
-    monkeypatch.setattr(samples, "dense_folder", lambda *_: None)
+    monkeypatch.setattr(origins, "dense_folder", lambda *_: None)
     main(["report", str(made)])
     assert (made / PAGE).read_text() == before
     assert metadata_load(made / "README.md")["license_name"] == "tiny-licence"
