@@ -91,15 +91,15 @@ def choose_shape(
 
 def learn_mask(
     job: Job, moments: "Moments", lessons: "Windows", journal: "Journal", progress: "Progress"
-) -> "tuple[Learned, dict[str, Any]]":
-    """What gates on the dense model find is to be kept, and what the record says of it."""
+) -> "Learned":
+    """What gates on the dense model find is to be kept."""
     from sp3llm.compression.basis_choice import nested_frame
     from sp3llm.compression.learned_mask import Lessons, learn
     from sp3llm.compression.mask_budget import budget_of
 
     settings, family = job.settings, job.family
     found = budget_of(family, job.dense.config, job.limits, job.shapes)
-    mask = learn(
+    return learn(
         job.dense,
         family,
         found,
@@ -109,7 +109,6 @@ def learn_mask(
         progress,
         journal,
     )
-    return mask, {"mask": {**mask.describe(), "training": lessons.describe()}}
 
 
 def final_basis(
