@@ -23,8 +23,7 @@ def run(settings: PlanConfig) -> None:
     from sp3llm.planning.limits import limits_of
     from sp3llm.planning.needs import needs_of
     from sp3llm.planning.recovery_needs import recovery_needs_of
-    from sp3llm.reporting.plans import needs_line, plan_table
-    from sp3llm.reporting.recovery import recovery_line
+    from sp3llm.reporting.plans import needs_line, plan_table, recovery_line
 
     compression, recovery = settings.compression, settings.recovery
     config, name, note = resolve_config(settings.model)

@@ -87,9 +87,9 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
 
     def opened(folder: Path) -> "tuple[Checkpoint, Family]":
         family = families.family_of(read_config(folder))
-        found = with_prefix(open_checkpoint(folder), family)
-        check_tensors(found, family)
-        return found, family
+        checkpoint = with_prefix(open_checkpoint(folder), family)
+        check_tensors(checkpoint, family)
+        return checkpoint, family
 
     small, family = opened(folder)
     dense, dense_family = opened(dense_folder)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sp3llm.errors import UserError, reason
 from sp3llm.models.shapes import Shape
@@ -350,6 +350,9 @@ class TunedRecord:
     other: Mapping[str, Any] = field(default_factory=dict)
 
 
+AnyRecord = TypeVar("AnyRecord", Record, TunedRecord)
+
+
 def without_measurements(record: Record) -> Record:
     """The record without what was measured on, or written by, weights that are no longer those."""
     return replace(record, scores=None, speed=(), samples=None)
@@ -380,8 +383,9 @@ def read_any_record(folder: Path) -> Record | TunedRecord | None:
     content = _content(folder)
     if content is None:
         return None
-    is_compressed = "plan" in content or "settings" in content
-    return _typed(Record if is_compressed else TunedRecord, content, folder / RECORD)
+    if "plan" in content or "settings" in content:
+        return _typed(Record, content, folder / RECORD)
+    return _typed(TunedRecord, content, folder / RECORD)
 
 
 def _content(folder: Path) -> dict[str, Any] | None:
@@ -414,7 +418,7 @@ def _content(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def _typed(kind: type, content: dict[str, Any], path: Path) -> Any:
+def _typed(kind: type[AnyRecord], content: dict[str, Any], path: Path) -> AnyRecord:
     """The record that JSON holds, in the present schema version."""
     is_first_version = "schema_version" not in content
     try:

@@ -1,11 +1,9 @@
 """What a recovery tells its user: the closing table, the next steps, a section of the card."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from sp3llm.reporting.formatting import human_bytes
 from sp3llm.reporting.record import RecoveryEntry
 from sp3llm.reporting.tables import (
     held_out_line,
@@ -14,23 +12,6 @@ from sp3llm.reporting.tables import (
     resources_line,
     terminal_table,
 )
-
-if TYPE_CHECKING:
-    from sp3llm.options import RecoverConfig
-    from sp3llm.planning.recovery_needs import RecoveryNeeds
-
-
-def recovery_line(settings: "RecoverConfig", seq_len: int, needs: "RecoveryNeeds") -> str:
-    """What a recovery will need of the device that trains."""
-    from sp3llm.planning.recovery_needs import micro_batch_of
-
-    what = "all weights" if settings.lora is None else f"adapters of rank {settings.lora}"
-    return (
-        f"Recovery of {what}, {micro_batch_of(settings, seq_len)} windows at once, needs about "
-        f"{human_bytes(needs.total)} of device memory: teacher {human_bytes(needs.teacher)}, model "
-        f"{human_bytes(needs.weights)}, gradients and moments {human_bytes(needs.optimizer)}, "
-        f"activations {human_bytes(needs.activations)}, logits {human_bytes(needs.logits)}."
-    )
 
 
 def closing_table(model: str, entry: RecoveryEntry) -> Table:

@@ -98,11 +98,11 @@ def opened(folder):
 
 
 def test_the_page_is_whole_and_asks_for_nothing(made):
-    found = opened(made)
-    assert not {"script", "img", "iframe", "object"} & found.tags
-    assert len(found.ids) == len(set(found.ids))
-    inside = {f"#{identifier}" for identifier in found.ids}
-    assert all(what in inside or what == "data:," for what in found.refers)
+    page = opened(made)
+    assert not {"script", "img", "iframe", "object"} & page.tags
+    assert len(page.ids) == len(set(page.ids))
+    inside = {f"#{identifier}" for identifier in page.ids}
+    assert all(what in inside or what == "data:," for what in page.refers)
     assert "@import" not in (made / PAGE).read_text()
     assert (made / PAGE).read_text().count("<svg") == 4
 
@@ -142,27 +142,27 @@ def test_parts_of_every_family_make_the_whole(variant):
 
 
 def test_samples_are_what_plain_transformers_continues(original, made):
-    found = read_record(made).samples
+    recorded = read_record(made).samples
     tokenizer = AutoTokenizer.from_pretrained(made)
     tokens = held_out_tokens(read_record(made), made)
     first = tokens[:1, : tokens.shape[1] // 2]
     for side, folder in (("dense", original / "dense"), ("small", made)):
         model = AutoModelForCausalLM.from_pretrained(folder)
         ids = model.generate(
-            first, do_sample=False, max_new_tokens=found.new_tokens, pad_token_id=2
+            first, do_sample=False, max_new_tokens=recorded.new_tokens, pad_token_id=2
         )
         text = tokenizer.decode(ids[0, first.shape[1] :], skip_special_tokens=True)
-        assert text == getattr(found.texts[0], side)
+        assert text == getattr(recorded.texts[0], side)
 
 
 def test_text_in_samples_is_text_and_nothing_else(made):
     evil = {"prompt": "<script>alert(1)</script>", "text": "&amp;", "dense": "<b>", "small": "{{"}
     add_to_record(made, samples=Samples(4, (Sample(**evil),)))
     main(["report", str(made)])
-    found = opened(made)
-    assert "script" not in found.tags
+    page = opened(made)
+    assert "script" not in page.tags
     for text in evil.values():
-        assert text in found.text
+        assert text in page.text
 
 
 def test_scores_and_speed_appear_once_they_are_measured(made, tmp_path):
@@ -217,9 +217,9 @@ def test_too_little_memory_is_a_reason(original, made, monkeypatch):
         patch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
         _, why = with_samples(made, record, QUIET, "cpu")
     assert "does not fit into memory" in why
-    found, why = with_samples(made, record, QUIET, "cpu")
+    record, why = with_samples(made, record, QUIET, "cpu")
     assert why is None
-    assert found.samples == read_record(original / "small").samples
+    assert record.samples == read_record(original / "small").samples
 
 
 def test_text_that_changed_is_not_passed_off_as_held_out(made):
@@ -364,13 +364,13 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     """A hub on the loopback interface that notes what it is sent."""
-    found = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {}))
-    found.calls = []
-    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {}))
+    hub.calls = []
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
-    yield found
-    found.shutdown()
-    found.server_close()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
 
 
 def pushed(folder, server, *words, token="hf_mine"):
