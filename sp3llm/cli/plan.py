@@ -22,8 +22,7 @@ def run(settings: PlanConfig) -> None:
         return
     from rich.console import Console
 
-    from sp3llm.reporting.plans import needs_line, plan_table
-    from sp3llm.reporting.recovery import recovery_line
+    from sp3llm.reporting.plans import needs_line, plan_table, recovery_line
 
     console = Console()
     if overview.note:

@@ -16,9 +16,10 @@ def run(settings: ReportConfig) -> None:
 
     from sp3llm.reporting.card import write_card
     from sp3llm.reporting.hub import check_login, push
+    from sp3llm.reporting.measurements import measured
     from sp3llm.reporting.origins import dense_folder
     from sp3llm.reporting.page import write_page
-    from sp3llm.reporting.record import add_to_record, measured, read_record
+    from sp3llm.reporting.record import add_to_record, read_record
     from sp3llm.reporting.samples import with_samples
 
     folder, push_to_hub = settings.folder, settings.push_to_hub

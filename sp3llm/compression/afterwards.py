@@ -1,14 +1,14 @@
 """What follows a compression: report, recovery, quantization."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sp3llm.compression.job import Job
 from sp3llm.errors import UserError, reason
 from sp3llm.options import CompressConfig, QuantizeConfig, RecoverConfig, command_line
-from sp3llm.reporting.record import read_record
+from sp3llm.reporting.record import Record, read_record
 from sp3llm.runtime.folders import RECORD
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ def is_being_recovered(job: Job) -> bool:
 
     if not job.settings.recover_steps or job.settings.fresh or not work_folder(job.out).is_dir():
         return False
-    record = read_record(job.out) if (job.out / RECORD).is_file() else {}
-    return record.get("command") == command_line(job.settings) and "recoveries" not in record
+    if not (job.out / RECORD).is_file():
+        return False
+    record = read_record(job.out)
+    return record.command == command_line(job.settings) and not record.recoveries
 
 
-def write_report(
-    job: Job, out: Path, tokens: "Tensor", record: dict[str, Any], console: "Console"
-) -> None:
+def write_report(job: Job, out: Path, tokens: "Tensor", record: Record, console: "Console") -> None:
     """Write report.html into the result, with samples where memory holds the dense model."""
     from sp3llm.reporting.page import write_page
     from sp3llm.reporting.samples import with_samples
@@ -45,7 +45,7 @@ def write_report(
         write_page(out, record, why)
 
 
-def recover_result(job: Job, record: Mapping[str, Any], console: "Console") -> None:
+def recover_result(job: Job, record: Record, console: "Console") -> None:
     """Tune the result; what is tuned takes its place when it is whole."""
     from sp3llm.models.source import bundled_model
     from sp3llm.recovery.story import recover
@@ -55,8 +55,8 @@ def recover_result(job: Job, record: Mapping[str, Any], console: "Console") -> N
         model=str(job.out),
         teacher=settings.model or str(bundled_model()),
         out=job.out,
-        train=",".join(record["calibration"]["sources"]),
-        eval_text=",".join(record["evaluation"]["sources"]),
+        train=",".join(record.calibration.sources),
+        eval_text=",".join(record.evaluation.sources),
         eval_samples=settings.eval_samples,
         steps=settings.recover_steps,
         seq_len=settings.seq_len,

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sp3llm.compression.job import Job, Result, run_identity
 from sp3llm.errors import ResumableError
 from sp3llm.options import CompressConfig
+from sp3llm.reporting.record import Record
 from sp3llm.runtime.folders import RECORD
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ _FINISHED = "finished"
 
 
 def compress_resumably(
-    job: Job, run_stages: Callable[..., tuple[Result, dict[str, Any]]], console: "Console"
-) -> tuple[Result, dict[str, Any], Job]:
+    job: Job, run_stages: Callable[..., tuple[Result, Record]], console: "Console"
+) -> tuple[Result, Record, Job]:
     """Run the stages of a job, as often as memory asks for.
 
     `run_stages` is called with the job, its journal, the folder of the model, when all began, and

@@ -34,8 +34,8 @@ def energy_kept(moments: "Moments", projection: "Projection") -> float:
 
 def learn_mask(
     job: Job, moments: "Moments", mask_windows: "Windows", journal: "Journal", progress: "Progress"
-) -> "tuple[Learned, dict[str, Any]]":
-    """Learn on `mask_windows` what is to be kept; returns that, and what the record says."""
+) -> "Learned":
+    """Learn on `mask_windows` what is to be kept."""
     from sp3llm.compression.basis_choice import nested_frame
     from sp3llm.compression.learned_mask import learn
     from sp3llm.compression.mask_budget import budget_of
@@ -43,7 +43,7 @@ def learn_mask(
 
     settings, family = job.settings, job.family
     budget = budget_of(family, job.dense.config, job.limits, job.shapes)
-    mask = learn(
+    return learn(
         job.dense,
         family,
         budget,
@@ -53,7 +53,6 @@ def learn_mask(
         progress,
         journal,
     )
-    return mask, {"mask": {**mask.describe(), "training": mask_windows.describe()}}
 
 
 def final_basis(

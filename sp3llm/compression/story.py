@@ -20,9 +20,9 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sp3llm.compression.afterwards import (
     is_being_recovered,
@@ -36,15 +36,23 @@ from sp3llm.compression.shape_search import choose_shape
 from sp3llm.compression.stages import build, energy_kept, final_basis, learn_mask
 from sp3llm.compression.texts import draw_windows, read_mask_windows, read_windows
 from sp3llm.options import CompressConfig, command_line
-from sp3llm.reporting.record import read_record
-from sp3llm.runtime.folders import RECORD
+from sp3llm.reporting.record import (
+    Excess,
+    Fit,
+    LearnedMask,
+    PartCounts,
+    Record,
+    TextSet,
+    Trial,
+    read_record,
+    write_record,
+)
+from sp3llm.reporting.typed_json import from_json, to_json
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
     from rich.progress import Progress
 
-    from sp3llm.runtime.devices import Execution
     from sp3llm.runtime.journal import Journal
 
 
@@ -82,7 +90,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
         console.print(closing_table(record))
         if ranks.is_first:
             write_report(job, out, tokens, record, console)
-        console.print(next_steps(result, settings.report), highlight=False, markup=False)
+        console.print(next_steps(job.out, record, settings.report), highlight=False, markup=False)
         ranks.from_first(lambda: None)  # the result has its final name when the others go on
     if settings.recover_steps:
         recover_result(job, ranks.from_first(lambda: read_record(out)), console)
@@ -99,7 +107,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
 
 def run_stages(
     job: Job, journal: "Journal", model: Path, started: float, progress: "Progress"
-) -> tuple[Result, dict[str, Any]]:
+) -> tuple[Result, Record]:
     """All stages, and their record; what `journal` has of one is not done again. `model` holds
     everything then.
     """
@@ -135,10 +143,10 @@ def run_stages(
         journal,
     )
     if mask_windows is not None:
-        mask, about_mask = learn_mask(job, moments, mask_windows, journal, progress)
+        mask = learn_mask(job, moments, mask_windows, journal, progress)
         shape, trials = mask.shape, []
     else:
-        mask, about_mask = None, {}
+        mask = None
         shape, trials = choose_shape(job, moments, calibration.tokens, journal, progress)
     plan = plan_of(family, dense.config, job.limits, shape)
     progress.console.print(plan_line(job.name, plan), highlight=False, markup=False)
@@ -172,66 +180,65 @@ def run_stages(
         peak_memory=peak_memory(),
         device_memory=device_memory(str(execution.device)),
     )
-    record = {
-        **_record(result, settings, execution, job.dtype),
-        **about_mask,
-        "parameters": {
-            "dense": families.count_parts(family, dense.config),
-            "small": families.count_parts(family, small_config),
-        },
-    }
+    parts = PartCounts(
+        dense=families.count_parts(family, dense.config),
+        small=families.count_parts(family, small_config),
+    )
+    about_mask = None
+    if mask is not None:
+        trained_on = mask_windows.describe()
+        about_mask = from_json(LearnedMask, {**mask.describe(), "training": trained_on})
+    record = _record(job, result, parts, about_mask)
     if execution.ranks.is_first:
-        record["files_copied"] = copy_companions(job.folder, model)
-        write_json(model / RECORD, record)
+        record = replace(record, files_copied=tuple(copy_companions(job.folder, model)))
+        write_record(model, record)
         write_card(model, record, job.folder)
         write_basis(model, projection.writes())
         write_json(model / "config.json", small_config)
     return result, record
 
 
-def _record(
-    result: Result,
-    settings: CompressConfig,
-    execution: "Execution",
-    dtype: "torch.dtype",
-) -> dict[str, Any]:
-    """`sp3llm.json`: everything needed to know, and repeat, what was done."""
+def _record(job: Job, result: Result, parameters: PartCounts, mask: LearnedMask | None) -> Record:
+    """Everything needed to know, and repeat, what was done; options as they were resolved."""
     from sp3llm.runtime.machine import machine, versions
 
-    resolved = replace(
-        settings,
-        out=str(result.out),
+    device, dtype = str(job.execution.device), str(job.dtype).removeprefix("torch.")
+    settings = replace(
+        job.settings,
+        out=result.out,
         calib=",".join(result.calibration.sources),
         eval_text=",".join(result.evaluation.sources),
         seq_len=result.calibration.tokens.shape[1],
-        allocate=settings.allocation,
+        allocate=job.settings.allocation,
         multiple_of=result.plan.multiple_of,
-        device=str(execution.device),
-        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        dtype=dtype,
     )
-    return {
-        "model": result.name,
-        "base_model": hub_id(settings, result.name),
-        "architecture": result.architecture,
-        "command": result.command,
-        "settings": asdict(resolved),
-        "plan": result.plan.describe(),
-        "calibration": result.calibration.describe(),
-        "evaluation": result.evaluation.describe(),
-        "dense_perplexity": result.dense_perplexity,
-        "perplexity": result.perplexity,
-        "excess_log_perplexity": result.excess.describe(),
-        "trials": result.trials,
-        "fits": result.fits,
-        "eigenvalues": result.eigenvalues.tolist(),
-        "energy_kept": result.energy_kept,
-        "dtype": str(dtype).removeprefix("torch."),
-        "compute_dtype": str(execution.dtype).removeprefix("torch."),
-        "dense_weight_bytes": result.dense_bytes,
-        "weight_bytes": result.weight_bytes,
-        "seconds": round(result.seconds, 2),
-        "peak_memory_bytes": result.peak_memory,
-        "device_memory_bytes": result.device_memory,
-        "versions": versions(),
-        "machine": machine(str(execution.device)),
-    }
+    return Record(
+        model=result.name,
+        base_model=hub_id(job.settings, result.name),
+        architecture=result.architecture,
+        command=result.command,
+        settings=to_json(settings),
+        plan=result.plan,
+        calibration=from_json(TextSet, result.calibration.describe()),
+        evaluation=from_json(TextSet, result.evaluation.describe()),
+        dense_perplexity=result.dense_perplexity,
+        perplexity=result.perplexity,
+        excess_log_perplexity=from_json(Excess, result.excess.describe()),
+        trials=tuple(from_json(Trial, trial) for trial in result.trials),
+        fits=tuple(from_json(Fit, fit) for fit in result.fits),
+        eigenvalues=tuple(result.eigenvalues.tolist()),
+        energy_kept=result.energy_kept,
+        dtype=dtype,
+        compute_dtype=str(job.execution.dtype).removeprefix("torch."),
+        dense_weight_bytes=result.dense_bytes,
+        weight_bytes=result.weight_bytes,
+        seconds=round(result.seconds, 2),
+        peak_memory_bytes=result.peak_memory,
+        device_memory_bytes=result.device_memory,
+        versions=versions(),
+        machine=machine(device),
+        mask=mask,
+        parameters=parameters,
+    )

@@ -9,6 +9,7 @@ import numpy as np
 
 from sp3llm.evaluation.selection import Mean, Selection, TokenPerplexity
 from sp3llm.evaluation.tables import markdown_page, terminal_table
+from sp3llm.reporting.formatting import figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -278,14 +279,10 @@ def cells(row: Row, compared: bool) -> list[str]:
     better = {True: " ↑", False: " ↓", None: ""}[row.higher_is_better]
     head = [row.task, row.metric.removesuffix(",none") + better, str(row.samples)]
     if not compared:
-        return [*head, _figure(row.small), _figure(row.standard_error)]
+        return [*head, figure(row.small), figure(row.standard_error)]
     difference = "" if row.difference is None else f"{row.difference:+.4f}"
-    error = _figure(row.paired_standard_error)
-    return [*head, _figure(row.dense), _figure(row.small), difference, error]
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    error = figure(row.paired_standard_error)
+    return [*head, figure(row.dense), figure(row.small), difference, error]
 
 
 def columns(compared: bool) -> list[str]:

@@ -548,7 +548,8 @@ def score_compressed(settings: CompressConfig, out: Path, console: "Console") ->
 
     Raises UserError if scoring fails; the model stays.
     """
-    from sp3llm.reporting.record import add_to_record
+    from sp3llm.reporting.record import Scores, add_to_record
+    from sp3llm.reporting.typed_json import from_json
 
     scoring = ScoreConfig(
         model=str(out),
@@ -562,4 +563,4 @@ def score_compressed(settings: CompressConfig, out: Path, console: "Console") ->
     except UserError as error:
         raise UserError(f"The model was written to {out}, but not scored. {error}") from error
     if comparison is not None:
-        add_to_record(out, scores=comparison.describe())
+        add_to_record(out, scores=from_json(Scores, comparison.describe()))

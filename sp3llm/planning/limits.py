@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sp3llm.models.families import Family, is_square
@@ -89,10 +89,6 @@ class Plan:
     """What `hidden_size` is a multiple of."""
     intermediate_multiple_of: int
     """What `intermediate_size` is a multiple of, where it was cut."""
-
-    def describe(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return asdict(self)
 
 
 def width_multiple(hidden_size: int, num_attention_heads: int, tensor_parallel: int = 1) -> int:

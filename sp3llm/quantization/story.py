@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,18 @@ from sp3llm.quantization.files import (
     weight_bytes,
     write_quantized,
 )
+from sp3llm.reporting.record import (
+    Excess,
+    FourModels,
+    MeasuredModel,
+    QuantizationCost,
+    QuantizationEntry,
+    Record,
+    read_record,
+    without_measurements,
+    write_record,
+)
+from sp3llm.reporting.typed_json import from_json, to_json
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +74,7 @@ class Found:
     """Of what is, or would be, quantized, its scales included."""
 
 
-def quantize(settings: QuantizeConfig, console: "Console") -> dict[str, Any]:
+def quantize(settings: QuantizeConfig, console: "Console") -> Record:
     """Run the whole quantization; the output folder holds the model when it returns.
 
     Returns the record written.
@@ -75,7 +87,6 @@ def quantize(settings: QuantizeConfig, console: "Console") -> dict[str, Any]:
     from sp3llm.reporting.quantization import closing_table, next_steps
     from sp3llm.runtime.devices import resolve_execution
     from sp3llm.runtime.folders import output_folder
-    from sp3llm.runtime.machine import device_memory, peak_memory
     from sp3llm.runtime.progress import progress_bars
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says how it casts at every call
@@ -104,15 +115,13 @@ def quantize(settings: QuantizeConfig, console: "Console") -> dict[str, Any]:
         stock, found["small_quantized"] = _in_few_bits(
             small, settings.to, partial, tokens, execution, progress, "compressed"
         )
-        entry = _entry(settings, out, small, dense, found, execution)
-        entry |= {
-            "seconds": round(time.monotonic() - started, 2),
-            "peak_memory_bytes": peak_memory(),
-            "device_memory_bytes": device_memory(str(execution.device)),
-        }
-        record = _finish(small, dense, record, entry, stock, partial)
-    console.print(closing_table(record))
-    console.print(next_steps(out, record), highlight=False, markup=False)
+        sources = {"dense": dense, "small": small}
+        entry = _entry(settings, out, sources, found, execution, started)
+        record = replace(without_measurements(record), quantization=entry)
+        _finish(small, dense, record, stock, partial)
+    console.print(closing_table(record.model, record.evaluation, entry))
+    architecture = record.architecture
+    console.print(next_steps(out, architecture, entry), highlight=False, markup=False)
     return record
 
 
@@ -149,17 +158,16 @@ def check_before(
 # --------------------------------------------------------------------------- before any work
 
 
-def _pair(settings: QuantizeConfig, console: "Console") -> tuple[Source, Source, dict[str, Any]]:
+def _pair(settings: QuantizeConfig, console: "Console") -> tuple[Source, Source, Record]:
     """The compressed model, the dense one, and the record that binds them."""
     from sp3llm.models.source import resolve_model
     from sp3llm.reporting.origins import find_dense
-    from sp3llm.reporting.record import read_record
 
     folder, name, note = resolve_model(settings.model)
     small = _opened(folder, name)
     record = read_record(folder)
     dense_folder = find_dense(record, settings.dense)
-    dense = _opened(dense_folder, settings.dense or str(record["model"]))
+    dense = _opened(dense_folder, settings.dense or record.model)
     if settings.dense is None:
         console.print(f"The dense model is {dense.name}.", markup=False, highlight=False)
     if note:
@@ -309,78 +317,76 @@ def losses_of(
 def _entry(
     settings: QuantizeConfig,
     out: Path,
-    small: Source,
-    dense: Source,
-    found: Mapping[str, Found],
+    sources: Mapping[str, Source],
+    measured: Mapping[str, Found],
     execution: "Execution",
-) -> dict[str, Any]:
-    """What `sp3llm.json` keeps of a quantization (`record`)."""
+    started: float,
+) -> QuantizationEntry:
+    """What the record has of a quantization into `out` that began at `started`, by
+    `time.monotonic`; `sources` are `dense` and `small`, `measured` has the names of `FourModels`.
+    """
     from importlib.metadata import version
 
-    from sp3llm.maths.paired import excess_log_perplexity, perplexity
+    from sp3llm.maths.paired import perplexity
     from sp3llm.models import families
     from sp3llm.quantization import bits
-    from sp3llm.runtime.machine import machine, versions
+    from sp3llm.runtime.machine import device_memory, machine, peak_memory, versions
 
-    resolved = replace(settings, dense=dense.name, out=out, device=str(execution.device))
-    base = found["dense"].losses
+    losses = {name: model.losses for name, model in measured.items()}
     models = {
-        name: {
-            "perplexity": perplexity(one.losses),
-            "excess_log_perplexity": excess_log_perplexity(one.losses, base).describe(),
-            "weight_bytes": one.weight_bytes,
-            "linear_bytes": one.linear_bytes,
-            "window_losses": one.losses.mean(1).tolist(),
-        }
-        for name, one in found.items()
+        name: MeasuredModel(
+            perplexity=perplexity(model.losses),
+            excess_log_perplexity=_excess(model.losses, losses["dense"]),
+            weight_bytes=model.weight_bytes,
+            linear_bytes=model.linear_bytes,
+            window_losses=tuple(model.losses.mean(1).tolist()),
+        )
+        for name, model in measured.items()
     }
-    cost = {
-        name: excess_log_perplexity(
-            found[f"{name}_quantized"].losses, found[name].losses
-        ).describe()
-        for name in ("dense", "small")
-    }
-    versus = excess_log_perplexity(found["small_quantized"].losses, found["dense_quantized"].losses)
-    unfit = execution.device.type == "cpu" and bits.unfit(settings.to, dense.linear())
-    return {
-        "command": command_line(settings),
-        "settings": {key: None if value is None else str(value)
-                     for key, value in asdict(resolved).items()},
-        "bits": settings.to,
-        "parameters": families.count_parameters(small.family, small.checkpoint.config),
-        "quantized_parameters": linear_parameters(small),
-        "models": models,
-        "cost": cost,
-        "over_dense_quantized": versus.describe(),
-        "dense_runs_elsewhere_only": unfit or None,
-        "compute_dtype": str(execution.dtype).removeprefix("torch."),
-        "versions": {**versions(), "bitsandbytes": version("bitsandbytes")},
-        "machine": machine(str(execution.device)),
-    }  # fmt: skip
+    small, dense = sources["small"], sources["dense"]
+    resolved = replace(settings, dense=dense.name, out=out, device=str(execution.device))
+    is_cpu = execution.device.type == "cpu"
+    return QuantizationEntry(
+        command=command_line(settings),
+        settings=to_json(resolved),
+        bits=settings.to,
+        parameters=families.count_parameters(small.family, small.checkpoint.config),
+        quantized_parameters=linear_parameters(small),
+        models=FourModels(**models),
+        cost=QuantizationCost(
+            dense=_excess(losses["dense_quantized"], losses["dense"]),
+            small=_excess(losses["small_quantized"], losses["small"]),
+        ),
+        over_dense_quantized=_excess(losses["small_quantized"], losses["dense_quantized"]),
+        dense_runs_elsewhere_only=bits.unfit(settings.to, dense.linear()) if is_cpu else None,
+        compute_dtype=str(execution.dtype).removeprefix("torch."),
+        versions={**versions(), "bitsandbytes": version("bitsandbytes")},
+        machine=machine(str(execution.device)),
+        seconds=round(time.monotonic() - started, 2),
+        peak_memory_bytes=peak_memory(),
+        device_memory_bytes=device_memory(str(execution.device)),
+    )
+
+
+def _excess(losses: "Tensor", baseline: "Tensor") -> Excess:
+    """Log-perplexity over another model's, from token losses `(windows, tokens - 1)`."""
+    from sp3llm.maths.paired import excess_log_perplexity
+
+    return from_json(Excess, excess_log_perplexity(losses, baseline).describe())
 
 
 def _finish(
-    small: Source,
-    dense: Source,
-    record: Mapping[str, Any],
-    entry: Mapping[str, Any],
-    stock: Mapping[str, Any],
-    folder: Path,
-) -> dict[str, Any]:
-    """Everything of the output but its weights; `config.json` last. Returns the record."""
+    small: Source, dense: Source, record: Record, stock: Mapping[str, Any], folder: Path
+) -> None:
+    """Everything of the output but its weights; `config.json` last."""
     from sp3llm.models.companions import copy_companions
     from sp3llm.reporting.card import write_card
-    from sp3llm.reporting.record import MEASURED
     from sp3llm.runtime.files import write_json
-    from sp3llm.runtime.folders import RECORD
 
     copy_companions(small.checkpoint.folder, folder)
-    kept = {key: value for key, value in record.items() if key not in MEASURED}
-    kept["quantization"] = dict(entry)
-    write_json(folder / RECORD, kept)
+    write_record(folder, record)
     if (small.checkpoint.folder / "README.md").is_file():  # the licence that it carries
         shutil.copyfile(small.checkpoint.folder / "README.md", folder / "README.md")
-    write_card(folder, kept, dense.checkpoint.folder)
+    write_card(folder, record, dense.checkpoint.folder)
     config = {**small.checkpoint.config, "quantization_config": dict(stock)}
     write_json(folder / "config.json", config)
-    return kept

@@ -1,13 +1,13 @@
 """What a recovery starts from: both models, checked against each other, and three texts."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.errors import UserError, reason
+from sp3llm.errors import UserError
 from sp3llm.options import RecoverConfig
+from sp3llm.reporting.record import Record, TunedRecord, read_any_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,11 +33,16 @@ class Pair:
     small: "Checkpoint"
     family: "Family"
     name: str
-    record: dict[str, Any]
-    """`sp3llm.json` of the compressed model; empty where it has none."""
+    record: Record | TunedRecord | None
+    """`sp3llm.json` of the compressed model; None where it has none."""
     dense: "Checkpoint"
     dense_family: "Family"
     teacher: str
+
+    @property
+    def compression(self) -> Record | None:
+        """The record, where sp3llm compressed the model."""
+        return self.record if isinstance(self.record, Record) else None
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,13 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
     from sp3llm.text.tokenizer import load_tokenizer
 
     folder, name, note = resolve_model(settings.model)
-    record = _record_of(folder)
-    if settings.teacher is None and "settings" not in record:
+    record = read_any_record(folder)
+    if settings.teacher is None and not isinstance(record, Record):
         raise UserError(
             f"Expected --teacher for '{name}', which has no {RECORD} that names the dense "
             "model it came from, found none: name it."
         )
-    teacher = settings.teacher or record["settings"]["model"]
+    teacher = settings.teacher or record.settings["model"]
     dense_folder, dense_name, dense_note = resolve_model(teacher)
     if settings.teacher is None:
         dense_note = f"The teacher is {dense_name}, which {name} was made from."
@@ -82,9 +87,9 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
 
     def opened(folder: Path) -> "tuple[Checkpoint, Family]":
         family = families.family_of(read_config(folder))
-        found = with_prefix(open_checkpoint(folder), family)
-        check_tensors(found, family)
-        return found, family
+        checkpoint = with_prefix(open_checkpoint(folder), family)
+        check_tensors(checkpoint, family)
+        return checkpoint, family
 
     small, family = opened(folder)
     dense, dense_family = opened(dense_folder)
@@ -100,21 +105,6 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
             "made from."
         )
     return Pair(small, family, name, record, dense, dense_family, dense_name)
-
-
-def _record_of(folder: Path) -> dict[str, Any]:
-    from sp3llm.runtime.folders import RECORD
-
-    path = folder / RECORD
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"'{path}' is no record of sp3llm ({reason(error)}): get an undamaged copy, or remove "
-            "it."
-        ) from error
 
 
 def disk_bytes(settings: RecoverConfig, pair: Pair) -> int:
@@ -148,18 +138,17 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
 
     tokenizer = load_tokenizer(pair.small.folder)
     seq_len = window_length_of(settings, pair)
-    calibrated = pair.record.get("calibration", {})
-    evaluated = pair.record.get("evaluation", {})
-    names = settings.train or ",".join(calibrated.get("sources", ["wikitext2"]))
-    eval_names = (
-        settings.eval_text or ",".join(evaluated.get("sources", [])) or default_evaluation(names)
-    )
+    compression = pair.compression
+    calibrated = compression.calibration.sources if compression else ("wikitext2",)
+    evaluated = compression.evaluation.sources if compression else ()
+    names = settings.train or ",".join(calibrated)
+    eval_names = settings.eval_text or ",".join(evaluated) or default_evaluation(names)
     evaluation = evaluation_windows(
         eval_names,
         tokenizer,
         settings.eval_samples,
-        evaluated.get("seq_len", seq_len),
-        _calibrated_documents(pair.record, eval_names, tokenizer),
+        compression.evaluation.seq_len if compression else seq_len,
+        _calibrated_documents(compression, eval_names, tokenizer),
     )
     training = training_windows(
         names,
@@ -188,21 +177,26 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
     return Texts(training, stopping, evaluation)
 
 
-def _calibrated_documents(record: dict[str, Any], names: str, tokenizer: Any) -> frozenset[str]:
+def _calibrated_documents(compression: Record | None, names: str, tokenizer: Any) -> frozenset[str]:
     """Documents that the compression was calibrated on, where it read sets that are also to be
     reported on: they are left out, as the compression left them out.
     """
     from sp3llm.text.sources import resolve_source
     from sp3llm.text.windows import calibration_windows
 
-    calibrated = record.get("calibration", {})
-    sources = calibrated.get("sources", [])
-    shared = set(sources) & {name.strip() for name in names.split(",")}
+    if compression is None:
+        return frozenset()
+    calibrated = compression.calibration
+    shared = set(calibrated.sources) & {name.strip() for name in names.split(",")}
     if all(resolve_source(name).stdlib for name in shared):
         return frozenset()  # divided by content already
-    samples, seq_len = calibrated["samples"], calibrated["seq_len"]
-    seed = record["settings"]["seed"]
-    return calibration_windows(",".join(sources), tokenizer, samples, seq_len, seed).documents
+    return calibration_windows(
+        ",".join(calibrated.sources),
+        tokenizer,
+        calibrated.samples,
+        calibrated.seq_len,
+        compression.settings["seed"],
+    ).documents
 
 
 def say_epochs(settings: RecoverConfig, texts: Texts, console: "Console") -> None:

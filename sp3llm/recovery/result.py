@@ -1,22 +1,29 @@
 """What a recovery leaves: a stock model again, its losses, its record."""
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sp3llm.options import RecoverConfig
-from sp3llm.recovery.inputs import (
-    Pair,
-    Texts,
-)
+from sp3llm.recovery.inputs import Pair, Texts
 from sp3llm.recovery.lesson import default_lr, load_student
+from sp3llm.reporting.record import (
+    Excess,
+    Record,
+    RecoveryEntry,
+    TextSet,
+    TunedRecord,
+    without_measurements,
+    write_record,
+)
+from sp3llm.reporting.typed_json import from_json, to_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
-    from sp3llm.maths.paired import Excess
+    from sp3llm.maths import paired
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.recovery.engine import State
     from sp3llm.text.windows import Windows
@@ -39,8 +46,8 @@ class Recovery:
     dense_perplexity: float
     perplexity_before: float
     perplexity: float
-    excess_before: "Excess"
-    excess: "Excess"
+    excess_before: "paired.Excess"
+    excess: "paired.Excess"
     seconds: float
     peak_memory: int
     device_memory: int
@@ -93,7 +100,7 @@ def measure_three(
     from sp3llm.runtime.devices import resolve_execution
 
     tokens = texts.evaluation.tokens
-    found = []
+    losses = []
     for checkpoint, family in (
         (written, pair.family),
         (pair.small, pair.family),
@@ -101,8 +108,8 @@ def measure_three(
     ):
         dtype = torch.promote_types(pair.dense.dtype(), checkpoint.dtype())
         execution = resolve_execution(device, dtype)
-        found.append(measure_losses(checkpoint, family, tokens, execution, progress))
-    return tuple(found)
+        losses.append(measure_losses(checkpoint, family, tokens, execution, progress))
+    return tuple(losses)
 
 
 def write_result(
@@ -112,35 +119,42 @@ def write_result(
     folder: Path,
     device: str,
     processes: int,
-) -> None:
-    """Everything of the output but its weights; `config.json` last."""
+) -> RecoveryEntry:
+    """Everything of the output but its weights; `config.json` last. Returns what the record has of
+    the recovery.
+    """
     from sp3llm.models.basis_file import BASIS
     from sp3llm.models.companions import copy_companions
-    from sp3llm.reporting import recovery
-    from sp3llm.reporting.record import MEASURED
     from sp3llm.runtime.files import write_json
-    from sp3llm.runtime.folders import RECORD
 
-    copy_companions(pair.small.folder, folder)
-    if (pair.small.folder / BASIS).is_file():
-        shutil.copyfile(pair.small.folder / BASIS, folder / BASIS)
-    record = dict(pair.record)
-    earlier = record.pop("recoveries", [])
-    for measured in MEASURED:  # on the weights before
-        record.pop(measured, None)
+    small = pair.small.folder
+    copy_companions(small, folder)
+    if (small / BASIS).is_file():
+        shutil.copyfile(small / BASIS, folder / BASIS)
     entry = _entry(settings, pair, result, device, processes)
-    write_json(folder / RECORD, {**record, "recoveries": [*earlier, entry]})
-    card = pair.small.folder / "README.md"
-    before = card.read_text(encoding="utf-8") if pair.record and card.is_file() else ""
-    text = recovery.card(before, result)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    record = pair.record or TunedRecord()
+    if isinstance(record, Record):
+        record = without_measurements(record)
+    write_record(folder, replace(record, recoveries=(*record.recoveries, entry)))
+    (folder / "README.md").write_text(_card(pair, entry), encoding="utf-8")
     write_json(folder / "config.json", dict(pair.small.config))
+    return entry
+
+
+def _card(pair: Pair, entry: RecoveryEntry) -> str:
+    """README.md: that of the model before, if sp3llm wrote it, and a section on the recovery."""
+    from sp3llm.reporting.recovery import card_section, tuned_card
+
+    card = pair.small.folder / "README.md"
+    if pair.record is None or not card.is_file():
+        return tuned_card(pair.name, entry)
+    return card.read_text(encoding="utf-8") + card_section(entry)
 
 
 def _entry(
     settings: RecoverConfig, pair: Pair, result: Recovery, device: str, processes: int
-) -> dict[str, Any]:
-    """What `sp3llm.json` keeps of a recovery."""
+) -> RecoveryEntry:
+    """What the record has of a recovery; options as they were resolved."""
     from sp3llm.models import families
     from sp3llm.runtime.machine import machine, versions
 
@@ -148,7 +162,7 @@ def _entry(
     width = families.axis_sizes(pair.family, pair.small.config)[families.RESIDUAL]
     resolved = replace(
         settings,
-        out=str(result.out),
+        out=result.out,
         teacher=pair.teacher,
         train=",".join(training.sources),
         stop_text=",".join(result.stopping.sources),
@@ -157,31 +171,30 @@ def _entry(
         lr=settings.lr or default_lr(width, settings.lora is not None),
         check_every=settings.checked_every,
         checkpoint_every=settings.saved_every,
-        teacher_logits=None if settings.teacher_logits is None else str(settings.teacher_logits),
         device=device,
     )
-    return {
-        "command": result.command,
-        "settings": asdict(resolved),
-        "trained_parameters": result.trained_parameters,
-        "steps": state.step,
-        "best_step": state.best_step,
-        "stopped_early": state.stopped,
-        "held_out_losses": state.held_out,
-        "training_losses": state.trained,
-        "training": training.describe(),
-        "stopping": result.stopping.describe(),
-        "evaluation": result.evaluation.describe(),
-        "dense_perplexity": result.dense_perplexity,
-        "perplexity_before": result.perplexity_before,
-        "perplexity": result.perplexity,
-        "excess_log_perplexity_before": result.excess_before.describe(),
-        "excess_log_perplexity": result.excess.describe(),
-        "processes": processes,
-        "training_seconds": round(state.seconds, 2),
-        "seconds": round(result.seconds, 2),
-        "peak_memory_bytes": result.peak_memory,
-        "device_memory_bytes": result.device_memory,
-        "versions": versions(),
-        "machine": machine(device),
-    }
+    return RecoveryEntry(
+        command=result.command,
+        settings=to_json(resolved),
+        trained_parameters=result.trained_parameters,
+        steps=state.step,
+        best_step=state.best_step,
+        stopped_early=state.stopped,
+        held_out_losses=tuple(map(tuple, state.held_out)),
+        training_losses=tuple(map(tuple, state.trained)),
+        training=from_json(TextSet, training.describe()),
+        stopping=from_json(TextSet, result.stopping.describe()),
+        evaluation=from_json(TextSet, result.evaluation.describe()),
+        dense_perplexity=result.dense_perplexity,
+        perplexity_before=result.perplexity_before,
+        perplexity=result.perplexity,
+        excess_log_perplexity_before=from_json(Excess, result.excess_before.describe()),
+        excess_log_perplexity=from_json(Excess, result.excess.describe()),
+        processes=processes,
+        training_seconds=round(state.seconds, 2),
+        seconds=round(result.seconds, 2),
+        peak_memory_bytes=result.peak_memory,
+        device_memory_bytes=result.device_memory,
+        versions=versions(),
+        machine=machine(device),
+    )

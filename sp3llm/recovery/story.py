@@ -114,9 +114,10 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
                 peak_memory=peak_memory(),
                 device_memory=device_memory(device),
             )
-            write_result(settings, pair, result, partial, device, processes)
+            entry = write_result(settings, pair, result, partial, device, processes)
         shutil.rmtree(work, ignore_errors=True)
 
-    console.print(closing_table(result))
-    console.print(next_steps(result), highlight=False, markup=False)
+    console.print(closing_table(pair.name, entry))
+    architecture = pair.family.architecture
+    console.print(next_steps(out, architecture, entry), highlight=False, markup=False)
     return result

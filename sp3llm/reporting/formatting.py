@@ -28,3 +28,32 @@ def human_time(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def human_count(count: int) -> str:
+    """`7.9 M`: three digits, in thousands, millions or billions."""
+    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return str(count)
+
+
+def figure(value: float | None, form: str = ".4f") -> str:
+    """A number in a format of Python's; nothing where it is unknown."""
+    return "" if value is None else f"{value:{form}}"
+
+
+def plain(value: Any) -> str:
+    """A setting as text: `yes` and `no`, and nothing for None."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
+
+
+def cell(value: Any) -> str:
+    """A number or text in a table: thousands apart, four digits where it is no whole number."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -40,7 +40,7 @@ def push(folder: Path, repo_id: str, private: bool, console: "Console") -> str:
                 repo_id=url.repo_id,
                 folder_path=folder,
                 commit_message="Upload a model compressed by sp3llm",
-                ignore_patterns=["*.partial*", ".lock"],
+                ignore_patterns=["*.partial*", "*.new", ".lock"],
             )
     except UserError:
         raise

@@ -1,15 +1,16 @@
 """Find again what a record speaks of: the dense model, and the held-out text."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sp3llm.errors import UserError
+from sp3llm.reporting.record import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def dense_folder(record: dict[str, Any], named: str | None = None) -> Path | None:
+def dense_folder(record: Record, named: str | None = None) -> Path | None:
     """What `find_dense` finds, or None."""
     try:
         return find_dense(record, named)
@@ -17,7 +18,7 @@ def dense_folder(record: dict[str, Any], named: str | None = None) -> Path | Non
         return None
 
 
-def find_dense(record: dict[str, Any], named: str | None = None) -> Path:
+def find_dense(record: Record, named: str | None = None) -> Path:
     """The folder of the dense model: the one named, or where the record says it was.
 
     A model of the hub that nobody named is looked for in the hub cache only.
@@ -28,19 +29,19 @@ def find_dense(record: dict[str, Any], named: str | None = None) -> Path:
     from sp3llm.models.shapes import Shape
     from sp3llm.models.source import read_config, resolve_model
 
-    recorded = record["settings"]["model"]
+    recorded = record.settings["model"]
     if named is not None or recorded is None or Path(recorded).is_dir():
         folder, _, _ = resolve_model(named or recorded)
     else:
-        folder = _cached(record["base_model"], recorded)
+        folder = _cached(record.base_model, recorded)
     config = read_config(folder)
     family = families.family_of(config)
-    wanted, found = Shape(**record["plan"]["dense_shape"]), Shape.of(family, config)
-    count = families.count_parameters(family, config)
-    if (found, count) != (wanted, record["plan"]["dense_parameters"]):
+    shape, count = Shape.of(family, config), families.count_parameters(family, config)
+    plan = record.plan
+    if (shape, count) != (plan.dense_shape, plan.dense_parameters):
         raise UserError(
             f"Expected the dense model that this one was made from "
-            f"({record['plan']['dense_parameters']:,} parameters) in '{folder}', found another "
+            f"({plan.dense_parameters:,} parameters) in '{folder}', found another "
             f"({count:,}): name the right one with --dense."
         )
     return folder
@@ -62,7 +63,7 @@ def _cached(base_model: str | None, recorded: str) -> Path:
     )
 
 
-def held_out_tokens(record: dict[str, Any], folder: Path) -> "Tensor":
+def held_out_tokens(record: Record, folder: Path) -> "Tensor":
     """The evaluation windows of a run once more, `(windows, tokens)`.
 
     Raises UserError if the text cannot be read, or is not what it was.
@@ -70,7 +71,7 @@ def held_out_tokens(record: dict[str, Any], folder: Path) -> "Tensor":
     from sp3llm.text.tokenizer import load_tokenizer
     from sp3llm.text.windows import calibration_windows, evaluation_windows
 
-    settings = record["settings"]
+    settings = record.settings
     tokenizer = load_tokenizer(folder)
     calibration = calibration_windows(
         settings["calib"], tokenizer, settings["samples"], settings["seq_len"], settings["seed"]
@@ -82,7 +83,7 @@ def held_out_tokens(record: dict[str, Any], folder: Path) -> "Tensor":
         settings["seq_len"],
         calibration.documents,
     )
-    if evaluation.sha256 != record["evaluation"]["sha256"]:
+    if evaluation.sha256 != record.evaluation.sha256:
         raise UserError(
             f"The held-out text '{settings['eval_text']}' is not what it was when the model was "
             "compressed (its files changed, or for stdlib the Python): run the same command "

@@ -11,9 +11,10 @@ from sp3llm.reporting.formatting import human_bytes
 if TYPE_CHECKING:
     from sp3llm.models.families import Family
     from sp3llm.models.shapes import Shape
-    from sp3llm.options import CompressConfig
+    from sp3llm.options import CompressConfig, RecoverConfig
     from sp3llm.planning.limits import Limits, Plan
     from sp3llm.planning.needs import Needs
+    from sp3llm.planning.recovery_needs import RecoveryNeeds
 
 
 def changed_sizes(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -80,4 +81,17 @@ def needs_line(settings: "CompressConfig", seq_len: int, needs: "Needs") -> str:
         f"disk: --streams) and {human_bytes(needs.working)} of memory for a layer and its Gram "
         "matrices, in float32 arithmetic; on a GPU the streams take half. On disk the result takes "
         f"{human_bytes(needs.disk)}, and the run {human_bytes(needs.kept)} until it is done."
+    )
+
+
+def recovery_line(settings: "RecoverConfig", seq_len: int, needs: "RecoveryNeeds") -> str:
+    """What a recovery will need of the device that trains."""
+    from sp3llm.planning.recovery_needs import micro_batch_of
+
+    what = "all weights" if settings.lora is None else f"adapters of rank {settings.lora}"
+    return (
+        f"Recovery of {what}, {micro_batch_of(settings, seq_len)} windows at once, needs about "
+        f"{human_bytes(needs.total)} of device memory: teacher {human_bytes(needs.teacher)}, model "
+        f"{human_bytes(needs.weights)}, gradients and moments {human_bytes(needs.optimizer)}, "
+        f"activations {human_bytes(needs.activations)}, logits {human_bytes(needs.logits)}."
     )

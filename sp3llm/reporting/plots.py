@@ -3,7 +3,10 @@
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from sp3llm.reporting.tables import Part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +24,8 @@ _VARIABLES = {
 }
 # At this width, in points, letters have their own size on a phone.
 _WIDTH, _HEIGHT = 360, 236
+# Beyond, they would run into each other at that width.
+_MOST_MARKERS = 80
 _STYLE = {
     "svg.fonttype": "none",  # letters stay letters, in the page's font
     "font.size": 10.5,
@@ -47,18 +52,32 @@ _STYLE = {
 }
 
 
-def parts_plot(rows: Sequence[tuple[str, int, int, str]]) -> str:
-    """Parameters by part, before and after: `(name, dense, small, share kept)` each."""
+@dataclass(frozen=True)
+class Line:
+    """A line over the depth of a model."""
+
+    label: str
+    positions: Sequence[float]
+    """In layers."""
+    values: Sequence[float]
+    is_refitted: bool
+    """Drawn in the compressed model's colour, otherwise in the dense one's."""
+    marker: str
+    """matplotlib's; anything but `o` is dashed, too."""
+
+
+def parts_plot(parts: Sequence[Part]) -> str:
+    """Parameters by part, before and after, as SVG."""
 
     def draw(axes: "Axes") -> None:
-        names = [name for name, *_ in rows]
-        scale, unit = _unit(max(max(dense, small) for _, dense, small, _ in rows))
-        at = range(len(rows))
-        dense = [row[1] / scale for row in rows]
-        small = [row[2] / scale for row in rows]
+        names = [part.name for part in parts]
+        scale, unit = _unit(max(max(part.dense, part.small) for part in parts))
+        at = range(len(parts))
+        dense = [part.dense / scale for part in parts]
+        small = [part.small / scale for part in parts]
         axes.barh([y - 0.2 for y in at], dense, 0.36, color=_ONE, label="dense")
         bars = axes.barh([y + 0.2 for y in at], small, 0.36, color=_TWO, label="compressed")
-        axes.bar_label(bars, [row[3] for row in rows], padding=3, fontsize=9.5)
+        axes.bar_label(bars, [part.kept for part in parts], padding=3, fontsize=9.5)
         axes.set_yticks(list(at), names)
         axes.invert_yaxis()
         axes.margins(x=0.14)
@@ -104,33 +123,33 @@ def spectrum_plot(eigenvalues: Sequence[float], kept: int) -> str:
     return _svg(draw, f"Spectrum of the residual stream, {kept} directions kept", "spectrum")
 
 
-def layers_plot(lines: Sequence["Line"], ylabel: str, name: str, percent: bool = False) -> str:
-    """Lines over the depth of the model: `(label, positions, values, is_refitted, marker)` each."""
+def layers_plot(lines: Sequence[Line], ylabel: str, name: str, percent: bool = False) -> str:
+    """Lines over the depth of the model, as SVG; `name` tells its ids from other pictures'."""
 
     def draw(axes: "Axes") -> None:
-        for label, positions, values, is_refitted, marker in lines:
+        for line in lines:
             axes.plot(
-                positions,
-                [100 * value for value in values] if percent else values,
-                color=_TWO if is_refitted else _ONE,
-                linestyle="-" if marker == "o" else (0, (4, 2)),
-                marker=marker if len(positions) <= 80 else None,
+                line.positions,
+                [100 * value for value in line.values] if percent else line.values,
+                color=_TWO if line.is_refitted else _ONE,
+                linestyle="-" if line.marker == "o" else (0, (4, 2)),
+                marker=line.marker if len(line.positions) <= _MOST_MARKERS else None,
                 markersize=3.2,
                 linewidth=1.5,
-                label=label,
+                label=line.label,
             )
         axes.set_xlabel("layer")
         axes.set_ylabel(ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.figure.legend(
-            *axes.get_legend_handles_labels(), loc="outside upper center", ncols=2,
-            handlelength=1.8, columnspacing=1.2,
-        )  # fmt: skip
+            *axes.get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=2,
+            handlelength=1.8,
+            columnspacing=1.2,
+        )
 
     return _svg(draw, f"{ylabel} over the layers", name)
-
-
-Line = tuple[str, Sequence[float], Sequence[float], bool, str]
 
 
 def _svg(draw: Any, label: str, name: str) -> str:
@@ -147,7 +166,7 @@ def _svg(draw: Any, label: str, name: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
     for identifier in used:  # several figures share a page
         text = re.sub(rf'(?<=[#"]){re.escape(identifier)}(?=[)"])', f"{name}-{identifier}", text)
     for colour, variable in _VARIABLES.items():

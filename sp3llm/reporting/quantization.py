@@ -1,52 +1,52 @@
-"""What a quantization tells its user: the closing table and the next steps."""
+"""What a quantization tells its user: the closing table, the next steps, a section of the card."""
 
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
-from sp3llm.reporting.formatting import human_bytes, human_time
-from sp3llm.reporting.tables import quantization_rows
+from sp3llm.reporting.record import QuantizationEntry, TextSet
+from sp3llm.reporting.tables import (
+    held_out_line,
+    markdown_table,
+    quantization_rows,
+    resources_line,
+    terminal_table,
+)
 
 
-def closing_table(record: dict[str, Any]) -> Table:
-    """The table printed at the end of a run."""
-    entry, evaluated = record["quantization"], record["evaluation"]
-    head, *body = quantization_rows(record)
-    table = Table(title=Text(f"{record['model']}, compressed, in {entry['bits']}"))
-    for column in head:
-        table.add_column(column, justify="left" if column == "" else "right")
-    for row in body:
-        table.add_row(*map(Text, row))
-    device = entry["device_memory_bytes"]
-    table.caption = (
-        f"{evaluated['samples'] * evaluated['seq_len']:,} held-out tokens in "
-        f"{evaluated['samples']} windows\n{_share(entry)}\n"
-        f"time {human_time(entry['seconds'])}, peak memory "
-        + human_bytes(entry["peak_memory_bytes"])
-        + (f", GPU {human_bytes(device)}" if device else "")
+def closing_table(model: str, evaluation: TextSet, entry: QuantizationEntry) -> Table:
+    """The table printed at the end of a run; `model` is the dense one's name."""
+    share = entry.quantized_parameters / entry.parameters
+    return terminal_table(
+        f"{model}, compressed, in {entry.bits}",
+        quantization_rows(entry),
+        f"{held_out_line(evaluation)}\n"
+        f"{100 * share:.0f} % of the compressed model's parameters are quantized\n"
+        f"{resources_line(entry)}",
     )
-    return table
 
 
-def _share(entry: dict[str, Any]) -> str:
-    share = entry["quantized_parameters"] / entry["parameters"]
-    return f"{100 * share:.0f} % of the compressed model's parameters are quantized"
-
-
-def next_steps(out: Path, record: dict[str, Any]) -> str:
-    """What was written, and what to do with it."""
-    entry = record["quantization"]
-    unfit = entry["dense_runs_elsewhere_only"]
+def next_steps(out: Path, architecture: str, entry: QuantizationEntry) -> str:
+    """What was written to `out`, and what to do with it."""
+    unfit = entry.dense_runs_elsewhere_only
     note = (
-        f"The dense model in {entry['bits']} does not run on a CPU ({unfit}); it was measured with "
+        f"The dense model in {entry.bits} does not run on a CPU ({unfit}); it was measured with "
         "its weights dequantized block by block, as a GPU does.\n"
         if unfit
         else ""
     )
     return note + (
-        f"Written to {out} (stock {record['architecture']}, needs bitsandbytes; the record is "
+        f"Written to {out} (stock {architecture}, needs bitsandbytes; the record is "
         "sp3llm.json). Next:\n"
         f"  AutoModelForCausalLM.from_pretrained({str(out)!r})   in transformers"
+    )
+
+
+def card_section(entry: QuantizationEntry) -> str:
+    """The section of a model card on the quantization, after an empty line."""
+    return (
+        f"\n## Quantized\n\nThe weights in this folder are in {entry.bits}, as bitsandbytes has "
+        "it; loading them needs `pip install bitsandbytes`. Embeddings, head, norms and experts "
+        "are as they were. All four models on the same held-out tokens, errors paired over "
+        f"windows:\n\n{markdown_table(quantization_rows(entry))}\n\n    {entry.command}\n"
     )

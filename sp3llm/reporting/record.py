@@ -1,152 +1,466 @@
-"""The record of a run, `sp3llm.json` in the folder of a compressed model.
+"""The record of a compressed model, `sp3llm.json` in its folder, as frozen dataclasses.
 
-`sp3llm compress` writes what it did and measured (`compress._record`). Later commands add entries
-of their own, and reports and model cards show whatever there is:
+`sp3llm compress` writes what it did and measured; `score`, `bench`, `recover`, `quantize` and
+`report` add entries; model cards, reports and tables show whatever there is. The fields are the
+keys of the file. Losses are in nats a token, sizes in bytes, times in seconds; `dense` is the
+original model and `small` the compressed one.
 
-`scores`, what `sp3llm score` found (`compress --score`, or `report --add` of its comparison)
-    `{"rows": [{"task": str, "metric": str, "samples": int, "dense": float | None, "small": float,
-    "difference": float | None, "paired_standard_error": float | None, ...}], ...}`. `difference`
-    is small minus dense and `paired_standard_error` its standard error over the same samples,
-    metrics are lm-eval's (`acc,none`, ...), everything in the metric's unit.
-
-`speed`, what `sp3llm bench` found (`report --add` of its --output)
-    A list of rows, each `{column: text or number}`, shown as the table that they make.
-
-`recoveries`, by `sp3llm recover`
-    What each run did and measured (`recover._entry`); the latest, the last, made the weights.
-
-`quantization`, by `sp3llm quantize`, in the record beside the quantized weights
-    `{"bits": "int8" | "nf4", "models": {NAME: {"perplexity": float, "excess_log_perplexity": {...},
-    "weight_bytes": int, "linear_bytes": int, "window_losses": [float, ...]}}, "cost": {"dense":
-    {...}, "small": {...}}, ...}`, NAME one of `dense`, `dense_quantized`, `small`,
-    `small_quantized`. Excess is over `dense`, cost that of a quantized model over itself in full
-    precision; each window's mean loss is there for paired comparisons with other runs
-    (`quantize._entry`).
-
-`samples`, by `sp3llm report`
-    `{"new_tokens": int, "texts": [{"prompt": str, "text": str, "dense": str, "small": str}]}`:
-    held-out text, how it goes on, and how the two models continue it, greedily.
+A file without `schema_version` is of version 1, whose keys are those of version 2. Keys that this
+version does not know are kept in `other`, and written again.
 """
 
 import json
-import os
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sp3llm.errors import UserError, reason
+from sp3llm.models.shapes import Shape
+from sp3llm.planning.limits import Plan
+from sp3llm.reporting.typed_json import MismatchError, from_json, to_json
 from sp3llm.runtime.folders import RECORD
 
-# Entries about the weights as they are, which no longer hold when those change.
-MEASURED = ("scores", "speed", "samples")
+SCHEMA_VERSION = 2
 
-_NEEDED = ("model", "base_model", "plan", "settings", "parameters", "dense_weight_bytes")
+# Settings that are read from a record; the others are only shown.
+_SETTINGS_READ = (
+    *("model", "calib", "samples", "seq_len", "eval_text", "eval_samples", "seed"),
+    *("moments", "basis", "refit"),
+)
+# Entries that are left out of the file while there is nothing in them.
+_LEFT_OUT_EMPTY = ("mask", "scores", "speed", "recoveries", "quantization", "samples")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+# --------------------------------------------------------------------------- the compression
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Windows of text that were calibrated on, trained on or scored."""
+
+    sources: tuple[str, ...]
+    """Named sets, files or hub data sets."""
+    samples: int
+    """Windows."""
+    seq_len: int
+    """Tokens a window."""
+    begins_with_bos: bool
+    """Each window begins with the tokenizer's BOS."""
+    documents: int
+    """Documents drawn."""
+    dropped_documents: int
+    """Documents left out since they also occur in a set that must share none with this one."""
+    sha256: str
+    """Hash of the token ids."""
+
+    @property
+    def tokens(self) -> int:
+        """In all windows together."""
+        return self.samples * self.seq_len
+
+
+@dataclass(frozen=True)
+class Excess:
+    """Log-perplexity of a model over another's on the same tokens, nats a token."""
+
+    mean: float
+    paired_standard_error: float | None
+    """Over windows; None: a single one leaves it unknown."""
+
+    def __str__(self) -> str:
+        """`0.0614 ± 0.0028`, or the mean alone."""
+        from sp3llm.maths import paired
+
+        error = self.paired_standard_error
+        return str(paired.Excess(self.mean, math.nan if error is None else error))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(Shape):
+    """A shape that the search tried."""
+
+    trial_loss: float
+    """Of the model refitted to it on a little calibration text, on text that no fit saw."""
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A closed-form fit of matrices that read the stream, or of one that writes to it."""
+
+    name: str
+    """Of the norm before the readers, or of the writers, joined by ` + ` where fitted together."""
+    ridge: float | None
+    """None: infinite, nothing was refitted."""
+    error: float
+    """Relative squared error after the refit, on held-back calibration text."""
+    plain_error: float
+    """The same without it."""
+    raised: bool
+    """The Gram matrix was singular, and the ridge was raised for that."""
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LearnedMask:
+    """How the mask of `--mask learned` was found."""
+
+    expected: Mapping[str, float]
+    """Sizes that were expected to stay in the end, by field of a shape."""
+    undecided: Mapping[str, float]
+    """Share of the gates neither open nor closed, by name."""
+    history: tuple[Mapping[str, float], ...]
+    """Step, target, expected share of the budget's count, and divergence; some of the steps."""
+    training: TextSet
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    """Parameters by part of the model: embeddings, attention, FFN, norms, head."""
+
+    dense: Mapping[str, int]
+    small: Mapping[str, int]
+
+
+# --------------------------------------------------------------------------- what came later
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A task's metric for both models, in the metric's unit."""
+
+    task: str
+    metric: str
+    """With its filter, as lm-eval has it: `acc,none`."""
+    samples: int
+    """Questions, or windows."""
+    small: float | None = None
+    standard_error: float | None = None
+    """Of `small` by itself."""
+    higher_is_better: bool | None = None
+    dense: float | None = None
+    paired_standard_error: float | None = None
+    """Of `difference`, over the same questions."""
+    difference: float | None = None
+    """`small - dense`."""
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `sp3llm score` found (`compress --score`, or `report --add` of its comparison)."""
+
+    rows: tuple[ScoreRow, ...]
+    model: str | None = None
+    against: str | None = None
+    """The model compared with."""
+    notes: tuple[str, ...] = ()
+    """What was not measured, and why."""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Of what the models were asked, by task or text."""
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryEntry:
+    """What a run of `sp3llm recover` did and measured."""
+
+    command: str
+    settings: Mapping[str, Any]
+    trained_parameters: int
+    """Of the adapters, where those were trained."""
+    steps: int
+    """Taken."""
+    best_step: int
+    """The one whose weights were written; 0: those from before."""
+    stopped_early: bool
+    held_out_losses: tuple[tuple[float, ...], ...]
+    """Step and loss of every check, on the text that decides when to stop."""
+    training_losses: tuple[tuple[float, ...], ...]
+    """Step and mean training loss since the check before."""
+    training: TextSet
+    stopping: TextSet
+    evaluation: TextSet
+    dense_perplexity: float
+    perplexity_before: float
+    perplexity: float
+    excess_log_perplexity_before: Excess
+    excess_log_perplexity: Excess
+    processes: int
+    training_seconds: float
+    seconds: float
+    peak_memory_bytes: int
+    """Of the host."""
+    device_memory_bytes: int
+    """Of the GPU; 0: there was none."""
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One of the four models that a quantization compares."""
+
+    perplexity: float
+    excess_log_perplexity: Excess
+    """Over the dense model in full precision."""
+    weight_bytes: int
+    """Of its files of weights."""
+    linear_bytes: int
+    """Of what is, or would be, quantized, scales included."""
+    window_losses: tuple[float, ...]
+    """Each window's mean loss, for paired comparisons with other runs."""
+
+
+@dataclass(frozen=True)
+class FourModels:
+    """The models that a quantization compares: both, in full precision and in few bits."""
+
+    dense: MeasuredModel
+    small: MeasuredModel
+    dense_quantized: MeasuredModel
+    small_quantized: MeasuredModel
+
+
+@dataclass(frozen=True)
+class QuantizationCost:
+    """What quantization costs each model: quantized, over itself in full precision."""
+
+    dense: Excess
+    small: Excess
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationEntry:
+    """What a run of `sp3llm quantize` did and measured; the weights beside it are in few bits."""
+
+    command: str
+    settings: Mapping[str, Any]
+    bits: str
+    """`int8` or `nf4`."""
+    parameters: int
+    """Of the compressed model."""
+    quantized_parameters: int
+    """Those of them that are in few bits."""
+    models: FourModels
+    cost: QuantizationCost
+    over_dense_quantized: Excess
+    """The compressed model over the dense one, both quantized."""
+    dense_runs_elsewhere_only: str | None
+    """What of the dense model bitsandbytes cannot run on this CPU."""
+    compute_dtype: str
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    seconds: float
+    peak_memory_bytes: int
+    """Of the host."""
+    device_memory_bytes: int
+    """Of the GPU; 0: there was none."""
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Held-out text, how it goes on, and how both models continue it, greedily."""
+
+    prompt: str
+    text: str
+    dense: str
+    small: str
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `sp3llm report` shows of both models' writing."""
+
+    new_tokens: int
+    """At most, of each continuation."""
+    texts: tuple[Sample, ...]
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------- the record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """All that is known of a model that `sp3llm compress` made."""
+
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    """The dense model's name, to show."""
+    base_model: str | None
+    """Its hub id; None: it was a folder, or the bundled one."""
+    architecture: str
+    command: str
+    settings: Mapping[str, Any]
+    """Of `sp3llm compress`, defaults resolved."""
+    plan: Plan
+    calibration: TextSet
+    evaluation: TextSet
+    dense_perplexity: float
+    perplexity: float
+    excess_log_perplexity: Excess
+    trials: tuple[Trial, ...]
+    """In the order of the search; none where there was nothing to choose."""
+    fits: tuple[Fit, ...]
+    """In the order of the model; none without a refit."""
+    eigenvalues: tuple[float, ...]
+    """Of the summed second moments of the dense model's residual stream, falling."""
+    energy_kept: float
+    """Share of their sum inside the basis kept."""
+    dtype: str
+    """Of the weights written."""
+    compute_dtype: str
+    dense_weight_bytes: int
+    weight_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    """Of the host."""
+    device_memory_bytes: int
+    """Of the GPU; 0: there was none."""
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    mask: LearnedMask | None = None
+    parameters: PartCounts
+    files_copied: tuple[str, ...] = ()
+    """From the dense model's folder."""
+    scores: Scores | None = None
+    speed: tuple[Mapping[str, Any], ...] = ()
+    """What `sp3llm bench` found (`report --add` of its --output): rows of a table, a text or number
+    by the name of its column."""
+    recoveries: tuple[RecoveryEntry, ...] = ()
+    """The latest, the last, made the weights."""
+    quantization: QuantizationEntry | None = None
+    samples: Samples | None = None
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedRecord:
+    """The record of a model that `sp3llm recover` tuned and `sp3llm compress` did not make."""
+
+    schema_version: int = SCHEMA_VERSION
+    recoveries: tuple[RecoveryEntry, ...] = ()
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+AnyRecord = TypeVar("AnyRecord", Record, TunedRecord)
+
+
+def without_measurements(record: Record) -> Record:
+    """The record without what was measured on, or written by, weights that are no longer those."""
+    return replace(record, scores=None, speed=(), samples=None)
+
+
+# --------------------------------------------------------------------------- files
+
+
+def read_record(folder: Path) -> Record:
     """The record in a folder that `sp3llm compress` wrote.
 
-    Raises UserError if there is none, or it is damaged or of an earlier version of sp3llm.
+    Raises UserError if there is none, or it is damaged or of another version of sp3llm.
     """
-    path = folder / RECORD
-    if not path.is_file():
+    content = _content(folder)
+    if content is None:
         raise UserError(
             f"Expected a folder that sp3llm wrote, found no {RECORD} in '{folder}': name the "
             "output folder of sp3llm compress."
         )
+    return _typed(Record, content, folder / RECORD)
+
+
+def read_any_record(folder: Path) -> Record | TunedRecord | None:
+    """The record in a folder of any model; None: there is none.
+
+    Raises UserError if it is damaged or of another version of sp3llm.
+    """
+    content = _content(folder)
+    if content is None:
+        return None
+    if "plan" in content or "settings" in content:
+        return _typed(Record, content, folder / RECORD)
+    return _typed(TunedRecord, content, folder / RECORD)
+
+
+def _content(folder: Path) -> dict[str, Any] | None:
+    """The object in `sp3llm.json`, of a schema version that is known; None: there is no file."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
             f"'{path}' is not JSON ({reason(error)}): get an undamaged copy of it."
         ) from error
-    missing = [key for key in _NEEDED if not isinstance(record, dict) or key not in record]
-    if missing:
+    if not isinstance(content, dict):
         raise UserError(
-            f"Expected '{missing[0]}' in '{path}', found none: it was written by an earlier "
-            "version of sp3llm, so compress the model again."
+            f"Expected an object in '{path}', found {type(content).__name__}: get an undamaged "
+            "copy of it."
         )
+    version = content.get("schema_version", 1)
+    if not isinstance(version, int) or version < 1:
+        raise UserError(
+            f"Expected a whole number as 'schema_version' in '{path}', found {version!r}: get an "
+            "undamaged copy of it."
+        )
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"Expected a record of schema version {SCHEMA_VERSION} at most in '{path}', found "
+            f"{version}, of a newer sp3llm: install that."
+        )
+    return content
+
+
+def _typed(kind: type[AnyRecord], content: dict[str, Any], path: Path) -> AnyRecord:
+    """The record that JSON holds, in the present schema version."""
+    is_first_version = "schema_version" not in content
+    try:
+        record = from_json(kind, {**content, "schema_version": SCHEMA_VERSION})
+        for name in _SETTINGS_READ if kind is Record else ():
+            if name not in record.settings:
+                raise MismatchError(f"settings.{name}", "an entry")
+    except MismatchError as error:
+        if error.is_absence and is_first_version:
+            raise UserError(
+                f"Expected '{error.where}' in '{path}', found none: it was written by an earlier "
+                "version of sp3llm, so compress the model again."
+            ) from error
+        raise UserError(
+            f"Expected {error.expected} as '{error.where}' in '{path}', found {error.found}: get "
+            "an undamaged copy of it, or compress the model again."
+        ) from error
     return record
 
 
-def measured(path: Path, folder: Path) -> dict[str, Any]:
-    """The entry that a file of `sp3llm score` or `sp3llm bench` makes for the model in `folder`.
+def write_record(folder: Path, record: Record | TunedRecord) -> None:
+    """Write `sp3llm.json` into a folder, durably: it is whole, or what it was.
 
-    Raises UserError if it is neither, or of another model.
+    Raises OSError if the folder cannot be written.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        model = str(found["model"])
-        entry = (
-            {"scores": {"rows": list(found["rows"])}}
-            if "rows" in found
-            else {"speed": [row for cell in found["cells"] for row in _speed_rows(cell)]}
-        )
-    except OSError as error:
-        raise UserError(f"Cannot read '{path}' ({error.strerror}): name a file that is.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"Expected the JSON that sp3llm score or sp3llm bench writes in '{path}', found "
-            f"something else ({type(error).__name__}: {reason(error)}): name one of their files."
-        ) from error
-    if Path(model).name != folder.resolve().name:
-        raise UserError(
-            f"Expected measurements of '{folder}' in '{path}', found those of '{model}': name a "
-            "file about this model."
-        )
-    return entry
+    from sp3llm.runtime.files import durable, write_json
+
+    content = to_json(record)
+    for name in _LEFT_OUT_EMPTY:
+        if not content.get(name):
+            content.pop(name, None)
+    durable(folder / RECORD, lambda path: write_json(path, content))
 
 
-def _speed_rows(cell: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of `speed` from a batch size and prompt length of `sp3llm bench`: medians, and the
-    ratio beside the one that the shapes promise.
-    """
-    dense, small = cell["dense"], cell["small"]
-    rows = []
-    for name in ("prefill", "decode"):
-        key = f"{name}_tokens_per_second"
-        rows.append(
-            {
-                "batch": cell["batch_size"],
-                "prompt": cell["prompt_length"],
-                "": f"{name}, tokens/s",
-                "dense": dense[key]["median"],
-                "compressed": small[key]["median"],
-                "ratio": cell[name]["measured"]["median"],
-                "promised": cell[name]["promised"],
-                "realised": cell[name]["realised"],
-            }
-        )
-    for key, what, scale in (
-        ("first_token_seconds", "first token, ms", 1e3),
-        ("peak_memory_bytes", "peak memory, MB", 1e-6),
-    ):
-        pair = [
-            side[key] if key.startswith("peak") else side[key]["median"] for side in (dense, small)
-        ]
-        if None not in pair:
-            rows.append(
-                {
-                    "batch": cell["batch_size"],
-                    "prompt": cell["prompt_length"],
-                    "": what,
-                    "dense": pair[0] * scale,
-                    "compressed": pair[1] * scale,
-                    "ratio": pair[1] / pair[0],
-                }
-            )
-    return rows
-
-
-def add_to_record(folder: Path, **entries: Any) -> dict[str, Any]:
-    """Set entries of a record, in one step; returns all of it.
+def add_to_record(folder: Path, **entries: Any) -> Record:
+    """Set fields of the record in a folder, in one step; returns all of it.
 
     Raises UserError as `read_record` does, or if the folder cannot be written.
     """
-    record = {**read_record(folder), **entries}
-    aside = folder / f"{RECORD}.partial"
+    record = replace(read_record(folder), **entries)
     try:
-        aside.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, folder / RECORD)
+        write_record(folder, record)
     except OSError as error:
         raise UserError(
             f"Cannot write to '{folder}' ({error.strerror}): make it writable, or copy it to where "

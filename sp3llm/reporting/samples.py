@@ -3,11 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sp3llm.errors import UserError, reason
 from sp3llm.reporting.origins import find_dense, held_out_tokens
-from sp3llm.reporting.record import add_to_record
+from sp3llm.reporting.record import Record, Sample, Samples, add_to_record
 
 if TYPE_CHECKING:
     import torch
@@ -24,19 +24,19 @@ _MEMORY_MARGIN = 1.3
 
 def with_samples(
     folder: Path,
-    record: dict[str, Any],
+    record: Record,
     console: "Console",
     device: str,
     named: str | None = None,
     dense: Path | None = None,
     tokens: "Tensor | None" = None,
-) -> tuple[dict[str, Any], str | None]:
+) -> tuple[Record, str | None]:
     """The record with samples, made where it has none or a dense model is `named`, and otherwise
     the reason why it has none.
 
     Raises UserError if the dense model that was named will not do.
     """
-    if "samples" in record and named is None:
+    if record.samples is not None and named is None:
         return record, None
     try:
         dense = dense or find_dense(record, named)
@@ -51,13 +51,13 @@ def with_samples(
 
 def continuations(
     folder: Path,
-    record: dict[str, Any],
+    record: Record,
     dense: Path,
     tokens: "Tensor",
     device: str,
     console: "Console",
-) -> dict[str, Any]:
-    """Continue held-out text with both models, greedily: the entry `samples` of the record.
+) -> Samples:
+    """Continue held-out text with both models, greedily.
 
     `tokens` are evaluation windows, `(windows, tokens)`, of which a few are taken, spread evenly.
 
@@ -69,7 +69,7 @@ def continuations(
     from sp3llm.text.tokenizer import load_tokenizer
 
     execution = resolve_execution(device, torch.float32).device
-    _check_memory(max(record["dense_weight_bytes"], record["weight_bytes"]), execution)
+    _check_memory(max(record.dense_weight_bytes, record.weight_bytes), execution)
     rows = torch.linspace(0, len(tokens) - 1, min(_TEXTS, len(tokens))).long()
     prompt = min(_PROMPT_TOKENS, tokens.shape[1] // 2)
     new = min(_NEW_TOKENS, tokens.shape[1] - prompt)
@@ -85,15 +85,15 @@ def continuations(
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     samples = [
-        {
-            "prompt": text(row[:prompt]),
-            "text": text(row[prompt : prompt + new]),
-            "dense": text(by_dense),
-            "small": text(by_small),
-        }
+        Sample(
+            prompt=text(row[:prompt]),
+            text=text(row[prompt : prompt + new]),
+            dense=text(by_dense),
+            small=text(by_small),
+        )
         for row, by_dense, by_small in zip(texts, dense_ids, small_ids, strict=True)
     ]
-    return {"new_tokens": new, "texts": samples}
+    return Samples(new, tuple(samples))
 
 
 def _continued(

@@ -22,6 +22,7 @@ from sp3llm.quantization.bits import bits_config, take_any_width
 from sp3llm.quantization.story import quantize
 from sp3llm.recovery.teacher import load_teacher
 from sp3llm.reporting.origins import held_out_tokens
+from sp3llm.reporting.record import read_record
 from sp3llm.runtime.folders import RECORD
 from tests.conftest import logits_of, relative_error, save_model, tiny_model
 from tests.helpers import QUIET, WITHOUT_SP3LLM
@@ -77,7 +78,7 @@ def in_memory(folder: Path, to: str) -> torch.nn.Module:
 
 
 def evaluation(folder: Path) -> torch.Tensor:
-    return held_out_tokens(json.loads((folder / RECORD).read_text()), folder)
+    return held_out_tokens(read_record(folder), folder)
 
 
 def recounted(model: torch.nn.Module, tokens: torch.Tensor) -> float:
@@ -199,7 +200,7 @@ def test_what_was_measured_on_other_weights_is_dropped(folder_of, tmp_path):
     folder = tmp_path / "small"
     shutil.copytree(folder_of("llama") / "small", folder)
     record = json.loads((folder / RECORD).read_text())
-    record |= {"speed": [{"batch": 1}], "samples": {}}
+    record |= {"speed": [{"batch": 1}], "samples": {"new_tokens": 4, "texts": []}}
     (folder / RECORD).write_text(json.dumps(record))
     quantize(QuantizeConfig(str(folder), "int8", device="cpu"), QUIET)
     found = json.loads((tmp_path / "small-int8" / RECORD).read_text())

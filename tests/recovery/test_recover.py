@@ -515,7 +515,7 @@ def test_adapters_are_counted_as_peft_makes_them(variant, tmp_path):
     model = tiny_model(variant, torch.float32)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    pair = Pair(checkpoint, family, "", {}, checkpoint, family, "")
+    pair = Pair(checkpoint, family, "", None, checkpoint, family, "")
     settings = RecoverConfig(str(tmp_path), lora=4)
     adapted, names = load_student(settings, pair, torch.float32)
     trained = sum(p.numel() for name, p in adapted.named_parameters() if name in names)

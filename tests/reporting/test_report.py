@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,15 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sp3llm.cli import main
 from sp3llm.errors import UserError
 from sp3llm.models.families import FAMILIES, count_parameters, count_parts
-from sp3llm.reporting import samples
+from sp3llm.reporting import origins, samples
 from sp3llm.reporting.card import write_card
+from sp3llm.reporting.measurements import measured
 from sp3llm.reporting.origins import held_out_tokens
 from sp3llm.reporting.page import PAGE
-from sp3llm.reporting.record import add_to_record, measured, read_record
+from sp3llm.reporting.record import Sample, Samples, add_to_record, read_record
 from sp3llm.reporting.samples import with_samples
 from sp3llm.runtime.folders import RECORD
 from tests.conftest import TINY, save_model, tiny_model
 from tests.helpers import QUIET, compress_tiny
+from tests.reporting.test_record import recovery_entry
 
 VOID = {"meta", "link", "br"}
 
@@ -93,38 +96,37 @@ def opened(folder):
 
 
 def test_the_page_is_whole_and_asks_for_nothing(made):
-    found = opened(made)
-    assert not {"script", "img", "iframe", "object"} & found.tags
-    assert len(found.ids) == len(set(found.ids))
-    inside = {f"#{identifier}" for identifier in found.ids}
-    assert all(what in inside or what == "data:," for what in found.refers)
+    page = opened(made)
+    assert not {"script", "img", "iframe", "object"} & page.tags
+    assert len(page.ids) == len(set(page.ids))
+    inside = {f"#{identifier}" for identifier in page.ids}
+    assert all(what in inside or what == "data:," for what in page.refers)
     assert "@import" not in (made / PAGE).read_text()
     assert (made / PAGE).read_text().count("<svg") == 4
 
 
 def test_the_page_says_what_the_record_says(made):
     record, text = read_record(made), opened(made).text
-    plan = record["plan"]
     for expected in (
-        f"{plan['parameters']:,}",
-        f"{plan['dense_parameters']:,}",
-        f"{record['perplexity']:.3f}",
-        record["command"],
-        record["versions"]["transformers"],
-        record["calibration"]["sha256"][:16],
-        *[sample["prompt"].split()[0] for sample in record["samples"]["texts"]],
-        *[f"{trial['trial_loss']:.4f}" for trial in record["trials"]],
+        f"{record.plan.parameters:,}",
+        f"{record.plan.dense_parameters:,}",
+        f"{record.perplexity:.3f}",
+        record.command,
+        record.versions["transformers"],
+        record.calibration.sha256[:16],
+        *[sample.prompt.split()[0] for sample in record.samples.texts],
+        *[f"{trial.trial_loss:.4f}" for trial in record.trials],
     ):
         assert expected in text
 
 
 def test_parts_and_energy_add_up(made):
     record = read_record(made)
-    for side, count in (("dense", "dense_parameters"), ("small", "parameters")):
-        assert sum(record["parameters"][side].values()) == record["plan"][count]
-    kept = record["plan"]["shape"]["hidden_size"]
-    most = sum(record["eigenvalues"][:kept]) / sum(record["eigenvalues"])
-    assert 0 < record["energy_kept"] <= most + 1e-9
+    plan, parameters = record.plan, record.parameters
+    assert sum(parameters.dense.values()) == plan.dense_parameters
+    assert sum(parameters.small.values()) == plan.parameters
+    most = sum(record.eigenvalues[: plan.shape.hidden_size]) / sum(record.eigenvalues)
+    assert 0 < record.energy_kept <= most + 1e-9
 
 
 @pytest.mark.parametrize("variant", TINY)
@@ -138,27 +140,27 @@ def test_parts_of_every_family_make_the_whole(variant):
 
 
 def test_samples_are_what_plain_transformers_continues(original, made):
-    found = read_record(made)["samples"]
+    recorded = read_record(made).samples
     tokenizer = AutoTokenizer.from_pretrained(made)
     tokens = held_out_tokens(read_record(made), made)
     first = tokens[:1, : tokens.shape[1] // 2]
     for side, folder in (("dense", original / "dense"), ("small", made)):
         model = AutoModelForCausalLM.from_pretrained(folder)
         ids = model.generate(
-            first, do_sample=False, max_new_tokens=found["new_tokens"], pad_token_id=2
+            first, do_sample=False, max_new_tokens=recorded.new_tokens, pad_token_id=2
         )
         text = tokenizer.decode(ids[0, first.shape[1] :], skip_special_tokens=True)
-        assert text == found["texts"][0][side]
+        assert text == getattr(recorded.texts[0], side)
 
 
 def test_text_in_samples_is_text_and_nothing_else(made):
     evil = {"prompt": "<script>alert(1)</script>", "text": "&amp;", "dense": "<b>", "small": "{{"}
-    add_to_record(made, samples={"new_tokens": 4, "texts": [evil]})
+    add_to_record(made, samples=Samples(4, (Sample(**evil),)))
     main(["report", str(made)])
-    found = opened(made)
-    assert "script" not in found.tags
+    page = opened(made)
+    assert "script" not in page.tags
     for text in evil.values():
-        assert text in found.text
+        assert text in page.text
 
 
 def test_scores_and_speed_appear_once_they_are_measured(made, tmp_path):
@@ -174,7 +176,7 @@ def test_scores_and_speed_appear_once_they_are_measured(made, tmp_path):
     comparison = tmp_path / "comparison.json"
     comparison.write_text(json.dumps({"model": "runs/small", "rows": [score, lone]}))
     main(["report", str(made), "--add", str(comparison)])
-    add_to_record(made, speed=[{"model": "x", "tokens/s": 1234.5}, {"model": "y", "note": "a|b"}])
+    add_to_record(made, speed=({"model": "x", "tokens/s": 1234.5}, {"model": "y", "note": "a|b"}))
     main(["report", str(made)])
     text, readme = opened(made).text, (made / "README.md").read_text()
     for shown in ("cloze", "acc", "0.6100", "-0.0300", "0.0123", "22.0000", "1,234"):
@@ -188,7 +190,7 @@ def test_a_report_without_the_dense_model_keeps_the_samples_there_are(made, monk
     before = (made / PAGE).read_text()
     (made / PAGE).unlink()
     monkeypatch.setattr(samples, "find_dense", lambda *_: pytest.fail("samples are there already"))
-    monkeypatch.setattr(samples, "dense_folder", lambda *_: None)
+    monkeypatch.setattr(origins, "dense_folder", lambda *_: None)
     main(["report", str(made)])
     assert (made / PAGE).read_text() == before
     assert metadata_load(made / "README.md")["license_name"] == "tiny-licence"
@@ -208,39 +210,25 @@ def test_a_report_without_samples_says_why(made, capsys):
 
 
 def test_too_little_memory_is_a_reason(original, made, monkeypatch):
-    record = read_record(made)
-    del record["samples"]
+    record = replace(read_record(made), samples=None)
     with monkeypatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
         _, why = with_samples(made, record, QUIET, "cpu")
     assert "does not fit into memory" in why
-    found, why = with_samples(made, record, QUIET, "cpu")
+    record, why = with_samples(made, record, QUIET, "cpu")
     assert why is None
-    assert found["samples"] == read_record(original / "small")["samples"]
+    assert record.samples == read_record(original / "small").samples
 
 
 def test_text_that_changed_is_not_passed_off_as_held_out(made):
     record = read_record(made)
-    record["evaluation"]["sha256"] = "0" * 64
+    record = replace(record, evaluation=replace(record.evaluation, sha256="0" * 64))
     with pytest.raises(UserError, match="not what it was"):
         held_out_tokens(record, made)
 
 
 def test_a_recovery_shows_in_page_and_card(made):
-    def over(mean):
-        return {"mean": mean, "paired_standard_error": 0.001}
-
-    add_to_record(
-        made,
-        recoveries=[
-            {
-                "command": "sp3llm recover small --steps 7", "steps": 7,
-                "settings": {"teacher": "the-teacher"}, "evaluation": {"sources": ["stdlib"]},
-                "dense_perplexity": 20.111, "perplexity_before": 24.222, "perplexity": 21.333,
-                "excess_log_perplexity_before": over(0.1818), "excess_log_perplexity": over(0.0606),
-            }
-        ],
-    )  # fmt: skip
+    add_to_record(made, recoveries=(recovery_entry(),))
     main(["report", str(made)])
     for text in (opened(made).text, (made / "README.md").read_text()):
         for shown in ("20.111", "24.222", "21.333", "0.1818", "0.0606", "recover small --steps 7"):
@@ -316,8 +304,9 @@ def test_the_card_carries_licence_and_names_what_it_was_made_from(original, made
     assert "base_model" not in metadata  # a folder is no hub id
     assert (made / "LICENSE").read_text() == "Do as you like."
     record = read_record(made)
-    record["base_model"] = "owner/name"
-    record["calibration"]["sources"] = ["wikitext2", "owner/set:config", "stdlib", "my/own.jsonl"]
+    sources = ("wikitext2", "owner/set:config", "stdlib", "my/own.jsonl")
+    calibration = replace(record.calibration, sources=sources)
+    record = replace(record, base_model="owner/name", calibration=calibration)
     write_card(made, record, original / "dense")
     metadata = metadata_load(made / "README.md")
     assert metadata["base_model"] == "owner/name"
@@ -365,13 +354,13 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     """A hub on the loopback interface that notes what it is sent."""
-    found = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {}))
-    found.calls = []
-    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {}))
+    hub.calls = []
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
-    yield found
-    found.shutdown()
-    found.server_close()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
 
 
 def pushed(folder, server, *words, token="hf_mine"):
