@@ -7,7 +7,7 @@ from torch import Tensor
 from sp3llm.compression.projection import (
     Projection,
 )
-from sp3llm.compression.units import complement, cut_units, unit_members
+from sp3llm.compression.units import complement, cut_units
 from sp3llm.maths.heads import (
     join_writer,
     project_heads,
@@ -15,6 +15,7 @@ from sp3llm.maths.heads import (
     split_writer,
     value_output_projection,
 )
+from sp3llm.maths.unit_selection import unit_members
 from sp3llm.models.families import INTERLEAVED, KEY_VALUE, QUERY, Family, Group
 
 

@@ -21,6 +21,7 @@ from sp3llm.compression.readers import fit_head, fit_readers, stream_grams
 from sp3llm.compression.refitter import (
     Built,
     Refitter,
+    overflow_refused,
 )
 from sp3llm.compression.writers import fit_embeddings, fit_parallel, fit_writer
 from sp3llm.models import families
@@ -63,18 +64,19 @@ def refitted_groups(
         tensors = project_and_round(
             family, refitter.projection, refitter.dtype, execution.device, group, source
         )
-        if group.name == "embeddings":
-            dense_stream = open_stream(dense_model, family, source, tokens, execution)
-            small_stream = open_stream(shells[0], family, tensors, tokens, execution)
-            if fit_embeddings(refitter, tensors, tokens, dense_stream, small_stream):
+        with overflow_refused():
+            if group.name == "embeddings":
+                dense_stream = open_stream(dense_model, family, source, tokens, execution)
                 small_stream = open_stream(shells[0], family, tensors, tokens, execution)
-        elif group.name == "head":
-            fit_head(refitter, source, tensors, dense_stream, small_stream)
-        else:
-            _fit_layer(
-                refitter, index - 1, group, source, tensors, dense_model, shells, dense_stream,
-                small_stream,
-            )  # fmt: skip
+                if fit_embeddings(refitter, tensors, tokens, dense_stream, small_stream):
+                    small_stream = open_stream(shells[0], family, tensors, tokens, execution)
+            elif group.name == "head":
+                fit_head(refitter, source, tensors, dense_stream, small_stream)
+            else:
+                _fit_layer(
+                    refitter, index - 1, group, source, tensors, dense_model, shells, dense_stream,
+                    small_stream,
+                )  # fmt: skip
         yield Built(index, group, tensors, dense_stream, small_stream)
 
 

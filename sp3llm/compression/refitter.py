@@ -1,6 +1,7 @@
 """What every fit of the second pass needs: both models, the fit over all processes, the log."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from sp3llm.maths.refit import (
     RIDGES,
     Fit,
     Gram,
+    NotFinite,
     add_to_gram,
     gram_tensors,
     ridge_errors,
@@ -124,6 +126,21 @@ def _log(refitter: Refitter, name: str, fit: Fit) -> None:
             "raised": fit.raised,
         }
     )
+
+
+@contextmanager
+def overflow_refused() -> Iterator[None]:
+    """Tell the user what to do where a fit or a choice in the block meets NaN or infinity.
+
+    Raises UserError in place of `NotFinite`.
+    """
+    try:
+        yield
+    except NotFinite as error:
+        raise UserError(
+            "The activations of the compressed model hold NaN or infinity: try --dtype "
+            "bfloat16 or float32."
+        ) from error
 
 
 def held_back_from(windows: int) -> int:

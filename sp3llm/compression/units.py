@@ -5,9 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sp3llm.compression.projection import (
-    KeptUnits,
-)
+from sp3llm.compression.projection import KeptUnits
+from sp3llm.maths.unit_selection import unit_members
 from sp3llm.models.families import Axis, Family, Group
 
 
@@ -68,15 +67,9 @@ def kept_rows(
         if size is None:
             rows.append(start + torch.arange(sizes[part], device=kept_U.device))
         else:
-            offsets = torch.arange(size, device=kept_U.device)
-            rows.append(start + (kept_U[:, None] * size + offsets).reshape(-1))
+            rows.append(start + unit_members(kept_U, size))
         start += sizes[part]
     return torch.cat(rows)
-
-
-def unit_members(units_U: Tensor, size: int) -> Tensor:
-    """Indices of the members of units of one size."""
-    return (units_U[:, None] * size + torch.arange(size, device=units_U.device)).reshape(-1)
 
 
 def complement(units_U: Tensor, count: int) -> Tensor:

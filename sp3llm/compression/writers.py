@@ -20,7 +20,6 @@ from sp3llm.maths.refit import (
     Gram,
     empty_gram,
     restricted,
-    ridge_solution,
     schur_complement,
     sum_grams,
 )
@@ -242,8 +241,7 @@ def _survivors(
     unit = units[axis]
     kept_U = None if kept_units is None else kept_units.kept(axis, group.layer)
     if kept_U is None:
-        weight_PK, _, used = ridge_solution(gram, prior_PK, _CHOICE_RIDGE, intercept=False)
-        kept_P = select_units(gram.inputs_PP, weight_PK, keep, unit, refitter.unit_selection, used)
+        kept_P = select_units(gram, prior_PK, keep, unit, refitter.unit_selection, _CHOICE_RIDGE)
         refitter.execution.ranks.broadcast_(kept_P)
         kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
     else:

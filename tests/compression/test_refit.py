@@ -21,7 +21,7 @@ from sp3llm.models.head import backward_head
 from sp3llm.models.stock import empty_model
 from sp3llm.models.stream import backward_layer, open_stream, run_layer
 from sp3llm.runtime.devices import Execution
-from tests.compression.test_stock import compress_tiny
+from tests.compression.test_stock import QUIET, compress_tiny
 from tests.conftest import (
     disk_tensors,
     family_of_model,
@@ -128,8 +128,7 @@ def test_obs_drops_the_unit_that_a_refit_misses_least(unit, seed):
     a = normal(300, units * unit, seed=seed) @ normal(units * unit, units * unit, seed=seed + 9)
     y = a @ normal(units * unit, 5, seed=seed + 20)
     gram = gram_of(a, y)
-    weight, _, _ = ridge_solution(gram, torch.zeros_like(gram.cross_PQ), 0.0, False)
-    kept = select_units(gram.inputs_PP, weight, units - 1, unit, "obs")
+    kept = select_units(gram, torch.zeros_like(gram.cross_PQ), units - 1, unit, "obs", 0.0)
     rest = [
         torch.tensor([i for i in range(units * unit) if i // unit != dropped])
         for dropped in range(units)
@@ -145,9 +144,9 @@ def test_obs_sees_what_energy_does_not():
     a = torch.cat([loud, loud + 1e-3 * normal(500, 1, seed=2), quiet], 1)
     y = a @ torch.ones(5, 4, dtype=torch.float64)
     gram = gram_of(a, y)
-    weight, _, _ = ridge_solution(gram, torch.zeros(5, 4).double(), 1e-9, False)
-    by_refit = select_units(gram.inputs_PP, weight, 4, 1, "obs")
-    by_energy = select_units(gram.inputs_PP, weight, 4, 1, "energy")
+    prior = torch.zeros(5, 4).double()
+    by_refit = select_units(gram, prior, 4, 1, "obs", 1e-9)
+    by_energy = select_units(gram, prior, 4, 1, "energy", 1e-9)
     assert set(by_refit.tolist()) >= {2, 3, 4}
     assert set(by_energy.tolist()) >= {0, 1}
     assert refitted_loss(gram, by_refit) < 1e-3 * refitted_loss(gram, by_energy)
@@ -327,17 +326,41 @@ def test_other_bases_give_stock_models_too(basis, variant, tmp_path):
     assert torch.isfinite(torch.tensor(result.perplexity))
 
 
-def test_activations_that_overflow_are_refused_not_looped_over():
+@pytest.mark.parametrize(
+    ("variant", "into", "out_of"),
+    [
+        ("llama", "up_proj", "down_proj"),
+        ("gpt-neox", "dense_h_to_4h", "dense_4h_to_h"),
+    ],
+)
+def test_neurons_whose_squares_overflow_are_refused_not_looped_over(
+    variant, into, out_of, tmp_path
+):
+    """Every layer's output is finite, but not the Gram of what the FFN's writer reads."""
+    from sp3llm.compression.story import compress
     from sp3llm.errors import UserError
+    from sp3llm.options import CompressConfig
 
-    gram = gram_of(torch.full((4, 3), float("inf"), dtype=torch.float64), normal(4, 2))
-    with pytest.raises(UserError, match="NaN or infinity"):
-        ridge_fit(gram, gram, torch.zeros(3, 2, dtype=torch.float64))
+    model = tiny_model(variant, torch.float32, vocab_size=4096)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{into}." in name:
+                parameter *= 1e20
+            elif name.endswith(f".{out_of}.weight"):
+                parameter *= 1e-20
+    save_model(model, tmp_path / "dense", tokenizer=True)
+    config = CompressConfig(
+        model=str(tmp_path / "dense"), out=tmp_path / "small", keep=0.9, intermediate_size=24,
+        calib="stdlib", samples=4, seq_len=32, eval_samples=4, basis="pca", report=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="activations of the compressed model hold NaN or infinity"):
+        compress(config, QUIET)
+    assert not (tmp_path / "small").exists()
 
 
 def test_inputs_that_never_fire_can_be_cut():
     gram = gram_of(torch.zeros(9, 6, dtype=torch.float64), normal(9, 2))
-    kept = select_units(gram.inputs_PP, torch.zeros(6, 2).double(), 4, 1, "obs", 1e-4)
+    kept = select_units(gram, torch.zeros(6, 2).double(), 4, 1, "obs", 1e-4)
     assert len(set(kept.tolist())) == 4
 
 
@@ -387,8 +410,7 @@ def test_a_duplicated_neuron_goes_free_of_loss():
     a = normal(400, 6)
     a = torch.cat([a, a[:, :1]], 1)
     gram = gram_of(a, a @ normal(7, 3, seed=1))
-    weight, _, _ = ridge_solution(gram, torch.zeros(7, 3).double(), 1e-10, False)
-    kept = select_units(gram.inputs_PP, weight, 6, 1, "obs", 1e-10)
+    kept = select_units(gram, torch.zeros(7, 3).double(), 6, 1, "obs", 1e-10)
     assert len({0, 6} & set(kept.tolist())) == 1
     assert refitted_loss(gram, kept) < 1e-12
 
