@@ -1,8 +1,12 @@
-"""Token losses of a checkpoint, streamed layer by layer."""
+"""Token losses of a model: of one in memory, and of a checkpoint streamed layer by layer."""
 
+from typing import Any
+
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from sp3llm.maths.losses import label_losses
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint, head_tensors
 from sp3llm.models.families import Family
@@ -16,6 +20,19 @@ from sp3llm.runtime.progress import tracked
 
 # What a journal knows the last pass as.
 LOSSES = "losses"
+
+
+@torch.no_grad()
+def window_losses(model: Any, window: Tensor, device: torch.device) -> Tensor:
+    """Losses of a model in memory on one window of token ids, `(tokens - 1,)`, float64 on the
+    host, in nats.
+
+    The first token is not predicted. Logits are taken in the model's own dtype, their logarithm in
+    float32 at least.
+    """
+    window = window.to(device)
+    logits_NV = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+    return label_losses(logits_NV, window[1:]).cpu()
 
 
 def measure_losses(

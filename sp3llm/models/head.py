@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError
+from sp3llm.maths.losses import label_losses, tokens_at_once
 from sp3llm.models.families import Family
 from sp3llm.models.hooks import (
     Injector,
@@ -16,9 +17,6 @@ from sp3llm.models.hooks import (
 )
 from sp3llm.models.stream import Stream
 from sp3llm.runtime.devices import Execution
-
-# Logits computed at once.
-_LOGITS_A_BATCH = 2**24
 
 
 @contextmanager
@@ -64,7 +62,7 @@ def token_losses(
     head's (for tied embeddings: the table, under the head's name).
     """
     losses = torch.empty((len(tokens), tokens.shape[1] - 1), dtype=torch.float64)
-    step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
+    step = tokens_at_once(model.config.vocab_size)
     with materialized(model, _by_module(family, head), execution):
         for row, window in enumerate(tokens):
             for start in range(0, len(window) - 1, step):
@@ -72,10 +70,8 @@ def token_losses(
                 piece = piece.to(execution.device)
                 with _from_layers_on(model, family, piece):
                     logits = model(inputs_embeds=piece, use_cache=False).logits[0]
-                targets = window[start + 1 : start + 1 + len(logits)].to(execution.device)
-                wide = logits if logits.dtype == torch.float64 else logits.float()
-                loss = nn.functional.cross_entropy(wide, targets, reduction="none")
-                losses[row, start : start + len(loss)] = loss.double().cpu()
+                labels = window[start + 1 : start + 1 + len(logits)].to(execution.device)
+                losses[row, start : start + len(labels)] = label_losses(logits, labels).cpu()
     if not torch.isfinite(losses).all():
         raise UserError(
             "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
@@ -98,7 +94,7 @@ def backward_head(
     """
     generator = torch.Generator(execution.device)
     by_stream, by_norm = torch.empty_like(stream.hidden), torch.empty_like(stream.hidden)
-    step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
+    step = tokens_at_once(model.config.vocab_size)
     with materialized(model, _by_module(family, head), execution):
         norm = model.get_submodule(family.final_norm)
         for row, number in enumerate(windows):

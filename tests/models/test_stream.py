@@ -7,9 +7,9 @@ import torch
 
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.evaluation.perplexity import measure_losses
+from sp3llm.maths import losses
 from sp3llm.maths.basis import eigenbasis
 from sp3llm.maths.moments import add_second_moment, normalise
-from sp3llm.models import head
 from sp3llm.models.families import norm_eps
 from sp3llm.models.stock import empty_model
 from sp3llm.models.stream import open_stream, run_layer
@@ -72,7 +72,7 @@ def test_batches_and_pieces_do_not_change_the_result(tokens, tmp_path, monkeypat
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
     whole = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", FLOAT32)
-    monkeypatch.setattr(head, "_LOGITS_A_BATCH", 5 * 96)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * 96)
     ragged = replace(FLOAT32, batch_tokens=3 * tokens.shape[1])
     pieces = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", ragged)
     assert relative_error(pieces[0].total(), whole[0].total()) < 1e-6
