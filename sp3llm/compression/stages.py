@@ -168,7 +168,7 @@ def build(
     """Make the small model's groups in order, and write them as they come; a log of all fits."""
     from sp3llm.compression.building import refitted_groups
     from sp3llm.compression.projecting import plain_groups
-    from sp3llm.compression.refitter import Built, held_back_from
+    from sp3llm.compression.refitter import FinishedGroup, held_back_from
     from sp3llm.models import families
     from sp3llm.models.export import groups_written, write_model
     from sp3llm.runtime.progress import tracked
@@ -189,7 +189,7 @@ def build(
         held_from = held_back_from(windows)
         refitter = replace(_refitter(job, shape, projection, held_from, windows), log=fits)
         groups = refitted_groups(refitter, tokens, start, saved)
-    latest: Built | None = None
+    latest: FinishedGroup | None = None
 
     def made() -> "Iterator[tuple[int, Mapping[str, Tensor]]]":
         nonlocal latest

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sp3llm.maths.moments import LEAST_MEAN_SQUARE
 from sp3llm.maths.products import widen
 
 # Logits that a loss is taken of at once, 64 MB in float32: with vocabularies of a quarter million
 # those of a whole window in float32 would be larger than the model's largest layer.
 LOGITS_AT_ONCE = 2**24
-# Least mean square that an error is relative to, and so finite where the target is all zeros.
-_LEAST_MEAN_SQUARE = 1e-12
 
 
 def tokens_at_once(vocabulary: int) -> int:
@@ -113,7 +112,5 @@ def stream_error(small: list[Tensor], dense: list[Tensor], target_DK: Tensor) ->
     for x_BSK, x_BSD in zip(small, dense, strict=True):
         wanted_BSK = x_BSD.float() @ target_DK
         error_BS = (x_BSK.float() - wanted_BSK).square().mean(-1)
-        errors.append(
-            (error_BS / wanted_BSK.square().mean(-1).clamp_min(_LEAST_MEAN_SQUARE)).mean()
-        )
+        errors.append((error_BS / wanted_BSK.square().mean(-1).clamp_min(LEAST_MEAN_SQUARE)).mean())
     return torch.stack(errors).mean()

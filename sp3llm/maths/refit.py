@@ -1,4 +1,4 @@
-"""Closed-form refit: ridge regressions from Gram matrices (DESIGN 3.7). Tensors only.
+"""Closed-form refit: ridge regressions from Gram matrices (docs/design.md 3.7). Tensors only.
 
 Cutting is not the end. Every matrix is fitted again to what the small model really sees: readers
 of a site share one map from the small stream to the dense one, writers chase the dense stream
@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sp3llm.maths.moments import TOKENS_A_BLOCK
 from sp3llm.maths.products import product, symmetric_product
 
 # Relative to the mean diagonal of the Gram matrix. Infinity, plain projection, is always tried.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# Products are taken in float32 over this many tokens, see `maths.moments`.
-_BLOCK = 4096
 # What a ridge of zero is raised to first: above float64's epsilon, below which nothing changes.
 _LEAST_RAISED_RIDGE = 1e-15
 
@@ -90,8 +89,8 @@ def add_to_gram(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None 
     Products are float32 over blocks (float64 for float64 input), sums float64.
     """
     a_NP, y_NQ = a_NP.reshape(-1, a_NP.shape[-1]), y_NQ.reshape(-1, y_NQ.shape[-1])
-    weights = None if weight_N is None else weight_N.reshape(-1).split(_BLOCK)
-    blocks = zip(a_NP.split(_BLOCK), y_NQ.split(_BLOCK), strict=True)
+    weights = None if weight_N is None else weight_N.reshape(-1).split(TOKENS_A_BLOCK)
+    blocks = zip(a_NP.split(TOKENS_A_BLOCK), y_NQ.split(TOKENS_A_BLOCK), strict=True)
     for index, (block_NP, block_NQ) in enumerate(blocks):
         weighted_NP, squares_N = block_NP, block_NQ.square().sum(1)
         weight_N = torch.ones_like(squares_N)

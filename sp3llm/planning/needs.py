@@ -17,6 +17,15 @@ from sp3llm.models.families import (
 )
 from sp3llm.models.shapes import Shape, resized_config
 
+# Loss gradients are taken on this many tokens, in whole windows: their moments only weigh
+# directions, more gain nothing (docs/design.md 3.2), and every layer's input is kept for them.
+GRADIENT_TOKENS = 8192
+
+
+def gradient_windows(seq_len: int) -> int:
+    """Windows of `seq_len` tokens that loss gradients are taken on, one at least."""
+    return max(1, GRADIENT_TOKENS // seq_len)
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -54,14 +63,13 @@ def needs_of(
     float64. Gram matrices are float64: one to fit and one held back, their sum where something is
     chosen, and a factor or an inverse, made in place; at the end of a layer products of them. The
     basis takes second moments and metrics of four groups of sites. On disk lie a shard of weights
-    twice, every layer's input for the 8192 tokens (one window at least) whose
-    gradients the basis is made from, and the streams as they were after two layers, and a third
-    while it is saved.
+    twice, every layer's input for the windows (`gradient_windows`) whose gradients the basis is
+    made from, and the streams as they were after two layers, and a third while it is saved.
     """
     dense = Shape.of(family, config)
     wide, narrow = dense.hidden_size, shape.hidden_size
     depth = setting(family, config, "num_hidden_layers")
-    traced = min(samples, max(1, 8192 // seq_len)) * (depth + 1)
+    traced = min(samples, gradient_windows(seq_len)) * (depth + 1)
     heads = dense.num_attention_heads * dense.head_dim
     first = (samples + eval_samples) * wide
     second = samples * ((1 + len(family.sites[1:])) * wide + narrow + heads)

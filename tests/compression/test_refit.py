@@ -18,8 +18,7 @@ from sp3llm.maths.refit import (
 )
 from sp3llm.maths.unit_selection import select_units
 from sp3llm.models.head import backward_head
-from sp3llm.models.stock import empty_model
-from sp3llm.models.stream import backward_layer, open_stream, run_layer
+from sp3llm.models.stream import LayeredModel, backward_layer, open_stream, run_layer
 from sp3llm.runtime.devices import Execution
 from tests.compression.test_stock import QUIET, compress_tiny
 from tests.conftest import (
@@ -277,23 +276,23 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
     model = tiny_model(variant)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    shell = empty_model(checkpoint.config)
+    shell = LayeredModel.of(checkpoint.config, family, EXECUTION)
     table = checkpoint.read([family.embedding])
-    stream = open_stream(shell, family, table, tokens, EXECUTION)
+    stream = open_stream(shell, table, tokens)
     inputs = []
     for index in range(3):
         names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
         inputs.append(stream.hidden.clone())
-        run_layer(shell, family, index, checkpoint.read(names), [(stream, {})], EXECUTION)
+        run_layer(shell, index, checkpoint.read(names), [(stream, {})])
     head = checkpoint.read(["model.norm.weight", "lm_head.weight"])
-    upstream, at_final = backward_head(shell, family, head, stream, range(len(tokens)), EXECUTION)
+    upstream, at_final = backward_head(shell, head, stream, range(len(tokens)))
     streamed = {"model.norm": at_final}
     for index in (2, 1, 0):
         names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
         at = type(stream)(inputs[index], stream.calls)
         norms = [site.norm for site in family.sites]
         upstream, gradients = backward_layer(
-            shell, family, index, checkpoint.read(names), at, upstream, norms, EXECUTION
+            shell, index, checkpoint.read(names), at, upstream, norms
         )
         for norm, gradient in zip(norms, gradients, strict=True):
             streamed[f"model.layers.{index}.{norm}"] = gradient
