@@ -17,14 +17,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sp3llm.cli import main
 from sp3llm.compression.projection import Projection, norm_of, project_group
-from sp3llm.compression.refitter import Built
+from sp3llm.compression.refitter import FinishedGroup
 from sp3llm.maths.basis import mean_free_frame, tied_rotation
 from sp3llm.models.checkpoint import Checkpoint, head_tensors, open_checkpoint
 from sp3llm.models.export import write_model, written
 from sp3llm.models.families import FAMILIES, Family, groups
 from sp3llm.models.shapes import Shape
 from sp3llm.models.source import bundled_model
-from sp3llm.models.stock import by_parameter
+from sp3llm.models.stock import fuse_experts
 from sp3llm.runtime.journal import Journal
 
 _COMMON = {
@@ -263,7 +263,11 @@ def project_checkpoint(
 
 
 def written_model(
-    family: Family, config: dict[str, Any], built: Iterable[Built], dtype: torch.dtype, folder: Path
+    family: Family,
+    config: dict[str, Any],
+    built: Iterable[FinishedGroup],
+    dtype: torch.dtype,
+    folder: Path,
 ) -> Checkpoint:
     """Groups as they come, written as a run writes them."""
     state = folder.with_name(f"{folder.name}-state")
@@ -316,7 +320,7 @@ def stock_model(config: dict[str, Any], tensors: dict[str, Tensor], exact: bool)
     model = AutoModelForCausalLM.from_config(stock, experts_implementation="eager").double().eval()
     tensors = {name.replace("embed_out.", "lm_head."): tensor for name, tensor in tensors.items()}
     for index in range(stock.num_hidden_layers):
-        tensors = by_parameter(FAMILIES[stock.model_type], index, tensors)
+        tensors = fuse_experts(FAMILIES[stock.model_type], index, tensors)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     tied = {"lm_head.weight"} if stock.tie_word_embeddings else set()
     assert set(missing) <= tied

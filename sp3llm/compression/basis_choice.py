@@ -1,6 +1,7 @@
 """The global basis: from second moments and metrics to the projection of a shape."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,21 @@ from sp3llm.models.families import Family
 from sp3llm.models.shapes import Shape
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What a projection depends on beside its columns."""
+
+    dense: Checkpoint
+    family: Family
+    moments: Moments
+    shape: Shape
+    """Of the small model."""
+    tokens: Tensor | None
+    """Calibration token ids, for the basis of a narrower embedding table."""
+    turn: str
+    """One of `options.choices.TURNS`."""
+
+
 def choose_basis(
     dense: Checkpoint,
     family: Family,
@@ -31,7 +47,9 @@ def choose_basis(
 ) -> tuple[Tensor, Projection]:
     """The global basis: top principal components, or the projector of that rank that costs least.
 
-    Under LayerNorm it is taken in the mean-free frame and turned into another one (DESIGN 3.4).
+    Under LayerNorm it is taken in the mean-free frame and turned into another one (docs/design.md
+    3.4). `tokens` are calibration token ids, which a narrower embedding table is chosen by; `turn`
+    is one of `options.choices.TURNS`.
 
     Returns all eigenvalues of the summed moments, falling, and the projection.
     """
@@ -42,7 +60,8 @@ def choose_basis(
     if inside.metrics_DD:
         basis_CK = metric_basis(inside.sites_DD, inside.metrics_DD, vectors_CC, kept)
     basis_DK = _outside(family, basis_CK)
-    return eigenvalues_C, projection_of(dense, family, moments, shape, tokens, basis_DK, turn=turn)
+    setting = _Setting(dense, family, moments, shape, tokens, turn)
+    return eigenvalues_C, _projection_along(setting, basis_DK)
 
 
 def learned_basis(
@@ -55,18 +74,20 @@ def learned_basis(
     gates_K: Tensor | None,
     turn: str = "none",
 ) -> tuple[Tensor, Projection]:
-    """As `choose_basis`, of the columns and gates that a mask has learned."""
+    """As `choose_basis`, but with the columns that a learned mask kept, `(D, K)`, and the gates
+    that it left on them, `(K,)`; None: all are open.
+    """
     eigenvalues_C, _ = eigenbasis(_inside(family, moments).total())
-    return eigenvalues_C, projection_of(
-        dense, family, moments, shape, tokens, columns_DK, gates_K, turn
-    )
+    setting = _Setting(dense, family, moments, shape, tokens, turn)
+    return eigenvalues_C, _projection_along(setting, columns_DK, gates_K)
 
 
 def nested_frame(family: Family, moments: Moments, widths: Sequence[int]) -> Tensor:
-    """All coordinates of the stream, those first that a narrower one of `widths` needs too.
+    """Nested subspaces of the stream, one for each of `widths`, as columns that a learned mask
+    chooses from: the first `width` of them span the subspace of that width.
 
-    Of each width the subspace that costs least, within that of the next wider one. What a learned
-    mask chooses from.
+    Each is the subspace that costs least of those within the next wider one. Columns that none of
+    them holds come last.
 
     Returns orthonormal columns, `(D, D)`, or under LayerNorm `(D, D - 1)` and mean-free.
     """
@@ -88,36 +109,30 @@ def nested_frame(family: Family, moments: Moments, widths: Sequence[int]) -> Ten
     return _outside(family, torch.cat([inner_CW, *bands[::-1]], 1))
 
 
-def projection_of(
-    dense: Checkpoint,
-    family: Family,
-    moments: Moments,
-    shape: Shape,
-    tokens: Tensor | None,
-    basis_DK: Tensor,
-    gates_K: Tensor | None = None,
-    turn: str = "none",
+def _projection_along(
+    setting: _Setting, basis_DK: Tensor, gates_K: Tensor | None = None
 ) -> Projection:
     """The projection of a shape along orthonormal columns, `(D, K)`; under LayerNorm `(D, K - 1)`,
-    which are turned into another mean-free frame. `turn` is one of `config.TURNS`: `hadamard`
-    spreads the energy over the kept channels, where no tie fixes the rotation (3.11).
+    which are turned into another mean-free frame. The turn `hadamard` spreads the energy over the
+    kept channels, where no tie fixes the rotation (docs/design.md 3.11).
 
-    For tied models without projections the basis is turned so that the tie holds (DESIGN 3.5),
-    which leaves gates of the stream no place: they count as open. Where embeddings keep a width of
-    their own, a narrower one gets a basis from the calibration `tokens`.
+    For tied models without projections the basis is turned so that the tie holds (docs/design.md
+    3.5), which leaves gates of the stream no place: they count as open. Where embeddings keep a
+    width of their own, a narrower one gets a basis from the calibration tokens.
     """
+    dense, family, shape = setting.dense, setting.family, setting.shape
+    is_spread = setting.turn == "hadamard"
     gated_DK = None if gates_K is None else basis_DK * gates_K
     rotation_KK = None
     if family.centred:
-        spread = turn == "hadamard"
-        new_frame = spread_mean_free_frame if spread else mean_free_frame
+        new_frame = spread_mean_free_frame if is_spread else mean_free_frame
         rotation_KK = new_frame(shape.hidden_size, basis_DK.device).T
-    elif turn == "hadamard":
+    elif is_spread:
         rotation_KK = spreading_rotation(shape.hidden_size, basis_DK.device)
     if rotation_KK is not None:
         basis_DK = basis_DK @ rotation_KK
         gated_DK = None if gated_DK is None else gated_DK @ rotation_KK
-    attention_cut = attention_cut_of(dense, family, moments, shape)
+    attention_cut = attention_cut_of(dense, family, setting.moments, shape)
     tied_scale_K, embedding_EJ = None, None
     if shape.tie_word_embeddings and family.projections is None:
         norm = f"{family.final_norm}.weight"
@@ -125,7 +140,7 @@ def projection_of(
         basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_D)
         gated_DK = None
     elif shape.tie_word_embeddings:
-        embedding_EJ = _embedding_basis(dense, family, moments, shape, tokens, basis_DK)
+        embedding_EJ = _embedding_basis(setting, basis_DK)
     return Projection(basis_DK, tied_scale_K, embedding_EJ, gated_DK, attention_cut)
 
 
@@ -143,7 +158,7 @@ def _inside(family: Family, moments: Moments) -> Moments:
 
 
 def _outside(family: Family, basis_CK: Tensor) -> Tensor:
-    """Columns in the stream's own coordinates."""
+    """Columns of `_inside`'s coordinates in those of the stream, `(D, K)`."""
     if not family.centred:
         return basis_CK
     return mean_free_frame(len(basis_CK) + 1, basis_CK.device) @ basis_CK
@@ -159,25 +174,18 @@ def attention_cut_of(
     return AttentionCut(moments.heads, groups, shape.num_key_value_heads, shape.head_dim)
 
 
-def _embedding_basis(
-    dense: Checkpoint,
-    family: Family,
-    moments: Moments,
-    shape: Shape,
-    tokens: Tensor | None,
-    basis_DK: Tensor,
-) -> Tensor:
+def _embedding_basis(setting: _Setting, basis_DK: Tensor) -> Tensor:
     """Embedding coordinates to keep, `(E, J)`: those that stream and head miss least.
 
     The table has two roles, and an error `Q` in it two costs, each relative to all that the role
-    does: `tr(A Q C Q)` with `C` the second moment of the embeddings that `tokens` look up and `A`
+    does: `tr(A Q C Q)` with `C` the second moment of the embeddings that the text looks up and `A`
     what the stream takes from them, and with `C` that of what the table is multiplied with in the
     end and `A` the table's own moment, free of the mean over the vocabulary, which no softmax
     sees.
     """
+    dense, family, shape, like = setting.dense, setting.family, setting.shape, basis_DK
     config = dense.config
     width = families.axis_sizes(family, config)[families.EMBEDDING]
-    like = basis_DK
     if shape.word_embed_proj_dim == width:
         return torch.eye(width, dtype=like.dtype, device=like.device)
     tensors = head_tensors(dense, family)
@@ -187,12 +195,12 @@ def _embedding_basis(
     out_ED = into_ED
     if families.has_projections(family, config):
         into_ED, out_ED = dense.read([into])[into].to(like).T, tensors[out].to(like)
-    counts_V = torch.bincount(tokens.flatten(), minlength=len(table_VE)).to(like)
+    counts_V = torch.bincount(setting.tokens.flatten(), minlength=len(table_VE)).to(like)
     looked_up_EE = table_VE.T @ (counts_V[:, None] * table_VE)
     taken_EE = into_ED @ basis_DK @ basis_DK.T @ into_ED.T
     norm_D, bias_D = norm_of(family, family.final_norm, tensors, like)
     read_ED = out_ED * norm_D
-    given_EE = read_ED @ moments.head_DD.to(like) @ read_ED.T
+    given_EE = read_ED @ setting.moments.head_DD.to(like) @ read_ED.T
     if bias_D is not None:
         given_EE = given_EE + torch.outer(out_ED @ bias_D, out_ED @ bias_D)
     centred_VE = table_VE - table_VE.mean(0)

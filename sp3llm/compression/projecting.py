@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 
 from sp3llm.compression.attention import cut_attention
-from sp3llm.compression.projection import (
-    Projection,
-    project_group,
-)
-from sp3llm.compression.refitter import (
-    Built,
-)
+from sp3llm.compression.projection import Projection, project_group
+from sp3llm.compression.refitter import FinishedGroup
 from sp3llm.compression.units import cut_units, gate_writers, gated_writers
 from sp3llm.errors import UserError
 from sp3llm.models import families
@@ -33,28 +28,30 @@ def plain_groups(
     dtype: torch.dtype,
     execution: Execution,
     start: int = 0,
-) -> Iterator[Built]:
+) -> Iterator[FinishedGroup]:
     """Fold, rotate and cut every group from number `start` on, and nothing else."""
     groups = families.groups(family, dense.config)[start:]
     sources = prefetch_groups(dense, family, groups, execution.device)
     for index, (group, source) in enumerate(sources, start):
-        tensors = project_and_round(family, projection, dtype, execution.device, group, source)
-        yield Built(index, group, _without_losers(dense, family, projection, group, tensors))
+        cut = gate_and_cut(family, projection, execution.device, group, source)
+        tensors = project_and_round(family, projection, dtype, execution.device, group, cut)
+        tensors = _without_masked_units(dense, family, projection, group, tensors)
+        yield FinishedGroup(index, group, tensors)
 
 
-def _without_losers(
+def _without_masked_units(
     dense: Checkpoint,
     family: Family,
     projection: Projection,
     group: Group,
     tensors: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """A layer without what a learned mask does not keep, where no refit cuts it away."""
+    """The layer without the units that a learned mask drops; the refit cuts them away by itself."""
     sizes = families.axis_sizes(family, dense.config)
     for _, axis in gated_writers(family, group) if projection.kept_units else ():
         kept_U = projection.kept_units.kept(axis, group.layer)
-        narrowed = axis == families.QUERY and projection.attention_cut is not None
-        if kept_U is not None and not narrowed:
+        is_cut_already = axis == families.QUERY and projection.attention_cut is not None
+        if kept_U is not None and not is_cut_already:
             units = unit_sizes(Shape.of(family, dense.config), axis)
             tensors = cut_units(group, tensors, kept_U, units, sizes)
     return tensors
@@ -81,26 +78,41 @@ def prefetch_groups(
     return prefetch(groups, load, device)
 
 
+def gate_and_cut(
+    family: Family,
+    projection: Projection,
+    device: torch.device,
+    group: Group,
+    source: Mapping[str, Tensor],
+) -> Mapping[str, Tensor]:
+    """A group as it is to be projected, still in the coordinates of the dense stream: a layer with
+    a learned mask's gates folded in and its attention cut, on `device`; others as they are.
+    """
+    if not group.prefix:
+        return source
+    tensors = {name: tensor.to(device) for name, tensor in source.items()}
+    tensors = gate_writers(family, group, tensors, projection.kept_units)
+    return cut_attention(family, group, tensors, projection)
+
+
 def project_and_round(
     family: Family,
     projection: Projection,
     dtype: torch.dtype,
     device: torch.device,
     group: Group,
-    source: Mapping[str, Tensor],
+    cut: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """A group in the small model's coordinates, rounded to the dtype of the export."""
-    found: dict[str, list[Tensor]] = {}
-    for piece in vocabulary_pieces(family, projection, group, source):
+    """A group, as `gate_and_cut` leaves it, in the small model's coordinates, rounded to the dtype
+    of the export.
+    """
+    pieces: dict[str, list[Tensor]] = {}
+    for piece in vocabulary_pieces(family, projection, group, cut):
         tensors = {name: tensor.to(device) for name, tensor in piece.items()}
-        if group.prefix:
-            tensors = gate_writers(family, group, tensors, projection.kept_units)
-            tensors = cut_attention(family, group, tensors, projection)
-        projected = project_group(family, group, tensors, projection)
-        for name, tensor in projected.items():
-            if not found.get(name) or _in_rows(family, group, name):
-                found.setdefault(name, []).append(rounded(name, tensor, dtype))
-    return {name: torch.cat(p) if len(p) > 1 else p[0] for name, p in found.items()}
+        for name, tensor in project_group(family, group, tensors, projection).items():
+            if not pieces.get(name) or _in_rows(family, group, name):
+                pieces.setdefault(name, []).append(rounded(name, tensor, dtype))
+    return {name: torch.cat(p) if len(p) > 1 else p[0] for name, p in pieces.items()}
 
 
 def _in_rows(family: Family, group: Group, name: str) -> bool:

@@ -2,11 +2,13 @@
 
 With `T` (`D x K`, old to new) and `c = sqrt(K / D)` the new stream is `x' = c x T`; its mean
 square equals the old one's where the stream lies in the span of `T`, so the norm's epsilon stays
-(DESIGN 3.3). Embeddings become `c E T`, writers `c T^T W`, readers `W diag(g) T / c`, and the
-norm weights 1: the constant sits in the readers, where rounding does not hit all channels alike.
+(docs/design.md 3.3). Embeddings become `c E T`, writers `c T^T W`, readers `W diag(g) T / c`, and
+the norm weights 1: the constant sits in the readers, where rounding does not hit all channels
+alike.
 
-Under LayerNorm `T = Z U^T` makes the new stream free of a mean (DESIGN 3.4): there is nothing to
-centre, and the direction `1_K` that no stream uses carries constants to readers without a bias.
+Under LayerNorm `T = Z U^T` makes the new stream free of a mean (docs/design.md 3.4): there is
+nothing to centre, and the direction `1_K` that no stream uses carries constants to readers without
+a bias.
 
 Everything is computed in float64; the caller rounds once, when it writes.
 """
@@ -24,6 +26,10 @@ from sp3llm.models.families import (
     Group,
     embedding_scale,
 )
+
+# Ridge, relative to the mean diagonal, of the least squares over a table's scores, whose matrix is
+# singular where the table does not span its coordinates.
+_SCORES_RIDGE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,13 @@ class KeptUnits:
     """Of the KV groups."""
 
     def gates(self, axis: str) -> Tensor | None:
-        """Those of the units that a writer reads, by the axis it reads along, `(L, units)`."""
+        """Gates of every layer's neurons or KV groups, `(L, units)`: `axis` is the input axis of
+        the writer that reads them. None: no mask was learned there.
+        """
         return self.neurons_LF if axis == FFN else self.groups_LG
 
     def kept(self, axis: str, layer: int) -> Tensor | None:
-        """Numbers of the units that stay, rising."""
+        """Numbers of the units that stay in a layer, rising; `axis` as in `gates`."""
         gates_LU = self.gates(axis)
         return None if gates_LU is None else gates_LU[layer].nonzero()[:, 0]
 
@@ -134,12 +142,14 @@ def norm_of(
     return weight_D, None if bias_D is None else bias_D.to(like)
 
 
-def place_reader(
+def set_reader(
     tensors: dict[str, Tensor], name: str, weight_FK: Tensor, constant_F: Tensor | None
 ) -> None:
-    """Set a reader that also takes in a constant: by its bias, or through the spare direction.
+    """Set a reader's weight in `tensors`, and add a constant to all that it gives.
 
-    `tensors[name + ".bias"]`, if there is one, holds what the bias is without the constant.
+    The constant, `(F,)`, goes into its bias, of which `tensors[name + ".bias"]` holds the rest; a
+    reader without one takes it from the direction `1_K`, in which the stream has nothing but the
+    norm's bias has 1.
     """
     bias = f"{name}.bias"
     if constant_F is not None and bias in tensors:
@@ -150,10 +160,12 @@ def place_reader(
     tensors[f"{name}.weight"] = weight_FK
 
 
-def plain_norm(
+def set_norm_to_one(
     family: Family, tensors: dict[str, Tensor], norm: str, readers: list[str], basis_DK: Tensor
 ) -> None:
-    """Set a norm to weight 1 and, for readers without a bias, bias 1: their constants' carrier."""
+    """Set a norm's weight to 1 in `tensors`, and its bias, if it has one, to 0: or to 1, where a
+    reader without a bias of its own takes its constant from there (`set_reader`).
+    """
     ones_K = torch.ones(basis_DK.shape[1], dtype=basis_DK.dtype, device=basis_DK.device)
     tensors[f"{norm}.weight"] = ones_K - family.norm_offset
     if family.norm_bias:
@@ -184,8 +196,9 @@ def head_reader(
 
 
 def _unembedding(table_VE: Tensor, projection: Projection) -> Tensor:
-    """What turns the vector that a table of old coordinates scores into one for the kept ones,
-    `(J, E)`: least squares over the scores, free of their mean, which no softmax sees.
+    """The matrix that takes the vector which a table scores from the table's old coordinates to
+    the kept ones, `(J, E)`: by least squares over all scores, free of their mean, which no softmax
+    sees.
     """
     embedding_EJ = projection.embedding_EJ
     if embedding_EJ.shape[0] == embedding_EJ.shape[1]:
@@ -194,7 +207,7 @@ def _unembedding(table_VE: Tensor, projection: Projection) -> Tensor:
     table_VE = table_VE - table_VE.mean(0)
     scores_EE = table_VE.T @ table_VE
     inner_JJ = embedding_EJ.T @ scores_EE @ embedding_EJ
-    inner_JJ.diagonal().add_(1e-9 * inner_JJ.diagonal().mean())
+    inner_JJ.diagonal().add_(_SCORES_RIDGE * inner_JJ.diagonal().mean())
     return torch.linalg.solve(inner_JJ, embedding_EJ.T @ scores_EE)
 
 
@@ -233,8 +246,8 @@ def _project_layer(
             matrix_FD = tensors[f"{reader}.weight"].to(basis_DK)
             constant_F = None if bias_D is None else matrix_FD @ bias_D
             reader_FK = (matrix_FD * weight_D) @ basis_DK / stream_scale(basis_DK)
-            place_reader(projected, reader, reader_FK, constant_F)
-        plain_norm(family, projected, norm, readers, basis_DK)
+            set_reader(projected, reader, reader_FK, constant_F)
+        set_norm_to_one(family, projected, norm, readers, basis_DK)
     for writer in group.writers:
         for part in ("weight", "bias"):
             name = f"{group.prefix}{writer}.{part}"
@@ -255,6 +268,6 @@ def _project_head(
         return {f"{family.final_norm}.weight": weight_K - family.norm_offset}
     name, matrix_FD, constant_F = head_reader(family, tensors, projection)
     projected: dict[str, Tensor] = {}
-    place_reader(projected, name, matrix_FD @ basis_DK / scale, constant_F)
-    plain_norm(family, projected, family.final_norm, [name], basis_DK)
+    set_reader(projected, name, matrix_FD @ basis_DK / scale, constant_F)
+    set_norm_to_one(family, projected, family.final_norm, [name], basis_DK)
     return projected

@@ -6,34 +6,39 @@ import torch
 from torch import Tensor
 
 from sp3llm.compression.projecting import rounded, vocabulary_pieces
-from sp3llm.compression.projection import head_reader, norm_of, place_reader
+from sp3llm.compression.projection import head_reader, norm_of, set_reader
 from sp3llm.compression.refitter import (
+    LayerFit,
     Refitter,
     add_tokens,
     all_reduce_grams,
+    empty_grams,
     fit_ridge,
 )
 from sp3llm.maths.basis import stream_scale
 from sp3llm.maths.moments import normalise
-from sp3llm.maths.refit import Fit, Gram, empty_gram
+from sp3llm.maths.refit import Fit, Gram
 from sp3llm.models import families
-from sp3llm.models.families import Group, Site
+from sp3llm.models.families import Site
 from sp3llm.models.stream import Stream, probe_stream
 
 
 def stream_grams(
     refitter: Refitter, dense_hidden: Tensor, small_stream: Stream
 ) -> tuple[Gram, Gram]:
-    """Grams of a site that reads the streams as they stand."""
-    width, kept = refitter.projection.basis_DK.shape
-    grams = tuple(empty_gram(kept, width, refitter.execution.device) for _ in range(2))
+    """Grams of a site's map from the small stream, normalised, to the dense one.
 
-    def see(rows: slice, x: Tensor) -> None:
+    Both are taken as they stand; `dense_hidden` is `(windows, tokens, D)`.
+    """
+    width, kept = refitter.projection.basis_DK.shape
+    grams = empty_grams(refitter, kept, width)
+
+    def add_batch(rows: slice, x: Tensor) -> None:
         centred = refitter.family.centred
         dense_n = normalise(dense_hidden[rows].to(refitter.execution.device), refitter.eps, centred)
         add_tokens(refitter, grams, rows, normalise(x, refitter.eps, centred), dense_n)
 
-    probe_stream(small_stream, see, refitter.execution)
+    probe_stream(small_stream, add_batch, refitter.execution)
     all_reduce_grams(refitter, grams)
     return grams
 
@@ -46,20 +51,15 @@ def _reader_map(refitter: Refitter, grams: tuple[Gram, Gram], intercept: bool, n
     return fit_ridge(refitter, name, grams, prior_KD, zero_D)
 
 
-def fit_readers(
-    refitter: Refitter,
-    group: Group,
-    site: Site,
-    grams: tuple[Gram, Gram],
-    source: Mapping[str, Tensor],
-    tensors: dict[str, Tensor],
-) -> None:
-    """Readers of one site through one map: `W' = W diag(g) M^T`, constants into their biases, or
-    through the spare direction where they have none.
+def fit_readers(refitter: Refitter, layer: LayerFit, site: Site, grams: tuple[Gram, Gram]) -> None:
+    """Set the readers of one site through one map, `W' = W diag(g) M^T`, in the layer's tensors.
+
+    Constants, those of the norm's bias and of the map's intercept, go into the readers' biases, or
+    through the spare direction of the stream where they have none.
     """
-    family = refitter.family
-    names = [f"{group.prefix}{reader}" for reader in site.readers]
-    norm = f"{group.prefix}{site.norm}"
+    family, source, tensors = refitter.family, layer.cut, layer.tensors
+    names = [layer.name(reader) for reader in site.readers]
+    norm = layer.name(site.norm)
     has_biases = all(f"{name}.bias" in source for name in names)
     fit = _reader_map(refitter, grams, has_biases or family.norm_bias, norm)
     norm_D, bias_D = norm_of(family, norm, source, fit.solution_PQ)
@@ -68,21 +68,25 @@ def fit_readers(
             tensors[f"{name}.bias"] = source[f"{name}.bias"].to(norm_D)
         matrix_FD = source[f"{name}.weight"].to(norm_D)
         constant_F = None if bias_D is None else matrix_FD @ bias_D
-        _place(refitter, tensors, name, matrix_FD * norm_D, constant_F, fit)
+        _set_fitted_reader(refitter, tensors, name, (matrix_FD * norm_D, constant_F), fit)
 
 
-def _place(
+def _set_fitted_reader(
     refitter: Refitter,
     tensors: dict[str, Tensor],
     name: str,
-    folded_FD: Tensor,
-    constant_F: Tensor | None,
+    folded: tuple[Tensor, Tensor | None],
     fit: Fit,
 ) -> None:
-    """Set one reader from its site's map and what its norm's bias gives it."""
+    """Set one reader, rounded, from the map of its site.
+
+    `folded` are its matrix with the norm's weight folded in, `(F, D)`, and the constant that the
+    norm's bias gives it, `(F,)`.
+    """
+    folded_FD, constant_F = folded
     if fit.intercept_Q is not None:
         constant_F = folded_FD @ fit.intercept_Q + (0 if constant_F is None else constant_F)
-    place_reader(tensors, name, folded_FD @ fit.solution_PQ.T, constant_F)
+    set_reader(tensors, name, folded_FD @ fit.solution_PQ.T, constant_F)
     for part in (f"{name}.weight", f"{name}.bias"):
         if part in tensors:
             tensors[part] = rounded(part, tensors[part], refitter.dtype)
@@ -95,9 +99,10 @@ def fit_head(
     dense_stream: Stream,
     small_stream: Stream,
 ) -> None:
-    """The head, or the projection before a tied one, is one more reader.
+    """Fit the head, or the projection before a tied one, which is one more reader.
 
-    Without such a projection a tied table, with its two roles, stays as DESIGN 3.5 has it: the
+    `source` are its dense tensors, `tensors` the projected ones, replaced in place. Without such a
+    projection a tied table, with its two roles, stays as docs/design.md 3.5 has it: the
     embeddings' role is exact within the subspace, and so is the head's.
     """
     family = refitter.family
@@ -106,12 +111,12 @@ def fit_head(
     grams = stream_grams(refitter, dense_stream.hidden, small_stream)
     fit = _reader_map(refitter, grams, family.norm_bias, family.final_norm)
     group = families.groups(family, refitter.dense.config)[-1]
-    found: dict[str, list[Tensor]] = {}
+    pieces: dict[str, list[Tensor]] = {}
     for piece in vocabulary_pieces(family, refitter.projection, group, source):
         on_device = {name: tensor.to(refitter.execution.device) for name, tensor in piece.items()}
-        name, folded_FD, constant_F = head_reader(family, on_device, refitter.projection)
-        placed = {part: tensors[part] for part in (f"{name}.bias",) if part in tensors}
-        _place(refitter, placed, name, folded_FD, constant_F, fit)
-        for part, tensor in placed.items():
-            found.setdefault(part, []).append(tensor)
-    tensors |= {part: torch.cat(p) if len(p) > 1 else p[0] for part, p in found.items()}
+        name, *folded = head_reader(family, on_device, refitter.projection)
+        fitted = {part: tensors[part] for part in (f"{name}.bias",) if part in tensors}
+        _set_fitted_reader(refitter, fitted, name, tuple(folded), fit)
+        for part, tensor in fitted.items():
+            pieces.setdefault(part, []).append(tensor)
+    tensors |= {part: torch.cat(p) if len(p) > 1 else p[0] for part, p in pieces.items()}

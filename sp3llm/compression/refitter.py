@@ -1,6 +1,7 @@
 """What every fit of the second pass needs: both models, the fit over all processes, the log."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,9 @@ from sp3llm.maths.refit import (
     RIDGES,
     Fit,
     Gram,
+    NotFinite,
     add_to_gram,
+    empty_gram,
     gram_tensors,
     ridge_errors,
     ridge_fit,
@@ -22,7 +25,7 @@ from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint
 from sp3llm.models.families import Family, Group
 from sp3llm.models.shapes import Shape
-from sp3llm.models.stream import Stream
+from sp3llm.models.stream import LayeredModel, Stream
 from sp3llm.runtime.devices import Execution
 
 # Held back from every fit to choose its ridge: one window in this many, one at least.
@@ -41,7 +44,7 @@ class Refitter:
     """Of the export: fitted tensors are rounded to it before their output is used."""
     execution: Execution
     unit_selection: str
-    """How neurons and groups are chosen: see `refit.select_units`."""
+    """How neurons and groups are chosen: see `maths.unit_selection.select_units`."""
     held_from: int
     """First window that is held back to choose ridges."""
     unseen_from: int
@@ -61,17 +64,48 @@ class Refitter:
 
 
 @dataclass(frozen=True)
-class Built:
-    """A finished group, and both streams behind it."""
+class FinishedGroup:
+    """A group of the small model's parameters as they are to be written."""
 
     index: int
+    """Its number among all groups: embeddings, layers, head."""
     group: Group
     tensors: Mapping[str, Tensor]
+    """The small model's, by their names on disk."""
     dense: Stream | None = None
+    """The dense model's stream behind this group; None where nothing was refitted."""
     small: Stream | None = None
+    """The small model's."""
 
 
-# --------------------------------------------------------------------------- readers
+@dataclass(frozen=True)
+class LayerFit:
+    """One layer while it is fitted: its weights, both models, and their streams in front of it."""
+
+    index: int
+    """Its number among the layers."""
+    group: Group
+    source: Mapping[str, Tensor]
+    """Dense weights, as they are on disk."""
+    cut: Mapping[str, Tensor]
+    """Dense weights with attention cut, still in the coordinates of the dense stream."""
+    tensors: dict[str, Tensor]
+    """The small model's weights: projected ones that fitted ones take the place of."""
+    dense_model: LayeredModel
+    small_models: list[LayeredModel]
+    """Small models whose first 0, 1, ... writers have their inputs cut already."""
+    dense_stream: Stream
+    small_stream: Stream
+
+    def name(self, module: str) -> str:
+        """The full name of a module of the layer."""
+        return f"{self.group.prefix}{module}"
+
+
+def empty_grams(refitter: "Refitter", inputs: int, outputs: int) -> tuple[Gram, Gram]:
+    """Grams of no tokens: one to fit and one to choose the ridge on."""
+    device = refitter.execution.device
+    return empty_gram(inputs, outputs, device), empty_gram(inputs, outputs, device)
 
 
 def add_tokens(
@@ -82,10 +116,16 @@ def add_tokens(
     y: Tensor,
     weight: Tensor | None = None,
 ) -> None:
-    """Add a batch of windows to the fitting Gram and to the one held back."""
+    """Add a batch of windows to the fitting Gram and to the one held back, each by its number.
+
+    `rows` are the windows' numbers; `a`, `(windows, tokens, P)`, is what the fitted matrix reads,
+    `y`, `(windows, tokens, Q)`, what it should give, `weight`, `(windows, tokens)`, what each token
+    counts.
+    """
     bounds = (0, refitter.held_from, refitter.unseen_from)
     first, second, third = (min(max(bound - rows.start, 0), len(a)) for bound in bounds)
-    for gram, part in zip(grams, (slice(first, second), slice(second, third)), strict=True):
+    parts = (slice(first, second), slice(second, third))
+    for gram, part in zip(grams, parts, strict=True):
         if len(a[part]):
             add_to_gram(gram, a[part], y[part], None if weight is None else weight[part])
 
@@ -103,7 +143,10 @@ def fit_ridge(
     prior_PQ: Tensor,
     prior_intercept_Q: Tensor | None = None,
 ) -> Fit:
-    """A ridge fit whose solves are shared out over processes, and its entry in the log."""
+    """A ridge fit (`maths.refit.ridge_fit`) whose solves are shared out over processes.
+
+    `name` is what the log calls it. The result is the same on every process.
+    """
     ranks, intercept = refitter.execution.ranks, prior_intercept_Q is not None
     own = ridge_errors(*grams, prior_PQ, intercept, ranks.share(RIDGES))
     by_rank = ranks.all_gather(own)
@@ -124,6 +167,21 @@ def _log(refitter: Refitter, name: str, fit: Fit) -> None:
             "raised": fit.raised,
         }
     )
+
+
+@contextmanager
+def overflow_refused() -> Iterator[None]:
+    """Tell the user what to do where a fit or a choice in the block meets NaN or infinity.
+
+    Raises UserError in place of `NotFinite`.
+    """
+    try:
+        yield
+    except NotFinite as error:
+        raise UserError(
+            "The activations of the compressed model hold NaN or infinity: try --dtype "
+            "bfloat16 or float32."
+        ) from error
 
 
 def held_back_from(windows: int) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from sp3llm.compression.learned_mask import Learned
     from sp3llm.compression.projection import Projection
-    from sp3llm.compression.refitter import Built
+    from sp3llm.compression.refitter import FinishedGroup
     from sp3llm.compression.statistics import Moments
     from sp3llm.models.shapes import Shape
     from sp3llm.runtime.journal import Journal
@@ -106,7 +106,7 @@ def build(
 ) -> list[dict[str, Any]]:
     """Make the small model's groups in order, and write them as they come; a log of all fits."""
     from sp3llm.compression.projecting import plain_groups
-    from sp3llm.compression.refitter import Built
+    from sp3llm.compression.refitter import FinishedGroup
     from sp3llm.models import families
     from sp3llm.models.export import groups_written, write_model
     from sp3llm.runtime.progress import tracked
@@ -120,7 +120,7 @@ def build(
     else:
         what, start, fits = "fold, rotate, cut", done, []
         groups = plain_groups(job.dense, job.family, projection, job.dtype, job.execution, done)
-    latest: Built | None = None
+    latest: FinishedGroup | None = None
 
     def made() -> "Iterator[tuple[int, Mapping[str, Tensor]]]":
         nonlocal latest
@@ -146,7 +146,7 @@ def _refitted(
     tokens: "Tensor",
     journal: "Journal",
     done: int,
-) -> "tuple[int, list[dict[str, Any]], Iterator[Built]]":
+) -> "tuple[int, list[dict[str, Any]], Iterator[FinishedGroup]]":
     """The groups of the refit from where a run before has left both streams, not beyond group
     `done`; with the number of the first, and the log of fits, which grows as groups are made.
     """

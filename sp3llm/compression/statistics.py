@@ -33,7 +33,9 @@ class Moments:
 
 @dataclass
 class MomentSum:
-    """Second moments and means of vectors, in `B` blocks of `W` channels, as they come."""
+    """Running sums of vectors and of their outer products, float64, by blocks of channels: `B`
+    blocks of `W` channels each, such as heads, of which only the products within a block count.
+    """
 
     squares_BWW: Tensor
     sums_BW: Tensor
@@ -41,14 +43,14 @@ class MomentSum:
 
     @staticmethod
     def of(blocks: int, width: int, execution: Execution) -> "MomentSum":
-        """Nothing yet."""
+        """Sums of no vectors."""
         squares_BWW = torch.zeros(
             blocks, width, width, dtype=torch.float64, device=execution.device
         )
         return MomentSum(squares_BWW, torch.zeros_like(squares_BWW[..., 0]))
 
     def add(self, x: Tensor) -> None:
-        """Add `(..., B W)`, float."""
+        """Add vectors, `(..., B W)`, floating."""
         blocks, width = self.sums_BW.shape
         x_NBW = x.reshape(-1, blocks, width)
         for block, squares_WW in enumerate(self.squares_BWW):
@@ -73,7 +75,7 @@ class MomentSum:
 
 @dataclass(frozen=True)
 class SiteSlots:
-    """Moments and metrics of all read sites, neighbouring ones summed."""
+    """Running sums of the moments and metrics of all read sites, neighbouring sites in one sum."""
 
     sums: list[Tensor]
     metrics: list[Tensor]
@@ -81,7 +83,7 @@ class SiteSlots:
 
     @staticmethod
     def of(sites: int, most: int, width: int, execution: Execution) -> "SiteSlots":
-        """Nothing yet, in `most` slots or as many as there are sites."""
+        """Zeros, `(width, width)`: `most` sums, or one a site where there are fewer sites."""
 
         def zeros() -> list[Tensor]:
             return [
@@ -92,11 +94,11 @@ class SiteSlots:
         return SiteSlots(zeros(), zeros(), sites)
 
     def of_site(self, site: int) -> int:
-        """The slot that a site is summed into."""
+        """Number of the sum that a site is added to."""
         return site * len(self.sums) // self.sites
 
     def restore(self, named: Mapping[str, Tensor]) -> None:
-        """Take over what `_packed` had."""
+        """Set the sums to those that `pack` has named."""
         for name, totals in (("sites_DD", self.sums), ("metrics_DD", self.metrics)):
             for index, total_DD in enumerate(totals):
                 total_DD.copy_(named[f"{name}.{index}"])
@@ -116,7 +118,7 @@ class SiteSlots:
 
 
 def pack(moments: Moments) -> dict[str, Tensor]:
-    """Moments as named tensors."""
+    """Moments as named tensors, for the journal; `unpack` is the inverse."""
     named: dict[str, Tensor | None] = {"head": moments.head_DD}
     for name in ("sites_DD", "metrics_DD"):
         named |= {f"{name}.{i}": tensor for i, tensor in enumerate(getattr(moments, name))}
@@ -126,19 +128,22 @@ def pack(moments: Moments) -> dict[str, Tensor]:
 
 
 def unpack(named: Mapping[str, Tensor], execution: Execution) -> Moments:
-    """What `_packed` had."""
+    """Moments from the tensors that `pack` named, copied to the device that computes."""
 
-    def of(prefix: str) -> dict[str, Tensor]:
+    def under(prefix: str) -> dict[str, Tensor]:
         start = f"{prefix}."
-        found = {n.removeprefix(start): t for n, t in named.items() if n.startswith(start)}
-        return {name: tensor.to(execution.device, copy=True) for name, tensor in found.items()}
+        return {
+            name.removeprefix(start): tensor.to(execution.device, copy=True)
+            for name, tensor in named.items()
+            if name.startswith(start)
+        }
 
     def listed(prefix: str) -> tuple[Tensor, ...]:
-        found = of(prefix)
-        return tuple(found[str(i)] for i in range(len(found)))
+        by_index = under(prefix)
+        return tuple(by_index[str(i)] for i in range(len(by_index)))
 
     layers = {int(name.split(".")[1]) for name in named if name.startswith("heads.")}
-    heads = tuple(HeadMoments(**of(f"heads.{layer}")) for layer in sorted(layers))
+    heads = tuple(HeadMoments(**under(f"heads.{layer}")) for layer in sorted(layers))
     head_DD = named.get("head")
     head_DD = None if head_DD is None else head_DD.to(execution.device, copy=True)
     return Moments(listed("sites_DD"), listed("metrics_DD"), head_DD, heads)

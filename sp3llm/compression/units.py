@@ -5,25 +5,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sp3llm.compression.projection import (
-    KeptUnits,
-)
+from sp3llm.compression.projection import KeptUnits
+from sp3llm.maths.unit_selection import unit_members
 from sp3llm.models.families import Axis, Family, Group
 
 
 def gate_writers(
     family: Family, group: Group, tensors: Mapping[str, Tensor], kept_units: KeptUnits | None
 ) -> dict[str, Tensor]:
-    """The same layer with the gates of a learned mask folded into what its writers read."""
-    found = dict(tensors)
+    """A layer's tensors with the gates of a learned mask folded into its writers' columns."""
+    gated = dict(tensors)
     for writer, axis in gated_writers(family, group):
         gates_LU = None if kept_units is None else kept_units.gates(axis)
         name = f"{group.prefix}{writer}.weight"
         if gates_LU is not None:
             gates_U = gates_LU[group.layer]
             gates_P = gates_U.repeat_interleave(tensors[name].shape[1] // len(gates_U))
-            found[name] = tensors[name].to(gates_P) * gates_P
-    return found
+            gated[name] = tensors[name].to(gates_P) * gates_P
+    return gated
 
 
 def gated_writers(family: Family, group: Group) -> list[tuple[str, str]]:
@@ -43,22 +42,29 @@ def cut_units(
     units: Mapping[str, int],
     sizes: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """Keep some units only of the tensors given, of `units` members along every axis that goes
-    with them; `sizes` are the axes' lengths before.
+    """A layer's tensors with some units only, `kept_U` by number.
+
+    `units` has the length of one unit along every axis that is cut, `sizes` the length of every
+    axis before.
     """
-    found = dict(tensors)
+    remaining = dict(tensors)
     for name, axes in group.parameters.items():
         for dim, axis in enumerate(axes):
             rows = kept_rows(axis, kept_U, units, sizes)
-            if rows is not None and name in found:
-                found[name] = found[name].index_select(dim, rows.to(found[name].device))
-    return found
+            if rows is not None and name in remaining:
+                tensor = remaining[name]
+                remaining[name] = tensor.index_select(dim, rows.to(tensor.device))
+    return remaining
 
 
 def kept_rows(
     axis: Axis, kept_U: Tensor, cut_axes: Mapping[str, int], sizes: Mapping[str, int]
 ) -> Tensor | None:
-    """Indices along an axis that belong to kept units, `cut_axes` of them an axis; None: all."""
+    """Indices along an axis that belong to the kept units; None: all, since it is not cut.
+
+    An axis may be several in a row, as fused matrices have it. `cut_axes` has the length of one
+    unit along every axis that is cut, `sizes` the length of every axis before.
+    """
     parts = (axis,) if isinstance(axis, str) else axis
     if not any(part in cut_axes for part in parts):
         return None
@@ -68,15 +74,9 @@ def kept_rows(
         if size is None:
             rows.append(start + torch.arange(sizes[part], device=kept_U.device))
         else:
-            offsets = torch.arange(size, device=kept_U.device)
-            rows.append(start + (kept_U[:, None] * size + offsets).reshape(-1))
+            rows.append(start + unit_members(kept_U, size))
         start += sizes[part]
     return torch.cat(rows)
-
-
-def unit_members(units_U: Tensor, size: int) -> Tensor:
-    """Indices of the members of units of one size."""
-    return (units_U[:, None] * size + torch.arange(size, device=units_U.device)).reshape(-1)
 
 
 def complement(units_U: Tensor, count: int) -> Tensor:

@@ -3,104 +3,104 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sp3llm.compression.projecting import rounded, unit_sizes
 from sp3llm.compression.readers import fit_readers, stream_grams
 from sp3llm.compression.refitter import (
+    LayerFit,
     Refitter,
     add_tokens,
     all_reduce_grams,
+    empty_grams,
     fit_ridge,
 )
 from sp3llm.compression.units import cut_units, kept_rows
 from sp3llm.maths.basis import stream_scale
+from sp3llm.maths.moments import LEAST_MEAN_SQUARE
 from sp3llm.maths.products import widen
-from sp3llm.maths.refit import (
-    Gram,
-    empty_gram,
-    restricted,
-    ridge_solution,
-    schur_complement,
-    sum_grams,
-)
+from sp3llm.maths.refit import Gram, restricted, schur_complement, sum_grams
 from sp3llm.maths.unit_selection import select_units
 from sp3llm.models import families
-from sp3llm.models.families import Group
 from sp3llm.models.shapes import Shape
-from sp3llm.models.stream import Stream, probe_stream, run_layer
+from sp3llm.models.stream import LayerPart, Stream, probe_stream, run_layer
 
 # Ridge of the writer that neurons and groups are chosen by, relative to the mean diagonal.
 _CHOICE_RIDGE = 1e-4
 
 
-def fit_parallel(
-    refitter: Refitter,
-    index: int,
-    group: Group,
-    layers: tuple[Mapping[str, Tensor], Mapping[str, Tensor], dict[str, Tensor]],
-    dense_model: nn.Module,
-    shells: list[nn.Module],
-    streams: tuple[Stream, Stream],
-) -> None:
-    """Fit a layer whose blocks read the same stream: all writers in one regression.
+def fit_parallel(refitter: Refitter, layer: LayerFit) -> None:
+    """Fit a layer whose blocks read the same stream, and send both streams through it.
 
-    One after the other, the first would chase what the second is there for (DESIGN 3.7). `layers`
-    are the dense tensors, those with attention cut, and the small ones, in place.
+    All its writers are fitted in one regression, their inputs side by side: one after the other,
+    the first would chase what the second is there for (docs/design.md 3.7).
     """
-    family, execution = refitter.family, refitter.execution
-    (source, narrow, tensors), (dense_stream, small_stream) = layers, streams
-    grams = stream_grams(refitter, dense_stream.hidden, small_stream)
+    family = refitter.family
+    site_grams = stream_grams(refitter, layer.dense_stream.hidden, layer.small_stream)
     for site in family.sites:
-        fit_readers(refitter, group, site, grams, narrow, tensors)
-    run_layer(dense_model, family, index, source, [(dense_stream, {})], execution)
-    names = [f"{group.prefix}{writer}" for writer in family.writers]
-    priors = [tensors[f"{name}.weight"].T.double() for name in names]
-    biases = [tensors[f"{name}.bias"].double() for name in names if f"{name}.bias" in tensors]
+        fit_readers(refitter, layer, site, site_grams)
+    run_layer(layer.dense_model, layer.index, layer.source, [(layer.dense_stream, {})])
+    names = [layer.name(writer) for writer in family.writers]
+    priors = [layer.tensors[f"{name}.weight"].T.double() for name in names]
+    biases = [f"{name}.bias" for name in names if f"{name}.bias" in layer.tensors]
     prior_PK = torch.cat(priors)
-    grams = tuple(empty_gram(*prior_PK.shape, execution.device) for _ in range(2))
-    seen: list[Tensor] = []
-
-    def see(rows: slice, a: Tensor) -> None:
-        seen.append(widen(a))
-        if len(seen) == len(names):
-            missing, weight = _missing(refitter, dense_stream.hidden, small_stream, rows)
-            add_tokens(refitter, grams, rows, torch.cat(seen, -1), missing, weight)
-            seen.clear()
-
-    probes = dict.fromkeys(family.writers, see)
-    stop_before = family.writers[-1]
-    run_layer(
-        shells[0],
-        family,
-        index,
-        tensors,
-        [(small_stream, probes)],
-        execution,
-        stop_before=stop_before,
-    )
-    all_reduce_grams(refitter, grams)
-    both, kept, start = sum_grams(*grams), [], 0
-    for writer, prior in zip(family.writers, priors, strict=True):
-        members_P = torch.arange(start, start + len(prior), device=prior.device)
-        start += len(prior)
-        if _units_of(refitter, writer) is None:
-            kept.append(members_P)
-            continue
-        part = schur_complement(both, members_P, _CHOICE_RIDGE)
-        kept.append(members_P[_survivors(refitter, group, writer, part, prior, tensors)])
+    prior_biases = [layer.tensors[bias].double() for bias in biases]
+    prior_bias_K = sum(prior_biases[1:], prior_biases[0]) if biases else None
+    grams = _parallel_grams(refitter, layer, prior_PK)
+    kept = _parallel_survivors(refitter, layer, grams, priors)
     kept_P = torch.cat(kept)
     grams = tuple(restricted(gram, kept_P) for gram in grams)
-    prior_bias_K = sum(biases[1:], biases[0]) if biases else None
     fit = fit_ridge(refitter, " + ".join(names), grams, prior_PK[kept_P], prior_bias_K)
     rows = fit.solution_PQ.split([len(members) for members in kept])
-    constant_K = fit.intercept_Q
     for name, rows_PK in zip(names, rows, strict=True):
-        tensors[f"{name}.weight"] = rounded(f"{name}.weight", rows_PK.T, refitter.dtype)
-        if f"{name}.bias" in tensors:  # the first bias carries the constant of both
-            tensors[f"{name}.bias"] = rounded(f"{name}.bias", constant_K, refitter.dtype)
-            constant_K = torch.zeros_like(constant_K)
-    run_layer(shells[-1], family, index, tensors, [(small_stream, {})], execution)
+        layer.tensors[f"{name}.weight"] = rounded(f"{name}.weight", rows_PK.T, refitter.dtype)
+    constant_K = fit.intercept_Q
+    for bias in biases:  # the first carries the constant of all
+        layer.tensors[bias] = rounded(bias, constant_K, refitter.dtype)
+        constant_K = torch.zeros_like(constant_K)
+    run_layer(layer.small_models[-1], layer.index, layer.tensors, [(layer.small_stream, {})])
+
+
+def _parallel_grams(refitter: Refitter, layer: LayerFit, prior_PK: Tensor) -> tuple[Gram, Gram]:
+    """Grams of all writers' inputs in a row, in the order of the writers, and of what is missing in
+    the small stream.
+    """
+    family = refitter.family
+    grams = empty_grams(refitter, *prior_PK.shape)
+    inputs: list[Tensor] = []
+
+    def add_batch(rows: slice, a: Tensor) -> None:
+        inputs.append(widen(a))
+        if len(inputs) == len(family.writers):
+            missing, weight = _missing(
+                refitter, layer.dense_stream.hidden, layer.small_stream, rows
+            )
+            add_tokens(refitter, grams, rows, torch.cat(inputs, -1), missing, weight)
+            inputs.clear()
+
+    streams = [(layer.small_stream, dict.fromkeys(family.writers, add_batch))]
+    part = LayerPart(stop_before=family.writers[-1])
+    run_layer(layer.small_models[0], layer.index, layer.tensors, streams, part)
+    all_reduce_grams(refitter, grams)
+    return grams
+
+
+def _parallel_survivors(
+    refitter: Refitter, layer: LayerFit, grams: tuple[Gram, Gram], priors: list[Tensor]
+) -> list[Tensor]:
+    """Of every writer the inputs that stay, as indices into the row of all writers' inputs.
+
+    They are chosen one writer after the other, each as if the others' inputs all stayed.
+    """
+    both, kept, start = sum_grams(*grams), [], 0
+    for writer, prior_PK in zip(refitter.family.writers, priors, strict=True):
+        members_P = torch.arange(start, start + len(prior_PK), device=prior_PK.device)
+        start += len(prior_PK)
+        if _units_of(refitter, writer) is not None:
+            own = schur_complement(both, members_P, _CHOICE_RIDGE)
+            members_P = members_P[_survivors(refitter, layer, writer, own, prior_PK)]
+        kept.append(members_P)
+    return kept
 
 
 def fit_embeddings(
@@ -115,7 +115,8 @@ def fit_embeddings(
 
     It is one more writer: `P' = argmin sum_t |c X T - L - e P'^T|^2 / mean(X^2) + lambda |P' - c
     T^T P Z|^2` with `e` a token's embedding and `L` its learned position. The table itself, whose
-    other role is the head's, stays as the basis of both (`measure.choose_basis`) leaves it.
+    other role is the head's, stays as the basis of both (`compression.basis_choice.choose_basis`)
+    leaves it.
     """
     embedding_EJ = refitter.projection.embedding_EJ
     if embedding_EJ is None or embedding_EJ.shape[0] == embedding_EJ.shape[1]:
@@ -123,71 +124,67 @@ def fit_embeddings(
     name = f"{refitter.family.projections[0]}.weight"
     table_VJ = tensors[refitter.family.embedding].to(refitter.execution.device)
     prior_JK = tensors[name].T.double()
-    grams = tuple(empty_gram(*prior_JK.shape, refitter.execution.device) for _ in range(2))
+    grams = empty_grams(refitter, *prior_JK.shape)
 
-    def see(rows: slice, x: Tensor) -> None:
+    def add_batch(rows: slice, _: Tensor) -> None:
         embedded = widen(table_VJ[tokens[rows].to(table_VJ.device)])
         missing, weight = _missing(refitter, dense_stream.hidden, small_stream, rows)
         missing = missing * refitter.multiplier + embedded @ prior_JK.to(embedded)
         add_tokens(refitter, grams, rows, embedded, missing, weight)
 
-    probe_stream(small_stream, see, refitter.execution)
+    probe_stream(small_stream, add_batch, refitter.execution)
     all_reduce_grams(refitter, grams)
     fit = fit_ridge(refitter, name, grams, prior_JK)
     tensors[name] = rounded(name, fit.solution_PQ.T, refitter.dtype)
     return True
 
 
-# --------------------------------------------------------------------------- writers
-
-
 def fit_writer(
     refitter: Refitter,
-    index: int,
-    group: Group,
+    layer: LayerFit,
     number: int,
     target: Tensor,
-    tensors: dict[str, Tensor],
-    shell: nn.Module,
-    small_stream: Stream,
     zeroed: Mapping[str, int | None],
     keep_inputs: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Choose the writer's surviving inputs and fit it to chase the dense stream.
+    """Choose the surviving inputs of a layer's writer `number` and fit it to the dense stream.
 
     `W' = argmin sum_t |c X_out T - X' - r a' W'^T|^2 / mean(X_out^2) + lambda |W' - c T^T W|^2`:
-    each token weighs as the next norm will read it; `r` is the family's multiplier.
+    each token weighs as the next norm will read it; `r` is the family's multiplier. `target` is
+    `X_out`, `(windows, tokens, D)`; `zeroed` are the blocks in front, whose output is in the small
+    stream already (`models.stream.LayerPart`).
 
     Returns the inputs, `(windows, tokens, P)`, if they are to be kept, and the indices of those
     that survive; None: all do.
     """
-    family, execution = refitter.family, refitter.execution
-    writer = family.writers[number]
-    name = f"{group.prefix}{writer}"
+    execution, tensors = refitter.execution, layer.tensors
+    writer = refitter.family.writers[number]
+    name = layer.name(writer)
     prior_PK = tensors[f"{name}.weight"].T.double()
-    bias = tensors.get(f"{name}.bias")
-    prior_bias_K = None if bias is None else bias.double()
-    grams = tuple(empty_gram(*prior_PK.shape, execution.device) for _ in range(2))
+    bias_K = tensors.get(f"{name}.bias")
+    prior_bias_K = None if bias_K is None else bias_K.double()
+    grams = empty_grams(refitter, *prior_PK.shape)
     inputs: Tensor | None = None
     if keep_inputs:
         inputs = execution.empty_stream((*target.shape[:2], len(prior_PK)), target.dtype)
 
-    def see(rows: slice, a: Tensor) -> None:
-        missing, weight = _missing(refitter, target, small_stream, rows)
+    def add_batch(rows: slice, a: Tensor) -> None:
+        missing, weight = _missing(refitter, target, layer.small_stream, rows)
         add_tokens(refitter, grams, rows, widen(a), missing, weight)
         if inputs is not None:
             inputs[rows] = a.to(inputs.device)
 
-    streams = [(small_stream, {writer: see})]
-    run_layer(shell, family, index, tensors, streams, execution, stop_before=writer, zeroed=zeroed)
+    streams = [(layer.small_stream, {writer: add_batch})]
+    part = LayerPart(stop_before=writer, zeroed=zeroed)
+    run_layer(layer.small_models[number], layer.index, tensors, streams, part)
     all_reduce_grams(refitter, grams)
     kept_P = None
     if _units_of(refitter, writer) is not None:
-        kept_P = _survivors(refitter, group, writer, sum_grams(*grams), prior_PK, tensors)
+        kept_P = _survivors(refitter, layer, writer, sum_grams(*grams), prior_PK)
         grams, prior_PK = tuple(restricted(gram, kept_P) for gram in grams), prior_PK[kept_P]
     fit = fit_ridge(refitter, name, grams, prior_PK, prior_bias_K)
     tensors[f"{name}.weight"] = rounded(f"{name}.weight", fit.solution_PQ.T, refitter.dtype)
-    if bias is not None:
+    if bias_K is not None:
         tensors[f"{name}.bias"] = rounded(f"{name}.bias", fit.intercept_Q, refitter.dtype)
     return inputs, kept_P
 
@@ -202,13 +199,13 @@ def _missing(
     missing = wanted @ scaled_DK - widen(small_stream.hidden[rows].to(execution.device))
     if family.centred:
         wanted = wanted - wanted.mean(-1, keepdim=True)
-    weight = 1 / wanted.square().mean(-1).clamp_min(1e-12)
+    weight = 1 / wanted.square().mean(-1).clamp_min(LEAST_MEAN_SQUARE)
     return missing / refitter.multiplier, weight
 
 
 def _units_of(refitter: Refitter, writer: str) -> tuple[int, dict[str, int]] | None:
-    """How many units of a writer's inputs are kept, and the length of one along every axis that
-    goes with it; None: all are kept.
+    """How many units, neurons or KV groups, of a writer's inputs are kept, and the length of one
+    along every axis that is cut with them; None: all are kept.
     """
     family, shape = refitter.family, refitter.shape
     dense = Shape.of(family, refitter.dense.config)
@@ -223,32 +220,28 @@ def _units_of(refitter: Refitter, writer: str) -> tuple[int, dict[str, int]] | N
 
 
 def _survivors(
-    refitter: Refitter,
-    group: Group,
-    writer: str,
-    gram: Gram,
-    prior_PK: Tensor,
-    tensors: dict[str, Tensor],
+    refitter: Refitter, layer: LayerFit, writer: str, gram: Gram, prior_PK: Tensor
 ) -> Tensor:
-    """Kept inputs of a writer that is to be cut, and everything that feeds the others cut away.
+    """Indices of the inputs that a writer keeps, `(P,)`, of those in `gram`; whatever feeds the
+    others is cut away from the layer's tensors.
 
-    They are those of a learned mask, where there is one, and those without which the refit loses
-    least elsewhere.
+    They are those of a learned mask, where there is one, and elsewhere those without which the
+    refitted writer would lose most.
     """
     family, kept_units = refitter.family, refitter.projection.kept_units
     keep, units = _units_of(refitter, writer)
     sizes = families.axis_sizes(family, refitter.dense.config)
     axis = family.layer[f"{writer}.weight"][1]
     unit = units[axis]
-    kept_U = None if kept_units is None else kept_units.kept(axis, group.layer)
+    kept_U = None if kept_units is None else kept_units.kept(axis, layer.group.layer)
     if kept_U is None:
-        weight_PK, _, used = ridge_solution(gram, prior_PK, _CHOICE_RIDGE, intercept=False)
-        kept_P = select_units(gram.inputs_PP, weight_PK, keep, unit, refitter.unit_selection, used)
+        method = refitter.unit_selection
+        kept_P = select_units(gram, prior_PK, keep, unit, method, _CHOICE_RIDGE)
         refitter.execution.ranks.broadcast_(kept_P)
         kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
     else:
         kept_P = kept_rows(axis, kept_U, units, sizes)
-    name = f"{group.prefix}{writer}.weight"
-    others = {other: tensor for other, tensor in tensors.items() if other != name}
-    tensors |= cut_units(group, others, kept_U, units, sizes)
+    name = f"{layer.name(writer)}.weight"
+    others = {other: tensor for other, tensor in layer.tensors.items() if other != name}
+    layer.tensors.update(cut_units(layer.group, others, kept_U, units, sizes))
     return kept_P

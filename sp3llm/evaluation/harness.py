@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 _INSTALL = "pip install 'lm-eval>=0.4.12'"
 _CPU_BATCH = "8"
-# Logits that token losses are taken from at once.
-_LOGITS_A_BATCH = 2**26
 
 
 # --------------------------------------------------------------------------- what to score on
@@ -325,6 +323,7 @@ def _token_losses(
     """Windows, and the token losses on them, the same on every process."""
     import torch
 
+    from sp3llm.evaluation.perplexity import window_losses
     from sp3llm.runtime.progress import progress_bars
     from sp3llm.text.windows import unbroken_windows
 
@@ -334,7 +333,7 @@ def _token_losses(
         for asked, found in windows.items():
             share = found.tokens[lm.rank :: lm.world_size]
             rows = [
-                token_losses(lm.model, window, lm.device)
+                window_losses(lm.model, window, lm.device)
                 for window in progress.track(share, description=f"{asked.text}, {asked.seq_len}")
             ]
             mine = torch.stack(rows) if rows else torch.empty(0, asked.seq_len - 1).double()
@@ -353,25 +352,6 @@ def _gathered(value: "Tensor", processes: int) -> "list[Tensor]":
     parts: list[Tensor] = [value] * processes
     torch.distributed.all_gather_object(parts, value)
     return parts
-
-
-def token_losses(model: Any, window: "Tensor", device: "torch.device") -> "Tensor":
-    """Losses of a model on one window of token ids, `(tokens - 1,)`, float64 on the host, nats.
-
-    The first token is not predicted. Logits are taken in the model's own dtype, their logarithm in
-    float32.
-    """
-    import torch
-
-    with torch.no_grad():
-        logits = model(input_ids=window[None].to(device), use_cache=False).logits[0, :-1]
-        step = max(1, _LOGITS_A_BATCH // logits.shape[-1])
-        labels = window[1:].to(device)
-        parts = [
-            torch.nn.functional.cross_entropy(rows.float(), wanted, reduction="none")
-            for rows, wanted in zip(logits.split(step), labels.split(step), strict=True)
-        ]
-    return torch.cat(parts).double().cpu()
 
 
 # --------------------------------------------------------------------------- the command

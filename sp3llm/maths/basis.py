@@ -8,10 +8,20 @@ import math
 import torch
 from torch import Tensor
 
+# Of the search for the subspace that costs least (`metric_basis`): steps at most; how often a step
+# is halved; the share of the promised decrease that a step must bring (Armijo's rule); and the
+# relative decrease below which the search ends, where the model no longer changes.
+_STEPS = 60
+_HALVINGS = 30
+_SUFFICIENT_DECREASE = 1e-4
+_SETTLED = 1e-6
+# Below any gradient's norm: none is divided by zero.
+_LEAST_NORM = 1e-30
+
 
 def mean_free_frame(width: int, device: torch.device) -> Tensor:
     """Orthonormal columns orthogonal to the vector of ones, `(D, D - 1)`, float64: the cosines of
-    the DCT-II but the constant one. No channel is singled out (DESIGN 3.4).
+    the DCT-II but the constant one. No channel is singled out (docs/design.md 3.4).
     """
     position_D1 = torch.arange(width, dtype=torch.float64, device=device)[:, None] + 0.5
     frequency_1F = torch.arange(1, width, dtype=torch.float64, device=device)[None]
@@ -56,6 +66,7 @@ def _flat_matrix(width: int) -> Tensor:
 
 
 def _signs(count: int) -> Tensor:
+    """Random signs, 1 or -1, always the same, `(count,)`, float64."""
     generator = torch.Generator().manual_seed(0)
     return 2.0 * torch.randint(0, 2, (count,), generator=generator).double() - 1
 
@@ -77,7 +88,7 @@ def eigenbasis(moment_DD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tied_rotation(basis_DK: Tensor, norm_weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotation inside the kept subspace that lets a tied head survive (DESIGN 3.5).
+    """The rotation inside the kept subspace that lets a tied head survive (docs/design.md 3.5).
 
     `Z^T diag(g) Z = R diag(s) R^T`: with basis `Z R` the final norm's weight becomes a diagonal
     again, and one table serves embedding and head.
@@ -95,9 +106,9 @@ def metric_basis(
     metrics_DD: tuple[Tensor, ...],
     vectors_DD: Tensor,
     kept: int,
-    steps: int = 60,
+    steps: int = _STEPS,
 ) -> Tensor:
-    """The subspace of `kept` dimensions that loses least of what is read (DESIGN 3.2).
+    """The subspace of `kept` dimensions that loses least of what is read (docs/design.md 3.2).
 
     PCA keeps what is large, not what is read. Minimises over projectors `Q = Y Y^T` onto what is
     given up the sum over sites of `tr(A Q C Q)`, `A` what an error costs there and `C` the
@@ -125,20 +136,20 @@ def metric_basis(
     y_DR = vectors_DD[:, kept:]
     cost, gradient_DR = cost_and_gradient(y_DR)
     direction_DR = -gradient_DR
-    step = 1.0 / gradient_DR.norm().clamp_min(1e-30)
+    step = 1.0 / gradient_DR.norm().clamp_min(_LEAST_NORM)
     for _ in range(steps if gradient_DR.any() else 0):
         slope = (gradient_DR * direction_DR).sum()
         if slope >= 0:
             direction_DR, slope = -gradient_DR, -gradient_DR.square().sum()
-        for _ in range(30):
+        for _ in range(_HALVINGS):
             trial_DR = _retracted(y_DR + step * direction_DR)
             trial_cost, trial_gradient_DR = cost_and_gradient(trial_DR)
-            if trial_cost <= cost + 1e-4 * step * slope:
+            if trial_cost <= cost + _SUFFICIENT_DECREASE * step * slope:
                 break
             step = step / 2
         else:
             break
-        settled = cost - trial_cost < 1e-6 * cost
+        settled = cost - trial_cost < _SETTLED * cost
         change_DR = trial_gradient_DR - _tangent(gradient_DR, trial_DR)
         momentum = (trial_gradient_DR * change_DR).sum() / gradient_DR.square().sum()
         direction_DR = momentum.clamp_min(0) * _tangent(direction_DR, trial_DR) - trial_gradient_DR
@@ -152,7 +163,9 @@ def metric_basis(
 
 
 def _tangent(direction_DR: Tensor, y_DR: Tensor) -> Tensor:
-    """The part of a direction that moves the subspace."""
+    """The part of a direction, `(D, R)`, that is orthogonal to the columns of `y`: the rest only
+    turns them within the subspace that they span.
+    """
     return direction_DR - y_DR @ (y_DR.T @ direction_DR)
 
 
@@ -163,5 +176,5 @@ def _retracted(y_DR: Tensor) -> Tensor:
 
 
 def stream_scale(basis_DK: Tensor) -> float:
-    """`c = sqrt(K / D)`."""
+    """`c = sqrt(K / D)`, the scale of the new stream, from the basis, `(D, K)`."""
     return math.sqrt(basis_DK.shape[1] / basis_DK.shape[0])

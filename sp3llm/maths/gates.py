@@ -1,4 +1,5 @@
-"""Hard-concrete gates and the Lagrangian that keeps them on a budget (DESIGN 3.9). Tensors only.
+"""Hard-concrete gates and the Lagrangian that keeps them on a budget (docs/design.md 3.9).
+Tensors only.
 
 Shape suffixes: C coordinates of the stream, L layers, F neurons of the FFN, G KV groups, B windows,
 E constraints, N all gates in a row.
@@ -14,6 +15,11 @@ from torch import Tensor
 # Gates are stretched over this interval and clamped to [0, 1] (Louizos et al. 2018).
 _LOW, _HIGH = -0.1, 1.1
 _TEMPERATURE = 2 / 3
+# What is less than this share of the largest, or than the smallest number here at all, counts as
+# nothing, and is not divided by.
+_RELATIVE_FLOOR, _FLOOR = 1e-9, 1e-30
+# The least gate that is folded into what is kept.
+_LEAST_FOLDED_GATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,12 @@ def interpolated(
 
 
 def multipliers(jacobian_EN: Tensor, gradient_N: Tensor) -> Tensor:
-    """Those with which the Lagrangian `f + sum_e l_e v_e` is flattest, `(E,)`.
+    """Multipliers `l` with which the gradient of the Lagrangian `f + sum_e l_e v_e` is least,
+    `(E,)`.
 
-    `gradient_N` is that of `f`, the rows of `jacobian_EN` are those of constraints `v = 0`. Gates
-    count by what they move, not by its square, or the few that cost much would set the price for
-    all the others.
+    `gradient_N` is the gradient of `f` by all gates, the rows of `jacobian_EN` those of the
+    constraints `v = 0`. Gates count by what they move, not by its square, or the few that cost much
+    would set the price for all the others.
     """
     weighted_EN = _weighted(jacobian_EN)
     return torch.linalg.solve(_inner(jacobian_EN, weighted_EN), -(weighted_EN @ gradient_N))
@@ -106,15 +113,17 @@ def correction(jacobian_EN: Tensor, violated_E: Tensor) -> Tensor:
 
 
 def _weighted(jacobian_EN: Tensor) -> Tensor:
-    """Every gate's part over the largest it has in a constraint."""
+    """Gradients of the constraints, every gate's divided by the largest it has in any of them."""
     largest_N = jacobian_EN.abs().amax(0)
-    return jacobian_EN / largest_N.clamp_min(1e-9 * largest_N.max() + 1e-30)
+    return jacobian_EN / largest_N.clamp_min(_RELATIVE_FLOOR * largest_N.max() + _FLOOR)
 
 
 def _inner(jacobian_EN: Tensor, weighted_EN: Tensor) -> Tensor:
-    """Products of constraints' gradients; what depends on others, or on nothing, is let be."""
+    """Products of the constraints' gradients, `(E, E)`, with a small ridge: the matrix is singular
+    where one constraint depends on others, or on no gate.
+    """
     inner_EE = jacobian_EN @ weighted_EN.T
-    inner_EE.diagonal().add_(1e-9 * inner_EE.diagonal().max() + 1e-30)
+    inner_EE.diagonal().add_(_RELATIVE_FLOOR * inner_EE.diagonal().max() + _FLOOR)
     return inner_EE
 
 
@@ -137,4 +146,4 @@ def folded(gate: Tensor) -> Tensor:
     Rounding a shape up keeps some that have all but closed: these get a tenth, or they would be
     kept for nothing.
     """
-    return gate.clamp_min(0.1)
+    return gate.clamp_min(_LEAST_FOLDED_GATE)

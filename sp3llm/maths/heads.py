@@ -1,4 +1,4 @@
-"""Heads of fewer dimensions: SP3's per-head projections (DESIGN 3.6). Tensors only.
+"""Heads of fewer dimensions: SP3's per-head projections (docs/design.md 3.6). Tensors only.
 
 Without rotary embedding a head is two bilinear forms, queries with keys and values with the
 writer, and each may be cut to fewer dimensions by one SVD (SP3, arXiv 2308.16475). Every head
@@ -133,10 +133,13 @@ def _root(moment_EE: Tensor) -> Tensor:
 
 
 def _cutoff(largest_1: Tensor, size: int) -> Tensor:
-    """What rounding leaves of a zero beside the largest of `size` eigen- or singular values."""
+    """The bound below which an eigen- or singular value is rounding alone, from the largest of
+    `size` of them.
+    """
     return largest_1.clamp_min(0) * size * torch.finfo(largest_1.dtype).eps
 
 
 def _identity(like_EE: Tensor) -> Tensor:
+    """Identity matrices of the shape, dtype and device of `like_EE`, `(..., E, E)`."""
     eye_EE = torch.eye(like_EE.shape[-1], dtype=like_EE.dtype, device=like_EE.device)
     return eye_EE.expand_as(like_EE).clone()

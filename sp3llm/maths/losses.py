@@ -1,7 +1,8 @@
-"""What a compressed model is taught by: losses, tensors only.
+"""Losses of language models: those that tell how good one is, and those that one is taught by.
+Tensors only.
 
-B windows, S tokens, V vocabulary, J largest logits kept, D and K residual width before and after.
-Losses are means over tokens, float32.
+B windows, S or N tokens, V vocabulary, J largest logits kept, D and K residual width before and
+after. Losses to be taught by are means over tokens, float32.
 """
 
 import math
@@ -10,6 +11,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from sp3llm.maths.moments import LEAST_MEAN_SQUARE
+from sp3llm.maths.products import widen
+
+# Logits that a loss is taken of at once, 64 MB in float32: with vocabularies of a quarter million
+# those of a whole window in float32 would be larger than the model's largest layer.
+LOGITS_AT_ONCE = 2**24
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """Tokens whose logits may be taken at once, one at least."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
+def label_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Negative log-likelihood of every label, `(N,)`, float64, in nats, where the logits are.
+
+    `logits_NV` are those before their labels, of any floating dtype. Logarithms are taken in
+    float32 (float64 for float64 logits), a few tokens at a time, which changes no loss.
+    """
+    step = tokens_at_once(logits_NV.shape[1])
+    pieces = zip(logits_NV.split(step), labels_N.split(step), strict=True)
+    losses = [
+        functional.cross_entropy(widen(piece_NV), piece_N, reduction="none")
+        for piece_NV, piece_N in pieces
+    ]
+    return torch.cat(losses).double()
 
 
 @dataclass(frozen=True)
@@ -55,12 +83,12 @@ def top_divergence(student_BSV: Tensor, teacher: TopLogits, temperature: float) 
     total_BS = scaled_BSV.logsumexp(-1)
     student_BSJ = scaled_BSV.gather(-1, teacher.ids_BSJ) - total_BS[..., None]
     log_probs_BSJ = teacher.log_probs_BSJ
-    found_BS = (log_probs_BSJ.exp() * (log_probs_BSJ - student_BSJ)).sum(-1)
+    divergence_BS = (log_probs_BSJ.exp() * (log_probs_BSJ - student_BSJ)).sum(-1)
     if teacher.ids_BSJ.shape[-1] < student_BSV.shape[-1]:
         rest_BS = _rest(scaled_BSV, teacher.ids_BSJ) - total_BS
         log_rest_BS = teacher.log_rest_BS
-        found_BS = found_BS + log_rest_BS.exp() * (log_rest_BS - rest_BS)
-    return temperature**2 * found_BS.mean()
+        divergence_BS = divergence_BS + log_rest_BS.exp() * (log_rest_BS - rest_BS)
+    return temperature**2 * divergence_BS.mean()
 
 
 def _rest(scaled_BSV: Tensor, ids_BSJ: Tensor) -> Tensor:
@@ -77,12 +105,12 @@ def stream_error(small: list[Tensor], dense: list[Tensor], target_DK: Tensor) ->
     """How far the small model's stream is from the dense one's seen through the basis.
 
     `small` and `dense` hold the stream at the same places, `(B, S, K)` and `(B, S, D)`;
-    `target_DK` is `c T` (DESIGN 3.3). Each token's error is relative to what it should be, the
-    scale at which the next norm reads it.
+    `target_DK` is `c T` (docs/design.md 3.3). Each token's error is relative to what it should be,
+    the scale at which the next norm reads it.
     """
     errors = []
     for x_BSK, x_BSD in zip(small, dense, strict=True):
         wanted_BSK = x_BSD.float() @ target_DK
         error_BS = (x_BSK.float() - wanted_BSK).square().mean(-1)
-        errors.append((error_BS / wanted_BSK.square().mean(-1).clamp_min(1e-12)).mean())
+        errors.append((error_BS / wanted_BSK.square().mean(-1).clamp_min(LEAST_MEAN_SQUARE)).mean())
     return torch.stack(errors).mean()

@@ -10,7 +10,10 @@ from sp3llm.maths.products import symmetric_product, widen
 
 # Products are taken in float32 over this many tokens and summed in float64: the error of a
 # product does not grow with the number of tokens, and no float64 matrix product is needed.
-_BLOCK = 4096
+TOKENS_A_BLOCK = 4096
+# Least mean square of a token's stream that its error is relative to: a token of zeros, as padding
+# may be, then counts for something finite.
+LEAST_MEAN_SQUARE = 1e-12
 
 
 def normalise(x_ND: Tensor, eps: float, centred: bool = False) -> Tensor:
@@ -28,13 +31,13 @@ def normalise(x_ND: Tensor, eps: float, centred: bool = False) -> Tensor:
 def add_second_moment(total_DD: Tensor, x_ND: Tensor) -> None:
     """Add `sum_n x_n x_n^T` to the float64 `total_DD`, in place. `x_ND` is `(..., D)`, float."""
     rows_ND = x_ND.reshape(-1, x_ND.shape[-1])
-    for block_ND in rows_ND.split(_BLOCK):
+    for block_ND in rows_ND.split(TOKENS_A_BLOCK):
         total_DD += symmetric_product(block_ND, block_ND).to(total_DD)
 
 
 def column_sums(x_NP: Tensor) -> Tensor:
     """`sum_n x_n`, `(P,)`, float64. By products with ones: reductions that widen are far slower."""
     total_P = torch.zeros(x_NP.shape[1], dtype=torch.float64, device=x_NP.device)
-    for block_NP in x_NP.split(_BLOCK):
+    for block_NP in x_NP.split(TOKENS_A_BLOCK):
         total_P += block_NP.new_ones(len(block_NP)) @ block_NP
     return total_P

@@ -66,6 +66,7 @@ def split_product(
 
 
 def _pieces(x: Tensor) -> list[Tensor]:
+    """One or two bfloat16 tensors whose sum `x` is, to 2^-17 of itself."""
     if x.dtype == torch.bfloat16:
         return [x]
     high = x.bfloat16()
@@ -73,6 +74,7 @@ def _pieces(x: Tensor) -> list[Tensor]:
 
 
 def _mixed_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left right` of bfloat16 matrices, float32, on a GPU."""
     return torch.mm(left, right, out_dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Closed-form refit: ridge regressions from Gram matrices (DESIGN 3.7). Tensors only.
+"""Closed-form refit: ridge regressions from Gram matrices (docs/design.md 3.7). Tensors only.
 
 Cutting is not the end. Every matrix is fitted again to what the small model really sees: readers
 of a site share one map from the small stream to the dense one, writers chase the dense stream
@@ -8,18 +8,24 @@ Shape suffixes: N tokens, P inputs, Q outputs, D and K residual width before and
 width that a writer reads.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sp3llm.errors import UserError
+from sp3llm.maths.moments import TOKENS_A_BLOCK
 from sp3llm.maths.products import product, symmetric_product
 
 # Relative to the mean diagonal of the Gram matrix. Infinity, plain projection, is always tried.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_BLOCK = 4096
+# What a ridge of zero is raised to first: above float64's epsilon, below which nothing changes.
+_LEAST_RAISED_RIDGE = 1e-15
+
+
+class NotFinite(ArithmeticError):  # noqa: N818  (says what the numbers are)
+    """A Gram matrix holds NaN or infinity, so that nothing can be fitted to it."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,8 @@ def add_to_gram(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None 
     Products are float32 over blocks (float64 for float64 input), sums float64.
     """
     a_NP, y_NQ = a_NP.reshape(-1, a_NP.shape[-1]), y_NQ.reshape(-1, y_NQ.shape[-1])
-    weights = None if weight_N is None else weight_N.reshape(-1).split(_BLOCK)
-    blocks = zip(a_NP.split(_BLOCK), y_NQ.split(_BLOCK), strict=True)
+    weights = None if weight_N is None else weight_N.reshape(-1).split(TOKENS_A_BLOCK)
+    blocks = zip(a_NP.split(TOKENS_A_BLOCK), y_NQ.split(TOKENS_A_BLOCK), strict=True)
     for index, (block_NP, block_NQ) in enumerate(blocks):
         weighted_NP, squares_N = block_NP, block_NQ.square().sum(1)
         weight_N = torch.ones_like(squares_N)
@@ -152,22 +158,30 @@ def squared_error(gram: Gram, solution_PQ: Tensor, intercept_Q: Tensor | None) -
 def ridged_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:
     """Cholesky factor of `G + lambda I`, the mean diagonal of `G`, and the relative ridge used.
 
-    Where the matrix is not positive definite to working precision the ridge is raised tenfold
-    until it is. A matrix of zeros, inputs that never fire, counts as one of mean diagonal 1.
-    `gram_PP` stays as it is; the factor takes the only other matrix of its size.
+    `lambda` is `ridge` times the mean diagonal. Where the matrix is not positive definite to
+    working precision the ridge is raised tenfold until it is. A matrix of zeros, inputs that never
+    fire, counts as one of mean diagonal 1. `gram_PP` stays as it is; the factor takes the only
+    other matrix of its size.
+
+    Raises NotFinite if `gram_PP` holds NaN or infinity, which no ridge makes positive definite.
     """
-    scale = gram_PP.diagonal().mean()
+    _check_finite(gram_PP)
+    diagonal_P = gram_PP.diagonal()
+    scale = diagonal_P.mean()
+    if not torch.isfinite(scale):  # of finite numbers the sum can overflow, the mean cannot
+        scale = (diagonal_P / len(diagonal_P)).sum()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     # In columns, as LAPACK has it: in rows it would be copied there and back.
     factor_PP = torch.empty_like(gram_PP).mT
     info = torch.empty((), dtype=torch.int32, device=gram_PP.device)
-    while True:
+    while math.isfinite(ridge * scale.item()):
         factor_PP.copy_(gram_PP)
         factor_PP.diagonal().add_(ridge * scale)
         torch.linalg.cholesky_ex(factor_PP, out=(factor_PP, info))
         if info.item() == 0:
             return factor_PP, scale, ridge
-        ridge = max(10 * ridge, 1e-15)
+        ridge = max(10 * ridge, _LEAST_RAISED_RIDGE)
+    raise NotFinite("No finite ridge makes the Gram matrix positive definite.")
 
 
 def solve_(factor_PP: Tensor, right_PQ: Tensor) -> Tensor:
@@ -180,6 +194,13 @@ def solve_(factor_PP: Tensor, right_PQ: Tensor) -> Tensor:
     return in_columns_PQ
 
 
+def solve_towards(factor_PP: Tensor, penalty: float, cross_PQ: Tensor, prior_PQ: Tensor) -> Tensor:
+    """`(G + lambda I)^-1 (C + lambda X_0)`, `(P, Q)`: the ridge regression that shrinks towards
+    `prior_PQ`, from the Cholesky factor of `G + lambda I`; `penalty` is `lambda`.
+    """
+    return solve_(factor_PP, torch.add(cross_PQ, prior_PQ, alpha=penalty))
+
+
 def ridge_solution(
     gram: Gram, prior_PQ: Tensor, ridge: float, intercept: bool
 ) -> tuple[Tensor, Tensor | None, float]:
@@ -189,7 +210,8 @@ def ridge_solution(
     intercept). Where the matrix is not positive definite to working precision the ridge is raised
     tenfold until it is.
 
-    Returns `X`, `b` (None without intercept) and the ridge used.
+    Returns `X`, `b` (None without intercept) and the ridge used. Raises NotFinite if the Gram's
+    matrix of the inputs holds NaN or infinity.
     """
     inputs_PP, cross_PQ = gram.inputs_PP, gram.cross_PQ
     if intercept:
@@ -197,18 +219,16 @@ def ridge_solution(
         inputs_PP = torch.addr(inputs_PP, gram.input_sum_P, mean_P, alpha=-1)
         cross_PQ = torch.addr(cross_PQ, gram.input_sum_P, mean_Q, alpha=-1)
     factor_PP, scale, ridge = ridged_factor(inputs_PP, ridge)
-    solution_PQ = solve_(factor_PP, torch.add(cross_PQ, prior_PQ, alpha=ridge * scale.item()))
+    solution_PQ = solve_towards(factor_PP, ridge * scale.item(), cross_PQ, prior_PQ)
     return solution_PQ, mean_Q - mean_P @ solution_PQ if intercept else None, ridge
 
 
-def _check_finite(gram: Gram) -> None:
+def _check_finite(*matrices: Tensor) -> None:
+    """Raises NotFinite if one of them holds NaN or infinity."""
     # A sum is finite only if all are; finite values whose sum overflows are looked at.
-    for part in (gram.inputs_PP, gram.cross_PQ):
-        if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
-            raise UserError(
-                "The activations of the compressed model hold NaN or infinity: try --dtype "
-                "bfloat16 or float32."
-            )
+    for matrix in matrices:
+        if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
+            raise NotFinite("A Gram matrix holds NaN or infinity.")
 
 
 def ridge_errors(
@@ -220,15 +240,15 @@ def ridge_errors(
 ) -> list[tuple[float, float]]:
     """For every ridge: the ridge used, and the fit's relative squared error on held-back tokens.
 
-    Raises UserError if a Gram holds NaN or infinity.
+    Raises NotFinite if a Gram holds NaN or infinity.
     """
-    _check_finite(fitting)
-    _check_finite(held_back)
-    found = []
+    for gram in (fitting, held_back):
+        _check_finite(gram.inputs_PP, gram.cross_PQ)
+    errors = []
     for ridge in ridges:
         solution_PQ, intercept_Q, used = ridge_solution(fitting, prior_PQ, ridge, intercept)
-        found.append((used, squared_error(held_back, solution_PQ, intercept_Q)))
-    return found
+        errors.append((used, squared_error(held_back, solution_PQ, intercept_Q)))
+    return errors
 
 
 def ridge_fit(

@@ -9,11 +9,11 @@ def window_order(windows: int, seed: int, first: int, count: int) -> Tensor:
 
     Every epoch goes through all windows in an order of its own that follows from the seed.
     """
-    found, position = [], first
+    orders, position = [], first
     while position < first + count:
         epoch, start = divmod(position, windows)
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order = torch.randperm(windows, generator=generator)
-        found.append(order[start : start + first + count - position])
-        position += len(found[-1])
-    return torch.cat(found)
+        orders.append(order[start : start + first + count - position])
+        position += len(orders[-1])
+    return torch.cat(orders)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError
+from sp3llm.maths.losses import label_losses, tokens_at_once
 from sp3llm.models.families import Family
 from sp3llm.models.hooks import (
     Injector,
@@ -14,28 +15,25 @@ from sp3llm.models.hooks import (
     outputs_of,
     replaced,
 )
-from sp3llm.models.stream import Stream
-from sp3llm.runtime.devices import Execution
-
-# Logits computed at once.
-_LOGITS_A_BATCH = 2**24
+from sp3llm.models.stream import LayeredModel, Stream
 
 
 @contextmanager
-def _from_layers_on(model: nn.Module, family: Family, piece: Tensor) -> Iterator[None]:
+def _from_layers_on(model: LayeredModel, piece: Tensor) -> Iterator[None]:
     """Let a forward run from behind the layers only, where the stream is `piece`."""
-    layers = nn.ModuleList([Injector(piece) for _ in range(model.config.num_hidden_layers)])
+    module, family = model.module, model.family
+    layers = nn.ModuleList([Injector(piece) for _ in range(module.config.num_hidden_layers)])
     before = [
         name.removesuffix(".weight") for name in family.embeddings if name != family.embedding
     ]
     before += (family.projections or ())[:1]
     with ExitStack() as stack:
-        stack.enter_context(replaced(model, family.layers_module, layers))
+        stack.enter_context(replaced(module, family.layers_module, layers))
         for path in before:
             owner, _, attribute = path.rpartition(".")
-            if getattr(model.get_submodule(owner), attribute) is not None:
+            if getattr(module.get_submodule(owner), attribute) is not None:
                 nothing = Injector(piece.detach().new_zeros(()))
-                stack.enter_context(replaced(model, path, nothing))
+                stack.enter_context(replaced(module, path, nothing))
         yield
 
 
@@ -50,12 +48,10 @@ def _by_module(family: Family, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def token_losses(
-    model: nn.Module,
-    family: Family,
+    model: LayeredModel,
     head: Mapping[str, Tensor],
     stream: Stream,
     tokens: Tensor,
-    execution: Execution,
 ) -> Tensor:
     """Negative log-likelihood of every next token, `(windows, tokens - 1)`, float64, in nats.
 
@@ -63,19 +59,18 @@ def token_losses(
     to its logits are those of the stock forward. `head` holds the final norm's weight and the
     head's (for tied embeddings: the table, under the head's name).
     """
+    module, execution = model.module, model.execution
     losses = torch.empty((len(tokens), tokens.shape[1] - 1), dtype=torch.float64)
-    step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
-    with materialized(model, _by_module(family, head), execution):
+    step = tokens_at_once(module.config.vocab_size)
+    with materialized(module, _by_module(model.family, head), execution):
         for row, window in enumerate(tokens):
             for start in range(0, len(window) - 1, step):
                 piece = stream.hidden[row : row + 1, start : min(start + step, len(window) - 1)]
                 piece = piece.to(execution.device)
-                with _from_layers_on(model, family, piece):
-                    logits = model(inputs_embeds=piece, use_cache=False).logits[0]
-                targets = window[start + 1 : start + 1 + len(logits)].to(execution.device)
-                wide = logits if logits.dtype == torch.float64 else logits.float()
-                loss = nn.functional.cross_entropy(wide, targets, reduction="none")
-                losses[row, start : start + len(loss)] = loss.double().cpu()
+                with _from_layers_on(model, piece):
+                    logits = module(inputs_embeds=piece, use_cache=False).logits[0]
+                labels = window[start + 1 : start + 1 + len(logits)].to(execution.device)
+                losses[row, start : start + len(labels)] = label_losses(logits, labels).cpu()
     if not torch.isfinite(losses).all():
         raise UserError(
             "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
@@ -84,33 +79,32 @@ def token_losses(
 
 
 def backward_head(
-    model: nn.Module,
-    family: Family,
+    model: LayeredModel,
     head: Mapping[str, Tensor],
     stream: Stream,
     windows: Sequence[int],
-    execution: Execution,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the summed loss by the stream after the last layer and by the norm's output.
 
     Labels are drawn from the model's own distribution, each window's with its number, of those in
     `windows`, as the seed. Both are `(windows, tokens, D)`, where `stream` is.
     """
+    module, execution = model.module, model.execution
     generator = torch.Generator(execution.device)
     by_stream, by_norm = torch.empty_like(stream.hidden), torch.empty_like(stream.hidden)
-    step = max(1, _LOGITS_A_BATCH // model.config.vocab_size)
-    with materialized(model, _by_module(family, head), execution):
-        norm = model.get_submodule(family.final_norm)
+    step = tokens_at_once(module.config.vocab_size)
+    with materialized(module, _by_module(model.family, head), execution):
+        norm = module.get_submodule(model.family.final_norm)
         for row, number in enumerate(windows):
             generator.manual_seed(number)
             for start in range(0, stream.hidden.shape[1], step):
                 part = (slice(row, row + 1), slice(start, start + step))
                 piece = stream.hidden[part].to(execution.device).requires_grad_()
-                with _from_layers_on(model, family, piece), outputs_of(norm) as seen:
-                    logits = model(inputs_embeds=piece, use_cache=False).logits[0].float()
+                with _from_layers_on(model, piece), outputs_of(norm) as normalised:
+                    logits = module(inputs_embeds=piece, use_cache=False).logits[0].float()
                 labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-                gradients = torch.autograd.grad(loss, [piece, seen[0]])
+                gradients = torch.autograd.grad(loss, [piece, normalised[0]])
                 for store, gradient in zip((by_stream, by_norm), gradients, strict=True):
                     store[part] = gradient.reshape(piece.shape).to(store.device)
     return by_stream, by_norm

@@ -13,8 +13,8 @@ Probe = Callable[[slice, Tensor], None]
 """Called with the rows of a batch and what a module is called with there: for a norm the stream at
 its read site, `(windows, tokens, D)`."""
 
-Arities = dict[str, int | None]
-"""By submodule: how many values it returns; None: a tensor alone."""
+ValueCounts = dict[str, int | None]
+"""By submodule of a layer: the length of the tuple it returns; None: it returns a bare tensor."""
 
 
 class Recorder(nn.Module):
@@ -79,19 +79,19 @@ class _Reached(Exception):  # noqa: N818  (not an error: the way out of a forwar
 
 
 @contextmanager
-def arities_noted(layer: nn.Module, arities: "Arities | None") -> Iterator[None]:
-    """Tell how many values submodules return."""
+def value_counts(layer: nn.Module, paths: list[str]) -> Iterator[ValueCounts]:
+    """Note how many values submodules of a layer return when it runs in the block."""
+    counts: ValueCounts = dict.fromkeys(paths)
 
     def hook_of(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
-            arities[path] = len(output) if isinstance(output, tuple) else None
+            counts[path] = len(output) if isinstance(output, tuple) else None
 
         return hook
 
-    paths = list(arities or {})
-    handles = [layer.get_submodule(p).register_forward_hook(hook_of(p)) for p in paths]
+    handles = [layer.get_submodule(path).register_forward_hook(hook_of(path)) for path in paths]
     try:
-        yield
+        yield counts
     finally:
         for handle in handles:
             handle.remove()
@@ -99,9 +99,11 @@ def arities_noted(layer: nn.Module, arities: "Arities | None") -> Iterator[None]
 
 @contextmanager
 def zeroed_blocks(
-    layer: nn.Module, batch: Tensor, zeroed: "Mapping[str, int | None]"
+    layer: nn.Module, batch: Tensor, zeroed: Mapping[str, int | None]
 ) -> Iterator[None]:
-    """Let zeros stand for what submodules return."""
+    """Let zeros of the batch's shape stand for what submodules of a layer return: alone, or as the
+    first of so many values, see `value_counts`.
+    """
     with ExitStack() as stack:
         for path, count in zeroed.items():
             zeros = torch.zeros_like(batch)
@@ -119,8 +121,8 @@ def probed(
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             if name in probes:
-                seen = args[0]  # OPT's layers put windows and tokens on one axis
-                probes[name](rows, seen.reshape(rows.stop - rows.start, -1, seen.shape[-1]))
+                read = args[0]  # OPT's layers put windows and tokens on one axis
+                probes[name](rows, read.reshape(rows.stop - rows.start, -1, read.shape[-1]))
             if name == stop_before:
                 raise _Reached
 
@@ -151,10 +153,10 @@ def bypassed(model: nn.Module, paths: list[str]) -> Iterator[None]:
 @contextmanager
 def outputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
     """Collect what the modules return, in the order they run."""
-    seen: list[Tensor] = []
-    handles = [m.register_forward_hook(lambda _m, _a, out: seen.append(out)) for m in modules]
+    outputs: list[Tensor] = []
+    handles = [m.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for m in modules]
     try:
-        yield seen
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

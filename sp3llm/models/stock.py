@@ -54,24 +54,26 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def by_parameter(family: Family, index: int, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A layer's tensors as the class has them, which keeps its experts as one: `(E, ..., ...)`."""
+def fuse_experts(family: Family, index: int, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A layer's tensors as on disk under the names of the class's parameters: the class stacks the
+    matrices of all experts, `(E, ..., ...)`, which lie one by one on disk. Others stay as they are.
+    """
     prefix = family.layer_prefix.format(layer=index)
-    found = dict(tensors)
+    by_class = dict(tensors)
     for fused, stored in family.experts.fused.items() if family.experts else ():
         parts = []
         for name in stored:
             first, each, last = f"{prefix}{name}".partition(EACH)
             if not each:
-                parts += [found.pop(first)] if first in found else []
+                parts += [by_class.pop(first)] if first in by_class else []
                 continue
             experts = []
-            while (expert := f"{first}{len(experts)}{last}") in found:
-                experts.append(found.pop(expert))
+            while (expert := f"{first}{len(experts)}{last}") in by_class:
+                experts.append(by_class.pop(expert))
             parts += [torch.stack(experts)] if experts else []
         if parts:  # a layer without experts has none
-            found[f"{prefix}{fused}"] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-    return found
+            by_class[f"{prefix}{fused}"] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return by_class
 
 
 # Config keys of dropout, and of noise that routers train with.

@@ -7,8 +7,7 @@ all windows go through it, and the weights go again.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor, nn
 from sp3llm.errors import UserError
 from sp3llm.models.families import Family
 from sp3llm.models.hooks import (
-    Arities,
     Probe,
     Recorder,
-    arities_noted,
     bypassed,
     materialized,
     outputs_of,
@@ -28,7 +25,7 @@ from sp3llm.models.hooks import (
     replaced,
     zeroed_blocks,
 )
-from sp3llm.models.stock import by_parameter
+from sp3llm.models.stock import empty_model, fuse_experts
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.memory import trim_memory
 
@@ -43,22 +40,66 @@ class Stream:
     """By number of windows in a batch: the keyword arguments of every layer."""
 
 
-def _batches(windows: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, windows)) for start in range(0, windows, size)]
+@dataclass(frozen=True)
+class LayeredModel:
+    """A stock model that is run layer by layer, its weights on the meta device but for those that
+    are placed to run.
+    """
+
+    module: nn.Module
+    family: Family
+    execution: Execution
+    """Where and in which arithmetic it runs."""
+
+    @staticmethod
+    def of(config: Mapping[str, Any], family: Family, execution: Execution) -> "LayeredModel":
+        """The model of a config, without weights. Raises UserError if transformers rejects it."""
+        return LayeredModel(empty_model(config), family, execution)
+
+    def layer(self, index: int) -> nn.Module:
+        """The module of one layer."""
+        return self.module.get_submodule(self.family.layers_module)[index]
 
 
-def _rows(windows: Tensor, execution: Execution) -> list[slice]:
+@dataclass(frozen=True)
+class LayerPart:
+    """Which part of a layer runs; modules are named relative to the layer."""
+
+    stop_before: str | None = None
+    """The layer runs up to this module only, and the streams stay as they are; None: to its end."""
+    zeroed: Mapping[str, int | None] = field(default_factory=dict)
+    """Modules that do not run, zeros standing for what they would have added to the stream, by how
+    many values they return (see `models.hooks.value_counts`)."""
+
+
+WHOLE_LAYER = LayerPart()
+
+
+@dataclass(frozen=True)
+class LinearWriter:
+    """A matrix that adds to the stream, as `add_to_stream` applies it."""
+
+    name: str
+    """What a refusal calls it."""
+    weight_KP: Tensor
+    bias_K: Tensor | None
+    kept_P: Tensor | None
+    """Which of its inputs, by index, the weight reads; None: all."""
+    multiplier: float
+    """The family's factor on what is added to the stream."""
+
+
+def _batches(windows: Tensor, execution: Execution) -> list[slice]:
     """The batches that windows, `(windows, tokens, ...)`, go through a layer in."""
-    return _batches(len(windows), execution.windows_a_batch(windows.shape[1]))
+    count, size = len(windows), execution.windows_a_batch(windows.shape[1])
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 @torch.no_grad()
 def open_stream(
-    model: nn.Module,
-    family: Family,
+    model: LayeredModel,
     embeddings: Mapping[str, Tensor],
     tokens: Tensor,
-    execution: Execution,
     saved: Tensor | None = None,
 ) -> Stream:
     """Embed `tokens` (`(windows, tokens)`) by the stock forward and note each layer's arguments.
@@ -68,21 +109,22 @@ def open_stream(
 
     Raises UserError if the embeddings yield NaN or infinity.
     """
-    recorders = [Recorder() for _ in model.get_submodule(family.layers_module)]
+    module, family, execution = model.module, model.family, model.execution
+    recorders = [Recorder() for _ in module.get_submodule(family.layers_module)]
     hidden: Tensor | None = None
     calls: dict[int, list[dict[str, Any]]] = {}
-    decoder = model.get_submodule(family.layers_module.rpartition(".")[0])
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(execution.device))
+    decoder = module.get_submodule(family.layers_module.rpartition(".")[0])
+    for part in module.modules():
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, buffer.to(execution.device))
     with (
-        materialized(model, embeddings, execution),
-        replaced(model, family.layers_module, nn.ModuleList(recorders)),
-        bypassed(model, [family.final_norm, *(family.projections or ())[1:]]),
+        materialized(module, embeddings, execution),
+        replaced(module, family.layers_module, nn.ModuleList(recorders)),
+        bypassed(module, [family.final_norm, *(family.projections or ())[1:]]),
     ):
         # One window by itself too: the backward pass goes window by window. A process without a
         # window of its own needs the stream's width all the same.
-        for rows in [None, *_rows(tokens, execution)]:
+        for rows in [None, *_batches(tokens, execution)]:
             batch = tokens.new_zeros(1, tokens.shape[1]) if rows is None else tokens[rows]
             if len(batch) in calls and saved is not None:
                 continue
@@ -101,104 +143,95 @@ def open_stream(
 
 @torch.no_grad()
 def run_layer(
-    model: nn.Module,
-    family: Family,
+    model: LayeredModel,
     index: int,
     tensors: Mapping[str, Tensor],
     streams: list[tuple[Stream, Mapping[str, Probe]]],
-    execution: Execution,
-    stop_before: str | None = None,
-    zeroed: "Mapping[str, int | None]" = MappingProxyType({}),
-    arities: "Arities | None" = None,
+    part: LayerPart = WHOLE_LAYER,
 ) -> None:
-    """Send each stream through layer `index`, in place, with its weights placed for that long.
+    """Send each stream through layer `index`, or a part of it, in place, with the layer's weights,
+    `tensors` by their names on disk, placed for that long.
 
     Each stream comes with probes by module name, relative to the layer, which see that module's
-    input. With `stop_before` the layer runs up to that module only, and the streams stay as they
-    are. Submodules in `zeroed` do not run: zeros stand for what they would have added to the
-    stream, in as many values as they return. `arities` has submodules as keys and is told how many
-    that is.
+    input.
 
     Raises UserError, naming the layer, if its output holds NaN or infinity.
     """
-    layer = model.get_submodule(family.layers_module)[index]
-    by_class = by_parameter(family, index, tensors)
-    with materialized(model, by_class, execution), arities_noted(layer, arities):
+    layer, execution = model.layer(index), model.execution
+    by_class = fuse_experts(model.family, index, tensors)
+    with materialized(model.module, by_class, execution):
         for stream, probes in streams:
             hidden = stream.hidden
-            for rows in _rows(hidden, execution):
+            for rows in _batches(hidden, execution):
                 batch = hidden[rows].to(execution.device)
-                with probed(layer, rows, probes, stop_before), zeroed_blocks(layer, batch, zeroed):
+                with (
+                    probed(layer, rows, probes, part.stop_before),
+                    zeroed_blocks(layer, batch, part.zeroed),
+                ):
                     output = layer(batch, **stream.calls[len(batch)][index])
                     output = output[0] if isinstance(output, tuple) else output
                     hidden[rows] = output.to(hidden.device)
-            if stop_before is None:
+            if part.stop_before is None:
                 _check_finite(hidden, f"layer {index}")
     trim_memory()
 
 
 @torch.no_grad()
 def add_to_stream(
-    stream: Stream,
-    inputs: Tensor,
-    kept: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    multiplier: float,
-    execution: Execution,
-    where: str,
+    stream: Stream, inputs: Tensor, writer: LinearWriter, execution: Execution
 ) -> None:
-    """Add a linear writer's output to the stream, in place, as the stock layer would.
+    """Add a writer's output to the stream, in place, as the stock layer would.
 
-    `inputs` `(windows, tokens, P)` anywhere, of which `weight`, `(K, kept)`, reads those at the
-    indices `kept` (None: all), `bias` `(K,)`, `multiplier` the family's on all that is added.
+    `inputs` are all that it could read, `(windows, tokens, P)`, on any device.
 
-    Raises UserError, saying where, if the stream then holds NaN or infinity.
+    Raises UserError, naming the writer, if the stream then holds NaN or infinity.
     """
-    weight = weight.to(execution.device, execution.dtype)
-    bias = None if bias is None else bias.to(execution.device, execution.dtype)
+    weight_KP = writer.weight_KP.to(execution.device, execution.dtype)
+    bias_K = writer.bias_K
+    bias_K = None if bias_K is None else bias_K.to(execution.device, execution.dtype)
     hidden = stream.hidden
-    for rows in _rows(inputs, execution):
+    for rows in _batches(inputs, execution):
         read = inputs[rows].to(execution.device)
-        read = read if kept is None else read[..., kept]
-        written = nn.functional.linear(read, weight, bias)
-        moved_on = hidden[rows].to(execution.device) + written * multiplier
+        read = read if writer.kept_P is None else read[..., writer.kept_P]
+        written = nn.functional.linear(read, weight_KP, bias_K)
+        moved_on = hidden[rows].to(execution.device) + written * writer.multiplier
         hidden[rows] = moved_on.to(hidden.device)
-    _check_finite(stream.hidden, where)
+    _check_finite(stream.hidden, writer.name)
 
 
 def probe_stream(stream: Stream, probe: Probe, execution: Execution) -> None:
     """Show the stream as it stands (after the last layer: what the final norm reads)."""
-    for rows in _rows(stream.hidden, execution):
+    for rows in _batches(stream.hidden, execution):
         probe(rows, stream.hidden[rows].to(execution.device))
 
 
 def backward_layer(
-    model: nn.Module,
-    family: Family,
+    model: LayeredModel,
     index: int,
     tensors: Mapping[str, Tensor],
     stream: Stream,
     upstream: Tensor,
     norms: list[str],
-    execution: Execution,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Carry a gradient down through layer `index`, whose input is `stream`.
+    """Carry a loss's gradient by the output of layer `index` down to its input, which `stream` is.
 
-    Returns the gradient by that input and, for each norm named, by the norm's output.
+    `upstream` is that gradient, `(windows, tokens, D)` like the stream, and `tensors` are the
+    layer's weights by their names on disk.
+
+    Returns the gradient by the layer's input and, for each norm named, by the norm's output.
     """
-    layer = model.get_submodule(family.layers_module)[index]
+    layer, execution = model.layer(index), model.execution
     below = torch.empty_like(stream.hidden)
     by_norm = [torch.empty_like(stream.hidden) for _ in norms]
-    with materialized(model, by_parameter(family, index, tensors), execution):
+    with materialized(model.module, fuse_experts(model.family, index, tensors), execution):
         for row in range(len(stream.hidden)):
             rows = slice(row, row + 1)
             batch = stream.hidden[rows].to(execution.device).requires_grad_()
-            with outputs_of(*(layer.get_submodule(norm) for norm in norms)) as seen:
+            with outputs_of(*(layer.get_submodule(norm) for norm in norms)) as normalised:
                 output = layer(batch, **stream.calls[1][index])
             output = output[0] if isinstance(output, tuple) else output
             upper = upstream[rows].to(execution.device)
-            gradients = torch.autograd.grad(output, [batch, *seen], upper)
+            gradients = torch.autograd.grad(output, [batch, *normalised], upper)
             for store, gradient in zip((below, *by_norm), gradients, strict=True):
                 store[rows] = gradient.reshape(batch.shape).to(store.device)
     return below, by_norm

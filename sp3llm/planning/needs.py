@@ -22,6 +22,7 @@ GRADIENT_TOKENS = 8192
 at least. They only weigh directions, and four times as many gave no better basis (eval/NOTES.md),
 while the input of every layer is kept on disk for each of them."""
 
+
 _FLOAT64, _FLOAT32 = 8, 4
 
 # How many tensors of which size are alive at once. They follow from reading `compression/` and are
@@ -60,6 +61,11 @@ _STREAM_ACTIVATIONS, _FFN_ACTIVATIONS, _HEAD_ACTIVATIONS = 8, 4, 4
 # The largest file of weights that is written (`models.export`); while its parts are merged they lie
 # on disk twice.
 _SHARD_BYTES = 2 * 10**9
+
+
+def gradient_windows(seq_len: int) -> int:
+    """Windows of `seq_len` tokens that loss gradients are taken on, one at least."""
+    return max(1, GRADIENT_TOKENS // seq_len)
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,6 @@ def _traced_bytes(
 ) -> int:
     """Of the input of every layer, and of the head, for the windows that gradients are taken on."""
     depth = setting(family, config, "num_hidden_layers")
-    windows = min(workload.samples, max(1, GRADIENT_TOKENS // workload.seq_len))
+    windows = min(workload.samples, gradient_windows(workload.seq_len))
     positions = windows * workload.seq_len * (depth + 1)
     return positions * widths.dense * workload.compute_itemsize

@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     from sp3llm.runtime.devices import Execution
 
 
-# Logits that are turned into losses at once.
-_LOGITS_A_STEP = 2**24
 # Of a weight, its share of the scales included: a float32 for a row, or for 64 weights.
 _BYTES = {"int8": 1.02, "nf4": 0.5625}
 
@@ -291,17 +289,12 @@ def losses_of(
     Raises UserError if one is no number.
     """
     import torch
-    from torch.nn.functional import cross_entropy
+
+    from sp3llm.evaluation.perplexity import window_losses
 
     losses = torch.empty((len(tokens), tokens.shape[1] - 1), dtype=torch.float64)
-    for row, window in enumerate(tokens.to(device)):
-        with torch.no_grad():
-            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-        step = max(1, _LOGITS_A_STEP // logits.shape[1])
-        pieces = zip(logits.split(step), window[1:].split(step), strict=True)
-        losses[row] = torch.cat(
-            [cross_entropy(some.float(), next_, reduction="none") for some, next_ in pieces]
-        ).double()
+    for row, window in enumerate(tokens):
+        losses[row] = window_losses(model, window, device)
         advance()
     if not torch.isfinite(losses).all():
         raise UserError(

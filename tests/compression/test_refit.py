@@ -18,8 +18,7 @@ from sp3llm.maths.refit import (
 )
 from sp3llm.maths.unit_selection import select_units
 from sp3llm.models.head import backward_head
-from sp3llm.models.stock import empty_model
-from sp3llm.models.stream import backward_layer, open_stream, run_layer
+from sp3llm.models.stream import LayeredModel, backward_layer, open_stream, run_layer
 from tests.conftest import (
     disk_tensors,
     family_of_model,
@@ -29,7 +28,7 @@ from tests.conftest import (
     stock_model,
     tiny_model,
 )
-from tests.helpers import CPU, EXECUTION, compress_tiny, normal
+from tests.helpers import CPU, EXECUTION, QUIET, compress_tiny, normal
 
 
 def gram_of(a, y, weight=None):
@@ -120,8 +119,7 @@ def test_obs_drops_the_unit_that_a_refit_misses_least(unit, seed):
     a = normal(300, units * unit, seed=seed) @ normal(units * unit, units * unit, seed=seed + 9)
     y = a @ normal(units * unit, 5, seed=seed + 20)
     gram = gram_of(a, y)
-    weight, _, _ = ridge_solution(gram, torch.zeros_like(gram.cross_PQ), 0.0, False)
-    kept = select_units(gram.inputs_PP, weight, units - 1, unit, "obs")
+    kept = select_units(gram, torch.zeros_like(gram.cross_PQ), units - 1, unit, "obs", 0.0)
     rest = [
         torch.tensor([i for i in range(units * unit) if i // unit != dropped])
         for dropped in range(units)
@@ -137,9 +135,9 @@ def test_obs_sees_what_energy_does_not():
     a = torch.cat([loud, loud + 1e-3 * normal(500, 1, seed=2), quiet], 1)
     y = a @ torch.ones(5, 4, dtype=torch.float64)
     gram = gram_of(a, y)
-    weight, _, _ = ridge_solution(gram, torch.zeros(5, 4).double(), 1e-9, False)
-    by_refit = select_units(gram.inputs_PP, weight, 4, 1, "obs")
-    by_energy = select_units(gram.inputs_PP, weight, 4, 1, "energy")
+    prior = torch.zeros(5, 4).double()
+    by_refit = select_units(gram, prior, 4, 1, "obs", 1e-9)
+    by_energy = select_units(gram, prior, 4, 1, "energy", 1e-9)
     assert set(by_refit.tolist()) >= {2, 3, 4}
     assert set(by_energy.tolist()) >= {0, 1}
     assert refitted_loss(gram, by_refit) < 1e-3 * refitted_loss(gram, by_energy)
@@ -270,23 +268,23 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
     model = tiny_model(variant)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    shell = empty_model(checkpoint.config)
+    shell = LayeredModel.of(checkpoint.config, family, EXECUTION)
     table = checkpoint.read([family.embedding])
-    stream = open_stream(shell, family, table, tokens, EXECUTION)
+    stream = open_stream(shell, table, tokens)
     inputs = []
     for index in range(3):
         names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
         inputs.append(stream.hidden.clone())
-        run_layer(shell, family, index, checkpoint.read(names), [(stream, {})], EXECUTION)
+        run_layer(shell, index, checkpoint.read(names), [(stream, {})])
     head = checkpoint.read(["model.norm.weight", "lm_head.weight"])
-    upstream, at_final = backward_head(shell, family, head, stream, range(len(tokens)), EXECUTION)
+    upstream, at_final = backward_head(shell, head, stream, range(len(tokens)))
     streamed = {"model.norm": at_final}
     for index in (2, 1, 0):
         names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
         at = type(stream)(inputs[index], stream.calls)
         norms = [site.norm for site in family.sites]
         upstream, gradients = backward_layer(
-            shell, family, index, checkpoint.read(names), at, upstream, norms, EXECUTION
+            shell, index, checkpoint.read(names), at, upstream, norms
         )
         for norm, gradient in zip(norms, gradients, strict=True):
             streamed[f"model.layers.{index}.{norm}"] = gradient
@@ -319,17 +317,41 @@ def test_other_bases_give_stock_models_too(basis, variant, tmp_path):
     assert torch.isfinite(torch.tensor(result.perplexity))
 
 
-def test_activations_that_overflow_are_refused_not_looped_over():
+@pytest.mark.parametrize(
+    ("variant", "into", "out_of"),
+    [
+        ("llama", "up_proj", "down_proj"),
+        ("gpt-neox", "dense_h_to_4h", "dense_4h_to_h"),
+    ],
+)
+def test_neurons_whose_squares_overflow_are_refused_not_looped_over(
+    variant, into, out_of, tmp_path
+):
+    """Every layer's output is finite, but not the Gram of what the FFN's writer reads."""
+    from sp3llm.compression.story import compress
     from sp3llm.errors import UserError
+    from sp3llm.options import CompressConfig
 
-    gram = gram_of(torch.full((4, 3), float("inf"), dtype=torch.float64), normal(4, 2))
-    with pytest.raises(UserError, match="NaN or infinity"):
-        ridge_fit(gram, gram, torch.zeros(3, 2, dtype=torch.float64))
+    model = tiny_model(variant, torch.float32, vocab_size=4096)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{into}." in name:
+                parameter *= 1e20
+            elif name.endswith(f".{out_of}.weight"):
+                parameter *= 1e-20
+    save_model(model, tmp_path / "dense", tokenizer=True)
+    config = CompressConfig(
+        model=str(tmp_path / "dense"), out=tmp_path / "small", keep=0.9, intermediate_size=24,
+        calib="stdlib", samples=4, seq_len=32, eval_samples=4, basis="pca", report=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="activations of the compressed model hold NaN or infinity"):
+        compress(config, QUIET)
+    assert not (tmp_path / "small").exists()
 
 
 def test_inputs_that_never_fire_can_be_cut():
     gram = gram_of(torch.zeros(9, 6, dtype=torch.float64), normal(9, 2))
-    kept = select_units(gram.inputs_PP, torch.zeros(6, 2).double(), 4, 1, "obs", 1e-4)
+    kept = select_units(gram, torch.zeros(6, 2).double(), 4, 1, "obs", 1e-4)
     assert len(set(kept.tolist())) == 4
 
 
@@ -379,8 +401,7 @@ def test_a_duplicated_neuron_goes_free_of_loss():
     a = normal(400, 6)
     a = torch.cat([a, a[:, :1]], 1)
     gram = gram_of(a, a @ normal(7, 3, seed=1))
-    weight, _, _ = ridge_solution(gram, torch.zeros(7, 3).double(), 1e-10, False)
-    kept = select_units(gram.inputs_PP, weight, 6, 1, "obs", 1e-10)
+    kept = select_units(gram, torch.zeros(7, 3).double(), 6, 1, "obs", 1e-10)
     assert len({0, 6} & set(kept.tolist())) == 1
     assert refitted_loss(gram, kept) < 1e-12
 

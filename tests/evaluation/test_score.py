@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from sp3llm.compression.story import compress
 from sp3llm.errors import UserError
 from sp3llm.evaluation.comparison import Row, Scored, compare, mean, paired_standard_error
-from sp3llm.evaluation.harness import _Model, _within_positions, score, select, token_losses
+from sp3llm.evaluation.harness import _Model, _within_positions, score, select
+from sp3llm.evaluation.perplexity import window_losses
 from sp3llm.evaluation.selection import (
     Mean,
     Selection,
@@ -156,7 +157,7 @@ def test_token_perplexity_is_that_of_the_papers(tmp_path):
     windows = unbroken_windows(str(text), tokenizer, seq_len)
     assert torch.equal(windows.tokens.flatten(), ids[0, : samples * seq_len])
     asked = TokenPerplexity(str(text), seq_len)
-    losses = torch.stack([token_losses(model, w, torch.device("cpu"))
+    losses = torch.stack([window_losses(model, w, torch.device("cpu"))
                           for w in windows.tokens])  # fmt: skip
     one = Scored({}, {}, {}, {}, {}, {asked: windows}, {asked: losses}, {})
     perplexity, logarithm = compare(NOTHING, Selection((), (asked,), ()), one, one)

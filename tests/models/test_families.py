@@ -17,7 +17,7 @@ from sp3llm.models.families import (
     parameter_shapes,
     setting,
 )
-from sp3llm.models.stock import by_parameter
+from sp3llm.models.stock import fuse_experts
 from tests.conftest import TINY, family_of_model, save_model, tiny_model
 
 
@@ -30,7 +30,7 @@ def test_table_predicts_every_parameter_and_shape_of_the_class(variant):
     stored, module = f"{family.head}.weight", f"{family.head_module}.weight"
     found = {n: torch.empty(s, device="meta") for n, s in parameter_shapes(family, config).items()}
     for index in range(config["num_hidden_layers"]):
-        found = by_parameter(family, index, found)
+        found = fuse_experts(family, index, found)
     found = {name: tuple(tensor.shape) for name, tensor in found.items()}
     assert {module if name == stored else name: found[name] for name in found} == real
     assert count_parameters(family, config) == sum(p.numel() for p in model.parameters())

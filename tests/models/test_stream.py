@@ -7,12 +7,11 @@ import torch
 
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.evaluation.perplexity import measure_losses
+from sp3llm.maths import losses
 from sp3llm.maths.basis import eigenbasis
 from sp3llm.maths.moments import add_second_moment, normalise
-from sp3llm.models import head
 from sp3llm.models.families import norm_eps
-from sp3llm.models.stock import empty_model
-from sp3llm.models.stream import open_stream, run_layer
+from sp3llm.models.stream import LayeredModel, open_stream, run_layer
 from sp3llm.runtime.devices import Execution
 from tests.conftest import TINY, family_of_model, relative_error, save_model, tiny_model
 
@@ -72,7 +71,7 @@ def test_batches_and_pieces_do_not_change_the_result(tokens, tmp_path, monkeypat
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
     whole = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", FLOAT32)
-    monkeypatch.setattr(head, "_LOGITS_A_BATCH", 5 * 96)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * 96)
     ragged = replace(FLOAT32, batch_tokens=3 * tokens.shape[1])
     pieces = measure_dense(checkpoint, family, tokens, tokens, "normalised", "pca", ragged)
     assert relative_error(pieces[0].total(), whole[0].total()) < 1e-6
@@ -84,19 +83,19 @@ def test_only_one_layer_has_weights_at_a_time(tokens, tmp_path):
     model = tiny_model("llama", torch.float32)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    shell = empty_model(checkpoint.config)
+    shell = LayeredModel.of(checkpoint.config, family, FLOAT32)
     real: list[set[str]] = []
 
     def probe(*_):
-        real.append({n for n, p in shell.named_parameters() if p.device.type != "meta"})
+        real.append({n for n, p in shell.module.named_parameters() if p.device.type != "meta"})
 
     table = checkpoint.read(["model.embed_tokens.weight"])
-    stream = open_stream(shell, family, table, tokens, FLOAT32)
+    stream = open_stream(shell, table, tokens)
     names = [n for n in checkpoint.files if n.startswith("model.layers.1.")]
     streams = [(stream, {"input_layernorm": probe})]
-    run_layer(shell, family, 1, checkpoint.read(names), streams, FLOAT32)
+    run_layer(shell, 1, checkpoint.read(names), streams)
     assert real == [set(names)]
-    assert all(p.device.type == "meta" for p in shell.parameters())
+    assert all(p.device.type == "meta" for p in shell.module.parameters())
 
 
 def test_moments_do_not_depend_on_how_tokens_are_split():

@@ -25,7 +25,6 @@ from sp3llm.errors import ResumableError, UserError
 from sp3llm.models import export, stream
 from sp3llm.options import CompressConfig
 from sp3llm.runtime import journal
-from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.files import file_hash, read_tensors, write_tensors
 from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.journal import MANIFEST, Journal, _Clock, open_journal
@@ -347,8 +346,7 @@ def short_of_memory(monkeypatch, windows: int) -> None:
     run_layer = stream.run_layer
 
     def limited(*arguments: Any, **kwargs: Any) -> None:
-        execution = next(argument for argument in arguments if isinstance(argument, Execution))
-        if execution.windows_a_batch(32) > windows:
+        if arguments[0].execution.windows_a_batch(32) > windows:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         run_layer(*arguments, **kwargs)
 

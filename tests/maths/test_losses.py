@@ -1,0 +1,18 @@
+"""The losses that a model is scored by."""
+
+import pytest
+import torch
+
+from sp3llm.maths import losses
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_losses_are_cross_entropies_whatever_the_size_of_pieces(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = 9 * torch.randn(101, 1000, dtype=torch.float64, generator=generator).to(dtype)
+    labels = torch.randint(0, 1000, (101,), generator=generator)
+    wide = logits if dtype == torch.float64 else logits.float()
+    expected = torch.nn.functional.cross_entropy(wide, labels, reduction="none").double()
+    for tokens in (1000, 7, 1, 0):
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", tokens * 1000)
+        assert torch.equal(losses.label_losses(logits, labels), expected)
