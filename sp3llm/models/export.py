@@ -78,14 +78,14 @@ def _write_group(
     shard = _shard_of(layout, index)
     if journal.load(SHARD, shard) is not None:
         return
-    journal.save(WEIGHTS, index, tensors, keep_all=True)
+    journal.add(WEIGHTS, index, tensors)
     first = sum(len(groups) for groups in layout[:shard])
     members = range(first, first + len(layout[shard]))
     if index < members[-1]:
         return
     merged = {name: t for i in members for name, t in journal.load(WEIGHTS, i).tensors.items()}
     path = folder / _shard_name(shard, len(layout))
-    journal.save(SHARD, shard, merged, keep_all=True, path=path)
+    journal.add(SHARD, shard, merged, path)
     journal.drop_steps(WEIGHTS, members)
 
 
