@@ -40,13 +40,12 @@ def compress_resumably(
     from sp3llm.runtime.progress import progress_bars
 
     started, settings, ranks = time.monotonic(), job.settings, job.execution.ranks
-    with run_folder(job.out, settings.fresh, ranks) as folder:
-        journal = open_journal(
-            folder / f"state-{ranks.index}",
-            run_identity(job),
-            ranks,
-            lambda line: console.print(line, highlight=False, markup=False),
-        )
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    with run_folder(job.out, settings.fresh, ranks, say) as folder:
+        journal = open_journal(folder / f"state-{ranks.index}", run_identity(job), ranks, say)
         model = folder / MODEL
         _take_back(journal, job.out, model)
         job = replace(job, execution=_placed(job, journal, folder, settings))

@@ -228,7 +228,7 @@ def test_run_killed_while_it_clears_up_arrives(dense, expected, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("sp3llm.runtime.folders._remove", die)
+        patched.setattr("sp3llm.runtime.folders.remove_folder", die)
         with pytest.raises(KeyboardInterrupt):
             run(options)
     assert options.out.exists()
