@@ -81,7 +81,6 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     """
     from sp3llm.models import families
     from sp3llm.planning.needs import needs_of
-    from sp3llm.runtime.memory import memory_limits
     from sp3llm.runtime.placement import place_streams
 
     seq_len = families.window_length(job.family, job.dense.config, settings.seq_len)
@@ -106,7 +105,7 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
         needs.token,
         (min(known, default=None), found.get("share")),
         folder / "scratch",
-        memory_limits(settings.max_memory),
+        job.max_memory,
     )
     journal.save(
         _BATCH, 0, facts={"tokens": execution.batch_tokens, "share": execution.share_tokens}

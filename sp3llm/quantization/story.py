@@ -168,21 +168,18 @@ def _pair(settings: QuantizeConfig, console: "Console") -> tuple[Source, Source,
 
 
 def _opened(folder: Path, name: str) -> Source:
-    from sp3llm.models import families
-    from sp3llm.models.checkpoint import check_tensors, open_checkpoint, with_prefix
+    """A model on disk; one that is quantized already is refused."""
+    from sp3llm.models.checkpoint import open_model
     from sp3llm.models.source import read_config
 
-    config = read_config(folder)
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if config.get("quantization_config"):
+    quantization = read_config(folder).get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method")
         raise UserError(
             f"Expected a model in full precision, found '{name}', which is quantized already "
             f"({method}): name the one it was made from."
         )
-    family = families.family_of(config)
-    checkpoint = with_prefix(open_checkpoint(folder), family)
-    check_tensors(checkpoint, family)
-    return Source(checkpoint, family, name)
+    return Source(*open_model(folder), name)
 
 
 def _check_output(out: Path, to: str, small: Source, dense: Source) -> None:
