@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.options import RecoverConfig
-from sp3llm.recovery.inputs import (
-    Pair,
-    Texts,
-)
-from sp3llm.recovery.lesson import default_lr, load_student
+from sp3llm.recovery.inputs import Pair, Texts
+from sp3llm.recovery.student import default_lr, load_student
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -18,7 +15,7 @@ if TYPE_CHECKING:
 
     from sp3llm.maths.paired import Excess
     from sp3llm.models.checkpoint import Checkpoint
-    from sp3llm.recovery.engine import State
+    from sp3llm.recovery.checkpoints import State
     from sp3llm.text.windows import Windows
 
 
@@ -86,14 +83,16 @@ def export(
 def measure_three(
     pair: Pair, written: "Checkpoint", texts: Texts, device: str, progress: "Progress"
 ) -> "tuple[Tensor, Tensor, Tensor]":
-    """Token losses on the held-out windows: recovered, before, dense."""
+    """Losses of the recovered model, the one before and the dense one, `(windows, tokens - 1)`
+    each, float64, in nats, on the held-out windows.
+    """
     import torch
 
     from sp3llm.evaluation.perplexity import measure_losses
     from sp3llm.runtime.devices import resolve_execution
 
     tokens = texts.evaluation.tokens
-    found = []
+    losses = []
     for checkpoint, family in (
         (written, pair.family),
         (pair.small, pair.family),
@@ -101,8 +100,8 @@ def measure_three(
     ):
         dtype = torch.promote_types(pair.dense.dtype(), checkpoint.dtype())
         execution = resolve_execution(device, dtype)
-        found.append(measure_losses(checkpoint, family, tokens, execution, progress))
-    return tuple(found)
+        losses.append(measure_losses(checkpoint, family, tokens, execution, progress))
+    return tuple(losses)
 
 
 def write_result(
