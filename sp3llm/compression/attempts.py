@@ -81,7 +81,7 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     """
     from sp3llm.models import families
     from sp3llm.planning.needs import needs_of
-    from sp3llm.runtime.placement import place_streams
+    from sp3llm.runtime.placement import BytesNeeded, place_streams
 
     seq_len = families.window_length(job.family, job.dense.config, settings.seq_len)
     needs = needs_of(
@@ -100,9 +100,7 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     execution = place_streams(
         job.execution,
         settings.streams,
-        needs.streams,
-        needs.working,
-        needs.token,
+        BytesNeeded(needs.streams, needs.working, needs.token),
         (min(known, default=None), found.get("share")),
         folder / "scratch",
         job.max_memory,

@@ -20,12 +20,11 @@ def load_frozen(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mo
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from sp3llm.models.stock import run_layers_again, training_config
-
     transformers.utils.logging.disable_progress_bar()
+    config = training_config(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, config=training_config(folder), dtype=dtype, experts_implementation="eager",
-    ).to(device)  # fmt: skip
+        folder, config=config, dtype=dtype, experts_implementation="eager"
+    ).to(device)
     if device.type == "cuda":
         run_layers_again(model)
         return model.train()  # the only mode in which they do; there is no dropout
@@ -55,35 +54,39 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module:
 
 
 def by_parameter(family: Family, index: int, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A layer's tensors as the class has them, which keeps its experts as one: `(E, ..., ...)`."""
+    """The tensors of layer `index`, named as on disk, by the parameters of the stock class, which
+    stacks those of its experts: `(experts, ..., ...)`.
+    """
     prefix = family.layer_prefix.format(layer=index)
-    found = dict(tensors)
+    parameters = dict(tensors)
     for fused, stored in family.experts.fused.items() if family.experts else ():
         parts = []
         for name in stored:
             first, each, last = f"{prefix}{name}".partition(EACH)
             if not each:
-                parts += [found.pop(first)] if first in found else []
+                parts += [parameters.pop(first)] if first in parameters else []
                 continue
             experts = []
-            while (expert := f"{first}{len(experts)}{last}") in found:
-                experts.append(found.pop(expert))
+            while (expert := f"{first}{len(experts)}{last}") in parameters:
+                experts.append(parameters.pop(expert))
             parts += [torch.stack(experts)] if experts else []
         if parts:  # a layer without experts has none
-            found[f"{prefix}{fused}"] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-    return found
+            parameters[f"{prefix}{fused}"] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return parameters
 
 
 # Config keys of dropout, and of noise that routers train with.
-_DROPOUT = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop",
-            "resid_pdrop", "embd_pdrop", "attn_pdrop", "router_jitter_noise")  # fmt: skip
+_DROPOUT = (
+    *("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop"),
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "router_jitter_noise"),
+)
 
 
 def training_config(folder: Path) -> Any:
     """The stock config of a checkpoint, without cache and dropout.
 
-    There are a few hundred steps and the teacher's answer to every token: noise only costs, and
-    without it two processes train what one does.
+    With a few hundred steps, and a teacher's answer to every token, there is nothing for dropout to
+    prevent; and without it two processes train what one does.
     """
     from transformers import AutoConfig
 
