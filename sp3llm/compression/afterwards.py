@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def is_being_recovered(job: Job) -> bool:
     """Whether this very command has compressed the model before and was killed in its recovery."""
-    from sp3llm.recovery.engine import work_folder
+    from sp3llm.recovery.checkpoints import work_folder
 
     if not job.settings.recover_steps or job.settings.fresh or not work_folder(job.out).is_dir():
         return False

@@ -41,13 +41,12 @@ def compress_resumably(
     from sp3llm.runtime.progress import progress_bars
 
     started, settings, ranks = time.monotonic(), job.settings, job.execution.ranks
-    with run_folder(job.out, settings.fresh, ranks) as folder:
-        journal = open_journal(
-            folder / f"state-{ranks.index}",
-            run_identity(job),
-            ranks,
-            lambda line: console.print(line, highlight=False, markup=False),
-        )
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    with run_folder(job.out, settings.fresh, ranks, say) as folder:
+        journal = open_journal(folder / f"state-{ranks.index}", run_identity(job), ranks, say)
         model = folder / MODEL
         _take_back(journal, job.out, model)
         job = replace(job, execution=_placed(job, journal, folder, settings))
@@ -83,8 +82,7 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     """
     from sp3llm.planning.needs import Workload, needs_of
     from sp3llm.planning.windows import window_length
-    from sp3llm.runtime.memory import memory_limits
-    from sp3llm.runtime.placement import place_streams
+    from sp3llm.runtime.placement import BytesNeeded, place_streams
 
     seq_len = window_length(job.family, job.dense.config, settings.seq_len)
     workload = Workload(
@@ -101,12 +99,10 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     execution = place_streams(
         job.execution,
         settings.streams,
-        needs.streams,
-        needs.working,
-        needs.token,
+        BytesNeeded(needs.streams, needs.working, needs.token),
         (min(known, default=None), found.get("share")),
         folder / "scratch",
-        memory_limits(settings.max_memory),
+        job.max_memory,
     )
     journal.save(
         _BATCH, 0, facts={"tokens": execution.batch_tokens, "share": execution.share_tokens}

@@ -76,6 +76,8 @@ class Job:
     """Within the budget."""
     out: Path
     execution: "Execution"
+    max_memory: Mapping[str, int]
+    """`--max-memory`: bytes by GPU number and `cpu`."""
 
 
 def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
@@ -85,8 +87,8 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     from sp3llm.compression.refitter import held_back_from
     from sp3llm.evaluation.harness import check_scoring
     from sp3llm.models import families
-    from sp3llm.models.checkpoint import check_tensors, open_checkpoint, with_prefix
-    from sp3llm.models.source import read_config, resolve_model
+    from sp3llm.models.checkpoint import open_model
+    from sp3llm.models.source import resolve_model
     from sp3llm.models.stock import empty_model
     from sp3llm.planning.candidates import candidates
     from sp3llm.planning.limits import limits_of, plan_of
@@ -100,9 +102,7 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     folder, name, note = resolve_model(settings.model)
     if note:
         console.print(note, markup=False)
-    family = families.family_of(read_config(folder))
-    dense = with_prefix(open_checkpoint(folder), family)
-    check_tensors(dense, family)
+    dense, family = open_model(folder)
     dense_dtype = dense.dtype()
     dtype = _dtype(settings.dtype, dense_dtype)
     limits = limits_of(settings, dtype.itemsize)
@@ -134,12 +134,14 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
         )
     largest = max(plan_of(family, dense.config, limits, shape).parameters for shape in shapes)
     check_disk(out, largest * dtype.itemsize - held_by_run(out))
-    memory = memory_limits(settings.max_memory)
-    execution = resolve_execution(device, torch.promote_types(dense_dtype, dtype), ranks, memory)
+    max_memory = memory_limits(settings.max_memory)
+    execution = resolve_execution(
+        device, torch.promote_types(dense_dtype, dtype), ranks, max_memory
+    )
     empty_model(dense.config)  # refuses a config that transformers rejects, before any work
     if learned:
         dense_bytes = families.count_parameters(family, dense.config) * execution.dtype.itemsize
-        room = free_memory(execution, memory)
+        room = free_memory(execution, max_memory)
         if dense_bytes * _ROOM_TO_LEARN > room:
             raise UserError(
                 "Expected room for the whole dense model for --mask learned, "
@@ -154,22 +156,37 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     if settings.quantize:
         check_before(settings.quantize, execution.device, family, dense.config, shapes, out)
     return Job(
-        settings, folder, name, dense, family, dense_dtype, dtype, limits, shapes, out, execution
+        settings=settings,
+        folder=folder,
+        name=name,
+        dense=dense,
+        family=family,
+        dense_dtype=dense_dtype,
+        dtype=dtype,
+        limits=limits,
+        shapes=shapes,
+        out=out,
+        execution=execution,
+        max_memory=max_memory,
     )
 
 
 def run_identity(job: Job) -> dict[str, Any]:
-    """Everything that the weights depend on, for a run to be continued by the same one only."""
+    """Everything that the weights depend on, for a run to be continued by the same one only.
+
+    The first of several processes reads the model's weights for all.
+    """
     import json
 
-    from sp3llm.models.checkpoint import fingerprint
+    from sp3llm.models import checkpoint
     from sp3llm.runtime import machine
 
     texts = f"{job.settings.calib or ''},{job.settings.eval_text or ''}".split(",")
     versions = machine.versions()
+    model = job.execution.ranks.from_first(lambda: checkpoint.identity(job.dense))
     identity = {
         **job.settings.of_result(),
-        **{f"the model's {name}": found for name, found in fingerprint(job.dense).items()},
+        **{f"the model's {name}": content for name, content in model.items()},
         **{f"the text of {name}": _content(Path(name)) for name in texts if Path(name).is_file()},
         "the number of processes": job.execution.ranks.count,
         "the kind of device": job.execution.device.type,

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from sp3llm.compression.job import Job, calibration_sets
-from sp3llm.errors import UserError
 
 if TYPE_CHECKING:
     from sp3llm.runtime.journal import Journal
@@ -52,7 +51,7 @@ def read_windows(job: Job) -> "tuple[Windows, Windows]":
     from sp3llm.planning.windows import window_length
     from sp3llm.text.sources import default_evaluation
     from sp3llm.text.tokenizer import load_tokenizer
-    from sp3llm.text.windows import calibration_windows, evaluation_windows
+    from sp3llm.text.windows import calibration_windows, check_token_ids, evaluation_windows
 
     settings, dense, family = job.settings, job.dense, job.family
     seq_len = window_length(family, dense.config, settings.seq_len)
@@ -67,12 +66,7 @@ def read_windows(job: Job) -> "tuple[Windows, Windows]":
         calibration.documents,
     )
     vocab_size = families.axis_sizes(family, dense.config)[families.VOCAB]
-    largest = max(calibration.tokens.max().item(), evaluation.tokens.max().item())
-    if largest >= vocab_size:
-        raise UserError(
-            f"Expected token ids below the model's vocab_size {vocab_size}, found {largest}: the "
-            f"tokenizer in '{dense.folder}' belongs to another model."
-        )
+    check_token_ids((calibration, evaluation), vocab_size, dense.folder)
     return calibration, evaluation
 
 

@@ -13,7 +13,9 @@ BASIS = "sp3llm.basis"
 
 
 def write_basis(folder: Path, basis_DK: Tensor) -> None:
-    """Keep `T` (old to new, DESIGN 2) in float32, in safetensors' format."""
+    """Keep `T`, `(D, K)`, which takes the dense stream to the compressed one (docs/design.md 2), in
+    float32 and safetensors' format.
+    """
     (folder / BASIS).write_bytes(save({"basis_DK": basis_DK.float().cpu().contiguous()}))
 
 

@@ -19,6 +19,7 @@ from sp3llm.errors import UserError, reason
 from sp3llm.models import families
 from sp3llm.models.families import Family, is_tied, parameter_shapes
 from sp3llm.models.source import read_config
+from sp3llm.runtime.files import file_hash
 
 # What bitsandbytes, GPTQ, AWQ, compressed-tensors and float8 checkpoints keep beside or in place of
 # weights; not all of them say so in their config.json.
@@ -27,11 +28,11 @@ _QUANTIZED = (
     *(".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_format"),
 )
 
-# What a fingerprint looks at of a shard.
-_SAMPLED_PIECES, _SAMPLED_BYTES = 256, 2**14
-
-
-# --------------------------------------------------------------------------- reading
+# Weights of so many bytes are hashed whole, which takes seconds; more would take minutes.
+_HASHED_WHOLE = 4 * 10**9
+# Beyond that, of every tensor so many pieces of so many bytes, from its first to its last: a norm,
+# a bias or a router is hashed whole, and a matrix that was trained or cut differs in every piece.
+_PIECES, _PIECE_BYTES = 4, 2**14
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,18 @@ class Checkpoint:
         raise UserError(f"'{self.folder}' holds no matrix: expected a model's weights.")
 
 
+def open_model(folder: Path) -> tuple[Checkpoint, Family]:
+    """Open the checkpoint of a supported model, under its family's names, without its weights.
+
+    Raises UserError if the family is not supported, a file is missing or damaged, or the tensors
+    are not those that `config.json` asks for.
+    """
+    family = families.family_of(read_config(folder))
+    checkpoint = with_prefix(open_checkpoint(folder), family)
+    check_tensors(checkpoint, family)
+    return checkpoint, family
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Find config and weights in a folder, without reading the weights.
 
@@ -81,6 +94,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor name to the shard that holds it, safetensors before `.bin`."""
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
@@ -175,26 +189,6 @@ def _read_tensor(shard: Path, name: str) -> Tensor:
         raise _damaged(shard, reason(error)) from error
 
 
-def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells a model from another one: `config.json` and, of every shard, its size and a hash
-    of its header and of pieces all over it. Reading 140 GB whole would take minutes.
-    """
-    found: dict[str, Any] = {"config.json": _sha256(json.dumps(dict(checkpoint.config)).encode())}
-    for path in sorted(set(checkpoint.files.values())):
-        size = path.stat().st_size
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            for piece in range(_SAMPLED_PIECES):
-                file.seek(size * piece // _SAMPLED_PIECES)
-                digest.update(file.read(_SAMPLED_BYTES))
-        found[path.name] = f"{size} bytes, {digest.hexdigest()[:16]}"
-    return found
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def with_prefix(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint under the causal model's names, where it was saved from the bare decoder.
 
@@ -237,20 +231,21 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
                 f"'{checkpoint.folder}': get a complete copy of the checkpoint."
             )
         stored = checkpoint.stored.get(name, name)
-        found_shape, found_dtype = _shape_and_dtype(checkpoint.files[name], stored)
-        if found_dtype not in ("F64", "F32", "F16", "BF16"):
+        stored_shape, dtype = _shape_and_dtype(checkpoint.files[name], stored)
+        if dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(
-                f"Expected tensor '{name}' in float32, float16 or bfloat16, found {found_dtype}: "
+                f"Expected tensor '{name}' in float32, float16 or bfloat16, found {dtype}: "
                 "the checkpoint is quantized; load the unquantized one it was made from."
             )
-        if found_shape != shape:
+        if stored_shape != shape:
             raise UserError(
-                f"Expected tensor '{name}' of shape {shape}, found {found_shape}: config.json and "
+                f"Expected tensor '{name}' of shape {shape}, found {stored_shape}: config.json and "
                 "weights do not belong together."
             )
 
 
 def _shape_and_dtype(shard: Path, name: str) -> tuple[tuple[int, ...], str]:
+    """Shape of a tensor and safetensors' name of its dtype; of other dtypes torch's."""
     if shard.suffix == ".bin":
         tensor = _load_bin(shard)[name]
         names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
@@ -262,10 +257,64 @@ def _shape_and_dtype(shard: Path, name: str) -> tuple[tuple[int, ...], str]:
 
 
 def head_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:
-    """Final norm and head; a tied head's table under the head's own name."""
+    """Weights of the final norm and the head; where the head is tied to the embeddings, their table
+    under the head's own name.
+    """
     *_, head = families.groups(family, checkpoint.config)
     tensors = checkpoint.read(head.parameters)
     if families.is_tied(family, checkpoint.config):
         table = checkpoint.read([family.embedding])[family.embedding]
         tensors[f"{family.head}.weight"] = table
     return tensors
+
+
+# --------------------------------------------------------------------------- identity
+
+
+def identity(checkpoint: Checkpoint) -> dict[str, str]:
+    """What tells a model from another one, by file name: `config.json` and every shard.
+
+    Shards are hashed whole where all are a few GB at most, otherwise by their size, their header
+    (names, shapes and dtypes) and pieces of every tensor.
+    """
+    config = json.dumps(dict(checkpoint.config)).encode()
+    shards = sorted(set(checkpoint.files.values()))
+    whole = sum(shard.stat().st_size for shard in shards) <= _HASHED_WHOLE
+    hashes = {"config.json": hashlib.sha256(config).hexdigest()[:16]}
+    for shard in shards:
+        content = file_hash(shard) if whole else _hash_of_pieces(shard)
+        hashes[shard.name] = f"{shard.stat().st_size} bytes, {content[:16]}"
+    return hashes
+
+
+def _hash_of_pieces(shard: Path) -> str:
+    """sha256 of a shard's header and of pieces of its tensors."""
+    digest = hashlib.sha256()
+    if shard.suffix == ".bin":  # mapped into memory, where its format allows
+        for name, tensor in sorted(_load_bin(shard).items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            stored = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            for first, last in _pieces(0, stored.nbytes):
+                digest.update(stored[first:last])
+        return digest.hexdigest()
+    with shard.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        digest.update(length + header)
+        start = file.tell()
+        for name, entry in sorted(json.loads(header).items()):
+            if name == "__metadata__":
+                continue
+            for first, last in _pieces(*entry["data_offsets"]):
+                file.seek(start + first)
+                digest.update(file.read(last - first))
+    return digest.hexdigest()
+
+
+def _pieces(first: int, last: int) -> list[tuple[int, int]]:
+    """Where the pieces of a tensor begin and end that lies from byte `first` to `last`."""
+    if last - first <= _PIECES * _PIECE_BYTES:
+        return [(first, last)]
+    step = (last - first - _PIECE_BYTES) / (_PIECES - 1)
+    starts = (first + round(number * step) for number in range(_PIECES))
+    return [(start, start + _PIECE_BYTES) for start in starts]

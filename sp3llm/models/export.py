@@ -16,8 +16,10 @@ from sp3llm.models.families import Family, Group, groups, parameter_shapes
 from sp3llm.runtime.files import write_json
 from sp3llm.runtime.journal import Journal
 
+# Stages, as a journal knows them: groups of a shard that is not yet whole, and whole shards.
 WEIGHTS = "weights"
 SHARD = "shard"
+# Small enough to be merged, and written again after a kill, in seconds.
 _SHARD_BYTES = 2 * 10**9
 
 
@@ -75,21 +77,23 @@ def _write_group(
     index: int,
     tensors: Mapping[str, Tensor],
 ) -> None:
+    """Make a group durable, and with the last one of a shard the shard in place of its groups."""
     shard = _shard_of(layout, index)
     if journal.load(SHARD, shard) is not None:
         return
-    journal.save(WEIGHTS, index, tensors, keep_all=True)
+    journal.add(WEIGHTS, index, tensors)
     first = sum(len(groups) for groups in layout[:shard])
     members = range(first, first + len(layout[shard]))
     if index < members[-1]:
         return
     merged = {name: t for i in members for name, t in journal.load(WEIGHTS, i).tensors.items()}
     path = folder / _shard_name(shard, len(layout))
-    journal.save(SHARD, shard, merged, keep_all=True, path=path)
+    journal.add(SHARD, shard, merged, path)
     journal.drop_steps(WEIGHTS, members)
 
 
 def _shard_of(layout: list[list[Group]], index: int) -> int:
+    """The number of the shard that holds a group, by the group's number in the model."""
     ends = itertools.accumulate(len(groups) for groups in layout)
     return next(shard for shard, end in enumerate(ends) if index < end)
 

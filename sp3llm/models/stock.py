@@ -20,12 +20,11 @@ def load_frozen(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mo
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from sp3llm.models.stock import run_layers_again, training_config
-
     transformers.utils.logging.disable_progress_bar()
+    config = training_config(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, config=training_config(folder), dtype=dtype, experts_implementation="eager",
-    ).to(device)  # fmt: skip
+        folder, config=config, dtype=dtype, experts_implementation="eager"
+    ).to(device)
     if device.type == "cuda":
         run_layers_again(model)
         return model.train()  # the only mode in which they do; there is no dropout
@@ -77,15 +76,17 @@ def fuse_experts(family: Family, index: int, tensors: Mapping[str, Tensor]) -> M
 
 
 # Config keys of dropout, and of noise that routers train with.
-_DROPOUT = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop",
-            "resid_pdrop", "embd_pdrop", "attn_pdrop", "router_jitter_noise")  # fmt: skip
+_DROPOUT = (
+    *("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop"),
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "router_jitter_noise"),
+)
 
 
 def training_config(folder: Path) -> Any:
     """The stock config of a checkpoint, without cache and dropout.
 
-    There are a few hundred steps and the teacher's answer to every token: noise only costs, and
-    without it two processes train what one does.
+    With a few hundred steps, and a teacher's answer to every token, there is nothing for dropout to
+    prevent; and without it two processes train what one does.
     """
     from transformers import AutoConfig
 

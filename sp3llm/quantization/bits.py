@@ -54,11 +54,11 @@ def unfit(bits: str, modules: Mapping[str, tuple[int, ...]]) -> str | None:
 
 def check_widths(bits: str, modules: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raise UserError if bitsandbytes cannot run linear modules of `what` on a CPU."""
-    found = unfit(bits, modules)
-    if found is not None:
+    misfit = unfit(bits, modules)
+    if misfit is not None:
         raise UserError(
             f"Expected widths that bitsandbytes' {bits} takes on a CPU (inputs in multiples of "
-            f"{_INPUTS}, outputs of {_OUTPUTS}), found {found} of {what}: fix them with "
+            f"{_INPUTS}, outputs of {_OUTPUTS}), found {misfit} of {what}: fix them with "
             "--hidden-size and --intermediate-size, choose int8, or quantize on a GPU."
         )
 

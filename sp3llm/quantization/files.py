@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sp3llm.runtime.devices import Execution
 
 
+# As large as those of `models.export`.
 _SHARD = "2GB"
 
 
@@ -131,8 +132,8 @@ def tensor_bytes(files: Sequence[Path]) -> dict[str, int]:
     """Bytes of every tensor in safetensors files, by name."""
     from safetensors import safe_open
 
-    found = {}
+    sizes = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118
-    return found
+            sizes |= {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118
+    return sizes

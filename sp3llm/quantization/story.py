@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +61,16 @@ _BYTES = {"int8": 1.02, "nf4": 0.5625}
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """What models are measured on, and where."""
+
+    tokens: "Tensor"
+    """Held-out token ids, `(windows, seq_len)`."""
+    execution: "Execution"
+    progress: "Progress"
+
+
+@dataclass(frozen=True)
 class Found:
     """What was measured of one model."""
 
@@ -101,25 +111,19 @@ def quantize(settings: QuantizeConfig, console: "Console") -> Record:
     out = settings.out or quantized_folder(folder, settings.to)
     _check_output(out, settings.to, small, dense)
     tokens = held_out_tokens(record, small.checkpoint.folder)
-    with output_folder(out) as partial, progress_bars(console) as progress:
-        found = {
-            "dense": _in_full(dense, tokens, execution, progress, "dense"),
-            "small": _in_full(small, tokens, execution, progress, "compressed"),
-        }
-        with _aside(partial) as folder:  # it is only wanted for its numbers
-            found["dense_quantized"] = _in_few_bits(
-                dense, settings.to, folder, tokens, execution, progress, "dense"
-            )[1]
-        stock, found["small_quantized"] = _in_few_bits(
-            small, settings.to, partial, tokens, execution, progress, "compressed"
-        )
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    with output_folder(out, say) as partial, progress_bars(console) as progress:
+        measuring = Measuring(tokens, execution, progress)
+        stock, models = _measure_four(dense, small, settings.to, partial, measuring)
         sources = {"dense": dense, "small": small}
-        entry = _entry(settings, out, sources, found, execution, started)
+        entry = _entry(settings, out, sources, models, execution, started)
         record = replace(without_measurements(record), quantization=entry)
         _finish(small, dense, record, stock, partial)
     console.print(closing_table(record.model, record.evaluation, entry))
-    architecture = record.architecture
-    console.print(next_steps(out, architecture, entry), highlight=False, markup=False)
+    say(next_steps(out, record.architecture, entry))
     return record
 
 
@@ -174,21 +178,18 @@ def _pair(settings: QuantizeConfig, console: "Console") -> tuple[Source, Source,
 
 
 def _opened(folder: Path, name: str) -> Source:
-    from sp3llm.models import families
-    from sp3llm.models.checkpoint import check_tensors, open_checkpoint, with_prefix
+    """A model on disk; one that is quantized already is refused."""
+    from sp3llm.models.checkpoint import open_model
     from sp3llm.models.source import read_config
 
-    config = read_config(folder)
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if config.get("quantization_config"):
+    quantization = read_config(folder).get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method")
         raise UserError(
             f"Expected a model in full precision, found '{name}', which is quantized already "
             f"({method}): name the one it was made from."
         )
-    family = families.family_of(config)
-    checkpoint = with_prefix(open_checkpoint(folder), family)
-    check_tensors(checkpoint, family)
-    return Source(checkpoint, family, name)
+    return Source(*open_model(folder), name)
 
 
 def _check_output(out: Path, to: str, small: Source, dense: Source) -> None:
@@ -226,18 +227,35 @@ def _aside(partial: Path) -> Iterator[Path]:
 # --------------------------------------------------------------------------- four models
 
 
-def _in_full(
-    model: Source, tokens: "Tensor", execution: "Execution", progress: "Progress", what: str
-) -> Found:
-    """A model as it is, streamed."""
+def _measure_four(
+    dense: Source, small: Source, to: str, partial: Path, measuring: Measuring
+) -> tuple[dict[str, Any], dict[str, Found]]:
+    """Quantize the compressed model into `partial`, and measure both models in full precision and
+    in few bits.
+
+    Returns the compressed one's `quantization_config`, and what was measured.
+    """
+    in_full = {
+        "dense": _in_full(dense, measuring, "dense"),
+        "small": _in_full(small, measuring, "compressed"),
+    }
+    with _aside(partial) as folder:  # it is only wanted for its numbers
+        _, dense_quantized = _in_few_bits(dense, to, folder, measuring, "dense")
+    stock, small_quantized = _in_few_bits(small, to, partial, measuring, "compressed")
+    quantized = {"dense_quantized": dense_quantized, "small_quantized": small_quantized}
+    return stock, in_full | quantized
+
+
+def _in_full(model: Source, measuring: Measuring, what: str) -> Found:
+    """A model as it is, streamed; `what` is how progress calls it."""
     from sp3llm.evaluation.perplexity import measure_losses
 
     losses = measure_losses(
         model.checkpoint,
         model.family,
-        tokens,
-        execution,
-        progress,
+        measuring.tokens,
+        measuring.execution,
+        measuring.progress,
         what=f"{what} model, perplexity",
     )
     linear = linear_parameters(model) * model.checkpoint.dtype().itemsize
@@ -245,13 +263,7 @@ def _in_full(
 
 
 def _in_few_bits(
-    model: Source,
-    to: str,
-    folder: Path,
-    tokens: "Tensor",
-    execution: "Execution",
-    progress: "Progress",
-    what: str,
+    model: Source, to: str, folder: Path, measuring: Measuring, what: str
 ) -> tuple[dict[str, Any], Found]:
     """Write a model quantized into `folder`, without a config, and measure what was written.
 
@@ -259,6 +271,7 @@ def _in_few_bits(
     """
     from sp3llm.quantization.bits import take_any_width, unfit
 
+    tokens, execution, progress = measuring.tokens, measuring.execution, measuring.progress
     bar = progress.add_task(f"{what} model, to {to}", total=1)
     stock = write_quantized(model, to, execution.device, folder)
     progress.update(bar, completed=1)
@@ -269,11 +282,13 @@ def _in_few_bits(
         take_any_width(quantized)
     losses = losses_of(quantized, tokens, execution.device, lambda: progress.advance(bar))
     sizes = tensor_bytes(files)
-    linear = sum(
-        size for name, size in sizes.items()
-        if name.endswith(".SCB") or any(name.startswith(f"{m}.weight") for m in model.linear())
-    )  # fmt: skip
+    linear = sum(sizes[name] for name in sizes if _is_of(name, model.linear()))
     return stock, Found(losses, sum(path.stat().st_size for path in files), linear)
+
+
+def _is_of(name: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor is a quantized module's weight, or scales of one."""
+    return name.endswith(".SCB") or any(name.startswith(f"{module}.weight") for module in modules)
 
 
 def losses_of(

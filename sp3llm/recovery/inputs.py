@@ -1,6 +1,6 @@
 """What a recovery starts from: both models, checked against each other, and three texts."""
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
+    from sp3llm.runtime.processes import Ranks
     from sp3llm.text.windows import Windows
 
 
@@ -60,14 +61,35 @@ class Texts:
         return torch.cat([self.training.tokens, self.stopping.tokens])
 
 
+@dataclass(frozen=True)
+class Run:
+    """A recovery that is about to begin: everything found and checked, nothing done."""
+
+    settings: RecoverConfig
+    """With `out`."""
+    accelerator: "Accelerator"
+    ranks: "Ranks"
+    """Its processes."""
+    pair: Pair
+    texts: Texts
+    work: Path
+    """The folder of checkpoints."""
+    micro_batch: int
+    """Windows that a process runs at once."""
+    model_files: Mapping[str, str]
+    """What tells the compressed model from others, by file name (`models.checkpoint.identity`)."""
+    teacher_files: Mapping[str, str]
+    """The same of its teacher."""
+
+
 # --------------------------------------------------------------------------- before any work
 
 
 def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
     """Both models, checked against each other."""
     from sp3llm.models import families
-    from sp3llm.models.checkpoint import check_tensors, open_checkpoint, with_prefix
-    from sp3llm.models.source import read_config, resolve_model
+    from sp3llm.models.checkpoint import open_model
+    from sp3llm.models.source import resolve_model
     from sp3llm.runtime.folders import RECORD
     from sp3llm.text.tokenizer import load_tokenizer
 
@@ -85,14 +107,8 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
     for line in filter(None, (note, dense_note)):
         console.print(line, markup=False)
 
-    def opened(folder: Path) -> "tuple[Checkpoint, Family]":
-        family = families.family_of(read_config(folder))
-        checkpoint = with_prefix(open_checkpoint(folder), family)
-        check_tensors(checkpoint, family)
-        return checkpoint, family
-
-    small, family = opened(folder)
-    dense, dense_family = opened(dense_folder)
+    small, family = open_model(folder)
+    dense, dense_family = open_model(dense_folder)
     sizes = [
         families.axis_sizes(f, c.config)[families.VOCAB]
         for f, c in ((family, small), (dense_family, dense))
@@ -108,7 +124,10 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
 
 
 def disk_bytes(settings: RecoverConfig, pair: Pair) -> int:
-    """Of the output, two checkpoints with moments, and the best weights."""
+    """Bytes of the output, of two checkpoints and of the best weights.
+
+    What is trained is kept in float32: a checkpoint holds the weights and AdamW's two moments.
+    """
     from sp3llm.models import families
     from sp3llm.planning.recovery_needs import adapter_parameters
 
@@ -134,7 +153,7 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
     from sp3llm.models import families
     from sp3llm.text.sources import default_evaluation
     from sp3llm.text.tokenizer import load_tokenizer
-    from sp3llm.text.windows import evaluation_windows, training_windows
+    from sp3llm.text.windows import check_token_ids, evaluation_windows, training_windows
 
     tokenizer = load_tokenizer(pair.small.folder)
     seq_len = window_length_of(settings, pair)
@@ -167,13 +186,8 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
         evaluation.documents | training.documents,
         stopping=settings.stop_text is None,
     )
-    vocabulary = families.axis_sizes(pair.family, pair.small.config)[families.VOCAB]
-    largest = max(w.tokens.max().item() for w in (training, stopping, evaluation))
-    if largest >= vocabulary:
-        raise UserError(
-            f"Expected token ids below the model's vocab_size {vocabulary}, found {largest}: the "
-            f"tokenizer in '{pair.small.folder}' belongs to another model."
-        )
+    vocab_size = families.axis_sizes(pair.family, pair.small.config)[families.VOCAB]
+    check_token_ids((training, stopping, evaluation), vocab_size, pair.small.folder)
     return Texts(training, stopping, evaluation)
 
 
@@ -212,11 +226,22 @@ def say_epochs(settings: RecoverConfig, texts: Texts, console: "Console") -> Non
     )
 
 
-def run_identity(
-    settings: RecoverConfig, accelerator: "Accelerator", pair: Pair, texts: Texts
-) -> dict[str, Any]:
+def identify(pair: Pair, ranks: "Ranks") -> tuple[dict[str, str], dict[str, str]]:
+    """What tells the model and the teacher from others, by file; the first process reads them."""
+    from sp3llm.models import checkpoint
+
+    return ranks.from_first(lambda: tuple(map(checkpoint.identity, (pair.small, pair.dense))))
+
+
+def of_files(whose: str, files: Mapping[str, str]) -> dict[str, str]:
+    """What tells a model from others, named so that a reader is told which one differs."""
+    return {f"the {whose}'s {name}": content for name, content in files.items()}
+
+
+def run_identity(run: Run) -> dict[str, Any]:
     """What checkpoints depend on: a run that differs in any of it cannot continue from them."""
-    chosen = {key: value for key, value in asdict(settings).items() if key not in _FREE}
+    accelerator = run.accelerator
+    chosen = {key: value for key, value in asdict(run.settings).items() if key not in _FREE}
     logits = chosen.pop("teacher_logits")
     if logits is None:
         del chosen["top_k"]
@@ -227,18 +252,8 @@ def run_identity(
         "device": accelerator.device.type,
         "processes": accelerator.num_processes,
         "engine": str(accelerator.distributed_type.value),
-        "training_text": texts.training.sha256,
-        "stopping_text": texts.stopping.sha256,
-        "model_weights": weights_digest(pair.small),
-        "teacher_weights": weights_digest(pair.dense),
+        "training_text": run.texts.training.sha256,
+        "stopping_text": run.texts.stopping.sha256,
+        **of_files("model", run.model_files),
+        **of_files("teacher", run.teacher_files),
     }
-
-
-def weights_digest(checkpoint: "Checkpoint") -> str:
-    """Hash of a checkpoint's weights, as they lie on disk."""
-    digest = hashlib.sha256()
-    for path in sorted(set(checkpoint.files.values())):
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sp3llm.options import RecoverConfig
 from sp3llm.recovery.inputs import Pair, Texts
-from sp3llm.recovery.lesson import default_lr, load_student
+from sp3llm.recovery.student import default_lr, load_student
 from sp3llm.reporting.record import (
     Excess,
     Record,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sp3llm.maths import paired
     from sp3llm.models.checkpoint import Checkpoint
-    from sp3llm.recovery.engine import State
+    from sp3llm.recovery.checkpoints import State
     from sp3llm.text.windows import Windows
 
 
@@ -93,7 +93,9 @@ def export(
 def measure_three(
     pair: Pair, written: "Checkpoint", texts: Texts, device: str, progress: "Progress"
 ) -> "tuple[Tensor, Tensor, Tensor]":
-    """Token losses on the held-out windows: recovered, before, dense."""
+    """Losses of the recovered model, the one before and the dense one, `(windows, tokens - 1)`
+    each, float64, in nats, on the held-out windows.
+    """
     import torch
 
     from sp3llm.evaluation.perplexity import measure_losses

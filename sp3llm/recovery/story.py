@@ -14,30 +14,35 @@ The story, top-down:
 `accelerate launch -m sp3llm.recover` wants.
 """
 
+import contextlib
 import logging
-import math
-import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sp3llm.options import RecoverConfig, command_line
 from sp3llm.recovery.inputs import (
+    Run,
     disk_bytes,
     draw_texts,
+    identify,
     open_pair,
     run_identity,
     say_epochs,
     window_length_of,
 )
-from sp3llm.recovery.lesson import prepare
 from sp3llm.recovery.result import Recovery, export, measure_three, write_result
+from sp3llm.recovery.setup import set_up
 from sp3llm.recovery.training import train
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
+
+    from sp3llm.recovery.checkpoints import State
+    from sp3llm.reporting.record import RecoveryEntry
 
 
 def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
@@ -46,78 +51,113 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
     Returns None in every process but the first.
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
-    from rich.console import Console
-
-    from sp3llm.maths.paired import excess_log_perplexity, perplexity
-    from sp3llm.planning.recovery_needs import micro_batch_of
-    from sp3llm.recovery.engine import claim, engine, load_best, locked, work_folder
+    from sp3llm.recovery.checkpoints import claim, locked
     from sp3llm.reporting.recovery import closing_table, next_steps
-    from sp3llm.runtime.folders import check_disk, check_output, output_folder
-    from sp3llm.runtime.machine import device_memory, peak_memory
+    from sp3llm.runtime.folders import empty_folder
     from sp3llm.runtime.progress import progress_bars
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says how it casts at every call
     started = time.monotonic()
+    run, console = _prepare(settings, console)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    with contextlib.ExitStack() as stack:
+        if run.ranks.is_first:
+            stack.enter_context(locked(run.work, say))
+        progress = stack.enter_context(progress_bars(console))
+        run.ranks.from_first(lambda: claim(run.work, run_identity(run)))
+        state = train(set_up(run, progress), progress)
+        run.accelerator.end_training()
+        if not run.ranks.is_first:
+            return None
+        run.accelerator.free_memory()  # before the models are streamed
+        result, entry = _write(run, state, started, progress, say)
+        empty_folder(run.work)  # its lock is held until here
+    console.print(closing_table(result.name, entry))
+    say(next_steps(result.out, result.architecture, entry))
+    return result
+
+
+def _prepare(settings: RecoverConfig, console: "Console") -> "tuple[Run, Console]":
+    """Find everything that could be wrong, before any work.
+
+    Returns the console that goes with the process, too: only the first one speaks.
+    """
+    from rich.console import Console
+
+    from sp3llm.planning.recovery_needs import micro_batch_of
+    from sp3llm.recovery.checkpoints import work_folder
+    from sp3llm.recovery.engine import engine
+    from sp3llm.runtime.folders import check_disk, check_output
+    from sp3llm.runtime.processes import Ranks
+
     pair = open_pair(settings, console)
     out = settings.out or Path(f"{Path(pair.name).name}-recovered")
     settings = replace(settings, out=out)
     check_output(out)
     check_disk(out, disk_bytes(settings, pair))
     accelerator = engine(settings, out.with_name(out.name + ".logs"))
-    if not accelerator.is_main_process:
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes)
+    if not ranks.is_first:
         console = Console(quiet=True)
-    micro_batch = micro_batch_of(
-        settings, window_length_of(settings, pair), accelerator.num_processes
-    )
+    micro_batch = micro_batch_of(settings, window_length_of(settings, pair), ranks.count)
     texts = draw_texts(settings, pair)
     say_epochs(settings, texts, console)
-    work = work_folder(out)
-    claimed = locked(work) if accelerator.is_main_process else nullcontext()
-    with claimed, progress_bars(console) as progress:
-        identity = run_identity(settings, accelerator, pair, texts)
-        if accelerator.is_main_process:
-            claim(work, identity)
-        accelerator.wait_for_everyone()
-        lesson = prepare(settings, accelerator, pair, texts, work, micro_batch, progress)
-        state = train(lesson, work, progress)
-        accelerator.end_training()
-        if not accelerator.is_main_process:
-            return None
-        trained = sum(math.prod(tensor.shape) for tensor in load_best(work).values())
-        # Processes on a CPU call it cpu:0, which tensors there do not.
-        on_cpu, command = accelerator.device.type == "cpu", command_line(settings)
-        device = "cpu" if on_cpu else str(accelerator.device)
-        processes = accelerator.num_processes
-        del lesson  # its memory, before the models are streamed
-        accelerator.free_memory()
+    model_files, teacher_files = identify(pair, ranks)
+    run = Run(
+        settings=settings,
+        accelerator=accelerator,
+        ranks=ranks,
+        pair=pair,
+        texts=texts,
+        work=work_folder(out),
+        micro_batch=micro_batch,
+        model_files=model_files,
+        teacher_files=teacher_files,
+    )
+    return run, console
 
-        with output_folder(out) as partial:
-            written = export(settings, pair, load_best(work), partial)
-            losses, before, dense = measure_three(pair, written, texts, device, progress)
-            result = Recovery(
-                name=pair.name,
-                teacher=pair.teacher,
-                out=out,
-                architecture=pair.family.architecture,
-                command=command,
-                state=state,
-                trained_parameters=trained,
-                training=texts.training,
-                stopping=texts.stopping,
-                evaluation=texts.evaluation,
-                dense_perplexity=perplexity(dense),
-                perplexity_before=perplexity(before),
-                perplexity=perplexity(losses),
-                excess_before=excess_log_perplexity(before, dense),
-                excess=excess_log_perplexity(losses, dense),
-                seconds=time.monotonic() - started,
-                peak_memory=peak_memory(),
-                device_memory=device_memory(device),
-            )
-            entry = write_result(settings, pair, result, partial, device, processes)
-        shutil.rmtree(work, ignore_errors=True)
 
-    console.print(closing_table(pair.name, entry))
-    architecture = pair.family.architecture
-    console.print(next_steps(out, architecture, entry), highlight=False, markup=False)
-    return result
+def _write(
+    run: Run, state: "State", started: float, progress: "Progress", say: Callable[[str], None]
+) -> tuple[Recovery, "RecoveryEntry"]:
+    """Write the best weights as a stock model, and what it is measured to be worth.
+
+    `started` is when the recovery began, by `time.monotonic`. Returns what the record has of it,
+    too.
+    """
+    from sp3llm.maths.paired import excess_log_perplexity, perplexity
+    from sp3llm.recovery.checkpoints import load_best, trained_parameters
+    from sp3llm.runtime.folders import output_folder
+    from sp3llm.runtime.machine import device_memory, peak_memory
+
+    settings, pair, texts, accelerator = run.settings, run.pair, run.texts, run.accelerator
+    # Processes on a CPU call it cpu:0, which tensors there do not.
+    device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
+    with output_folder(settings.out, say) as partial:
+        written = export(settings, pair, load_best(run.work), partial)
+        losses, before, dense = measure_three(pair, written, texts, device, progress)
+        result = Recovery(
+            name=pair.name,
+            teacher=pair.teacher,
+            out=settings.out,
+            architecture=pair.family.architecture,
+            command=command_line(settings),
+            state=state,
+            trained_parameters=trained_parameters(run.work),
+            training=texts.training,
+            stopping=texts.stopping,
+            evaluation=texts.evaluation,
+            dense_perplexity=perplexity(dense),
+            perplexity_before=perplexity(before),
+            perplexity=perplexity(losses),
+            excess_before=excess_log_perplexity(before, dense),
+            excess=excess_log_perplexity(losses, dense),
+            seconds=time.monotonic() - started,
+            peak_memory=peak_memory(),
+            device_memory=device_memory(device),
+        )
+        entry = write_result(settings, pair, result, partial, device, run.ranks.count)
+    return result, entry

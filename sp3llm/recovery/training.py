@@ -4,41 +4,42 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.errors import UserError
-from sp3llm.recovery.lesson import Lesson
+from sp3llm.options import RecoverConfig
+from sp3llm.recovery.setup import TrainingSetup
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
-    from sp3llm.recovery.engine import State
+    from sp3llm.recovery.checkpoints import State
 
 
-def train(lesson: Lesson, work: Path, progress: "Progress") -> "State":
+def train(setup: TrainingSetup, progress: "Progress") -> "State":
     """Take the steps that are left; the best weights are on disk when it returns.
 
     Raises UserError if the loss is no number any more.
     """
-    from sp3llm.recovery.engine import load_checkpoint, save_checkpoint
+    from sp3llm.recovery.checkpoints import load_checkpoint, save_checkpoint
 
-    settings, accelerator = lesson.settings, lesson.accelerator
+    settings, accelerator = setup.run.settings, setup.run.accelerator
+    work = setup.run.work
     state = load_checkpoint(accelerator, work)
     if state.step:
         progress.console.print(f"Continuing from step {state.step}.", highlight=False)
     else:
-        _check(lesson, state, [], work)
+        _check(setup, state, [])
     bar = progress.add_task("recovery", total=settings.steps, completed=state.step)
     recent: list[Tensor] = []
     with _kept_time(state) as lap:
         while state.step < settings.steps and not state.stopped:
-            recent.append(_step(lesson, state.step))
+            recent.append(_step(setup, state.step))
             state.step += 1
             at_end = state.step == settings.steps
             if state.step % settings.checked_every == 0 or at_end:
-                _check(lesson, state, recent, work)
+                _check(setup, state, recent)
                 recent = []
                 what = f"recovery, held-out loss {state.held_out[-1][1]:.4f}"
                 progress.update(bar, description=what)
@@ -63,67 +64,78 @@ def _kept_time(state: "State") -> Iterator[Any]:
     yield lap
 
 
-def _step(lesson: Lesson, step: int) -> "Tensor":
+def share_of_step(
+    settings: RecoverConfig, windows: int, step: int, process: int, processes: int
+) -> "Tensor":
+    """Which of so many training windows one of several processes takes in a step, by number."""
+    from sp3llm.maths.shuffling import window_order
+
+    order = window_order(windows, settings.seed, step * settings.batch, settings.batch)
+    return order.chunk(processes)[process]
+
+
+def _step(setup: TrainingSetup, step: int) -> "Tensor":
     """One optimizer step over this process's share; returns the share's loss."""
     import torch
 
-    from sp3llm.recovery.engine import share_of_step
-
-    settings, accelerator = lesson.settings, lesson.accelerator
+    settings, accelerator = setup.run.settings, setup.run.accelerator
     share = share_of_step(
-        settings, lesson.training, step, accelerator.process_index, accelerator.num_processes
+        settings, setup.training, step, accelerator.process_index, accelerator.num_processes
     )
-    micro_batches = share.split(lesson.micro_batch)
+    micro_batches = share.split(setup.run.micro_batch)
     total = torch.zeros((), device=accelerator.device)
     for number, rows in enumerate(micro_batches, 1):
         is_last = number == len(micro_batches)
-        with nullcontext() if is_last else accelerator.no_sync(lesson.model):
-            loss = _loss(lesson, rows) / len(micro_batches)
+        with nullcontext() if is_last else accelerator.no_sync(setup.model):
+            loss = _loss(setup, rows) / len(micro_batches)
             accelerator.backward(loss)
         total += loss.detach()
-    accelerator.clip_grad_norm_(lesson.model.parameters(), settings.clip)
-    lesson.optimizer.step()
-    lesson.schedule.step()
-    lesson.optimizer.zero_grad()
+    accelerator.clip_grad_norm_(setup.model.parameters(), settings.clip)
+    setup.optimizer.step()
+    setup.schedule.step()
+    setup.optimizer.zero_grad()
     return total
 
 
-def _loss(lesson: Lesson, rows: "Tensor") -> "Tensor":
-    """The loss on windows of `Lesson.tokens`, a mean over tokens."""
+def _loss(setup: TrainingSetup, rows: "Tensor") -> "Tensor":
+    """The loss, a mean over tokens, on the windows of `TrainingSetup.tokens` numbered in `rows`."""
     from sp3llm.maths.losses import language_model_loss, stream_error
 
-    settings = lesson.settings
-    tokens = lesson.tokens[rows].to(lesson.accelerator.device)
-    logits = lesson.model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    found, dense = lesson.teacher.divergence(logits, rows, tokens, settings.temperature)
-    loss = settings.kl_weight * found
+    settings = setup.run.settings
+    tokens = setup.tokens[rows].to(setup.run.accelerator.device)
+    logits = setup.model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    divergence, dense = setup.teacher.divergence(logits, rows, tokens, settings.temperature)
+    loss = settings.kl_weight * divergence
     if settings.lm_weight:
         loss = loss + settings.lm_weight * language_model_loss(logits, tokens[:, 1:])
-    if lesson.tap is not None:
-        small = lesson.tap.take()
-        loss = loss + settings.hidden_weight * stream_error(small, dense, lesson.target_DK)
+    if setup.tap is not None:
+        small = setup.tap.take()
+        loss = loss + settings.hidden_weight * stream_error(small, dense, setup.target_DK)
     return loss
 
 
-def _check(lesson: Lesson, state: "State", recent: "list[Tensor]", work: Path) -> None:
-    """Take the held-out loss, keep the weights if they are the best so far, decide to stop."""
+def _check(setup: TrainingSetup, state: "State", recent: "list[Tensor]") -> None:
+    """Take the held-out loss, keep the weights if they are the best so far, decide to stop.
+
+    `recent` are this process's training losses of the steps since the last check.
+    """
     import torch
 
-    from sp3llm.recovery.engine import save_best
+    from sp3llm.recovery.checkpoints import save_best
 
-    settings, accelerator = lesson.settings, lesson.accelerator
-    rows = torch.arange(lesson.training, len(lesson.tokens))
+    settings, accelerator = setup.run.settings, setup.run.accelerator
+    rows = torch.arange(setup.training, len(setup.tokens))
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=accelerator.device)
     with torch.no_grad():
-        for some in mine.split(lesson.micro_batch) if len(mine) else ():
-            total += len(some) * _loss(lesson, some)
+        for some in mine.split(setup.run.micro_batch) if len(mine) else ():
+            total += len(some) * _loss(setup, some)
     loss = accelerator.reduce(total, "sum").item() / len(rows)
     values = {"held_out_loss": loss}
     if recent:
         mean = accelerator.reduce(torch.stack(recent).mean(), "mean").item()
         state.trained.append([state.step, mean])
-        values |= {"loss": mean, "lr": lesson.schedule.get_last_lr()[0]}
+        values |= {"loss": mean, "lr": setup.schedule.get_last_lr()[0]}
     if not math.isfinite(loss):
         raise UserError(
             f"Expected a finite loss at step {state.step}, found {loss}: use a smaller --lr, or "
@@ -134,7 +146,7 @@ def _check(lesson: Lesson, state: "State", recent: "list[Tensor]", work: Path) -
         accelerator.log(values, step=state.step)
     if state.best_loss is None or loss < state.best_loss:
         state.best_step, state.best_loss, state.worse = state.step, loss, 0
-        save_best(accelerator, lesson.model, lesson.names, work)
+        save_best(accelerator, setup.model, setup.names, setup.run.work)
     else:
         state.worse += 1
         state.stopped = state.worse >= settings.patience

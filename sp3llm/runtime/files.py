@@ -11,14 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, indented, with a closing newline."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
+# Bytes read, or items written, at once: enough for a disk to run at full speed, and little memory.
 _CHUNK = 2**24
 
+# torch's dtypes by the names of safetensors' format.
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -31,18 +27,40 @@ _DTYPES = {
 }
 
 
-def durable(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write under another name, bring that to the disk, and give it its own."""
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, indented, with a closing newline."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def flush(path: Path) -> None:
+    """Wait until what was written to a file, or which files a folder holds, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_durably(aside: Path, path: Path) -> None:
+    """Give a file, or a folder with all that is in it, its final name, once it is on the disk.
+
+    At `path` there may be a file, which is replaced, or an empty folder.
+    """
+    inside = aside.rglob("*") if aside.is_dir() else ()
+    for written in (*inside, aside):
+        flush(written)
+    os.replace(aside, path)
+    flush(path.parent)
+
+
+def write_durably(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file that is whole, or as it was before, whenever the machine stops.
+
+    `write` is called with the path to write to, another name in the same folder.
+    """
     aside = path.with_name(f"{path.name}.new")
     write(aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    rename_durably(aside, path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -77,11 +95,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
                     file.write(piece)
                     digest.update(piece)
 
-    durable(path, write)
+    write_durably(path, write)
     return digest.hexdigest()
 
 
 def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, row-major, in pieces."""
     rows = tensor.detach()
     if not rows.is_contiguous() and rows.ndim > 1:
         for row in rows:  # as a whole it would have to be copied

@@ -9,60 +9,72 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from sp3llm.errors import ResumableError, UserError
+from sp3llm.errors import ResumableError, UserError, reason
 from sp3llm.runtime.journal import MANIFEST
 from sp3llm.runtime.processes import Ranks
 
-# Inside the folder of a run: what becomes the result. What a journal knows groups and shards as.
+# What a result records of itself, which is also what tells a result of ours from other folders.
+RECORD = "sp3llm.json"
+# Inside the folder of a run: what becomes the result, written beside the journals' own files.
 MODEL = "model"
+# Held by the run that writes a folder; what tells a folder that we began from other folders.
+_LOCK = ".lock"
 # Headers, tokenizer, card, and what a file system loses to blocks.
 _DISK_MARGIN = 64 * 2**20
+# A lock file that its holder removed while we opened it is opened anew, so often at most: each time
+# another run has to end in between, so that two are plenty.
+_LOCK_ATTEMPTS = 100
 
 
 # --------------------------------------------------------------------------- writing
 
 
 @contextlib.contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
+def output_folder(out: Path, say: Callable[[str], None] = print) -> Iterator[Path]:
     """A folder to write into that becomes `out` when the block ends without an exception.
 
     Until then it is called `out` + `.partial`; an exception removes it, and what a killed run
     left under that name is removed by the next one. An earlier result of sp3llm at `out` is
-    replaced at the very end.
+    replaced at the very end. `say` gets a line where the folder cannot be locked.
 
     Raises UserError if `out` exists and is not ours, or another run is writing it.
     """
-    with _working_folder(out) as partial:
-        _empty(partial)
+    final = Path(os.path.abspath(out))  # `.` is another folder when it has been replaced
+    with _working_folder(out, say) as partial:
+        empty_folder(partial)
         try:
             yield partial
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_folder(partial)
             raise
-        (partial / ".lock").unlink()
-        _replace_folder(partial, out)
+        _replace_folder(partial, final)
+        # Only now: without it another run could begin in the folder that is about to be renamed.
+        (final / _LOCK).unlink()
 
 
 @contextlib.contextmanager
-def run_folder(out: Path, fresh: bool, ranks: Ranks) -> Iterator[Path]:
+def run_folder(
+    out: Path, fresh: bool, ranks: Ranks, say: Callable[[str], None] = print
+) -> Iterator[Path]:
     """A folder to work in that outlives a killed run; its `model` becomes `out` in the end.
 
     It is called `out` + `.partial`. Bad input removes it, everything else leaves it for the same
     command to continue; `fresh` empties it first. An earlier result of sp3llm at `out` is replaced
-    at the very end. Only the first of several processes holds and clears it.
+    at the very end. Only the first of several processes holds and clears it. `say` gets a line
+    where it cannot be locked.
 
     Raises UserError if `out` exists and is not ours, or another run is writing it.
     """
     with contextlib.ExitStack() as stack:
 
         def begin() -> Path:
-            partial = stack.enter_context(_working_folder(out))
+            partial = stack.enter_context(_working_folder(out, say))
             if fresh:
-                _empty(partial)
+                empty_folder(partial)
             shutil.rmtree(partial / "scratch", ignore_errors=True)
             (partial / MODEL).mkdir(exist_ok=True)
             return partial
@@ -70,83 +82,167 @@ def run_folder(out: Path, fresh: bool, ranks: Ranks) -> Iterator[Path]:
         partial = ranks.from_first(begin)
         continued = any(partial.glob(f"state-*/{MANIFEST}"))
         try:
-            with _full_disk_told(partial):
+            with _full_output_told(partial):
                 yield partial
         except UserError as error:
             # What an earlier run has done is not this one's to throw away.
             if ranks.is_first and not continued and not isinstance(error, ResumableError):
-                _remove(partial)
+                remove_folder(partial)
             raise
         if ranks.is_first:
             _replace_folder(partial / MODEL, out)
-            _remove(partial)
+            remove_folder(partial)
 
 
 @contextlib.contextmanager
-def _working_folder(out: Path) -> Iterator[Path]:
+def _working_folder(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """`out` + `.partial`, locked for the duration of the block."""
     check_output(out)
     out = Path(os.path.abspath(out))  # `.` and `..` have no name to add to
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial(out)
     for beside in (partial, _earlier(out)):
         if beside.is_dir() and any(beside.iterdir()) and not _is_ours(beside):
             raise UserError(
                 f"The folder '{beside}' is needed while '{out}' is written, but exists and was not "
                 "written by sp3llm: move it away, or choose another --out."
             )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
-        lock = (partial / ".lock").open("a")
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to '{out.parent}' ({error.strerror}): choose another --out."
-        ) from error
-    with lock:
-        _take_lock(lock, out)
-        with _full_disk_told(partial):
-            yield partial
+    with (
+        locked_folder(
+            partial,
+            unwritable=f"Cannot write to '{out.parent}'",
+            taken=f"Another sp3llm run is writing '{out}'",
+            say=say,
+        ),
+        _full_output_told(partial),
+    ):
+        yield partial
+
+
+def _full_output_told(partial: Path) -> contextlib.AbstractContextManager[None]:
+    return full_disk_told(
+        f"Cannot write to '{partial}'",
+        ", and give the same command again, or choose another --out.",
+    )
+
+
+def _replace_folder(partial: Path, out: Path) -> None:
+    """Give `partial` the name `out`; an earlier result goes only when the new one stands."""
+    out = Path(os.path.abspath(out))
+    earlier = _earlier(out)
+    if out.is_dir() and any(out.iterdir()):
+        shutil.rmtree(earlier, ignore_errors=True)
+        os.replace(out, earlier)
+    os.replace(partial, out)
+    if _is_ours(earlier):
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _partial(out: Path) -> Path:
+    """Where a result waits until it is whole."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def _earlier(out: Path) -> Path:
+    """Where an earlier result waits while the new one takes its name."""
+    return out.with_name(f"{out.name}.replaced")
+
+
+# --------------------------------------------------------------------------- locks, full disks
 
 
 @contextlib.contextmanager
-def _full_disk_told(partial: Path) -> Iterator[None]:
+def locked_folder(
+    folder: Path, unwritable: str, taken: str, say: Callable[[str], None] = print
+) -> Iterator[None]:
+    """Hold a folder, made where there is none, against other runs for the duration of the block.
+
+    The block may remove the folder; while it does so it still holds it. On a file system without
+    locks `say` gets a line and the block runs unprotected.
+
+    Raises UserError, which begins with `unwritable` or `taken`, if the folder cannot be written or
+    another run holds it.
+    """
+    try:
+        lock = _locked_file(folder, taken, say)
+    except OSError as error:
+        raise UserError(f"{unwritable} ({error.strerror}): choose another --out.") from error
+    with lock:
+        yield
+
+
+def _locked_file(folder: Path, taken: str, say: Callable[[str], None]) -> IO[str]:
+    """The folder's lock file, open and locked; closing it ends the lock."""
+    for _ in range(_LOCK_ATTEMPTS):
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                lock = stack.enter_context((folder / _LOCK).open("a"))
+            except FileNotFoundError:  # another run has just removed the folder
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                    break
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                say(
+                    f"The file system of '{folder}' has no locks ({error.strerror}): see to it "
+                    "that no other run has the same --out."
+                )
+            # A run that ended may have removed the file between the two calls: a lock on it would
+            # keep nobody out, since the next run makes another file of the same name.
+            if _is_file_of(folder / _LOCK, lock):
+                stack.pop_all()
+                return lock
+    raise UserError(f"{taken}: wait for it, or choose another --out.")
+
+
+def _is_file_of(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is still the one that a path names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def full_disk_told(what: str, then: str, kinds: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn the error that a full disk raises into one sentence that says what to do.
+
+    That is an OSError with such a number, or, in a block that only writes, any of `kinds`:
+    libraries raise errors of their own without a number.
+
+    Raises ResumableError: "`what` (why): free some disk space`then`".
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (no_room or isinstance(error, kinds)):
             raise
-        raise ResumableError(
-            f"Cannot write to '{partial}' ({error.strerror}): free some disk space, and give the "
-            "same command again, or choose another --out."
-        ) from error
+        why = getattr(error, "strerror", None) or reason(error)
+        raise ResumableError(f"{what} ({why}): free some disk space{then}") from error
 
 
-def _remove(partial: Path) -> None:
-    """Remove a folder of ours, last of all what says that it is ours."""
-    _empty(partial)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def held_by_run(out: Path) -> int:
-    """Bytes that a run of the same `--out` has on the disk already."""
-    out = Path(os.path.abspath(out))
-    partial = out.with_name(f"{out.name}.partial")
-    return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-
-
-def _empty(partial: Path) -> None:
-    for leftover in partial.iterdir():
-        if leftover.name != ".lock":
+def empty_folder(folder: Path) -> None:
+    """Remove everything in a locked folder but its lock."""
+    for leftover in folder.iterdir():
+        if leftover.name != _LOCK:
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
 
 
-def _take_lock(lock: IO[str], out: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(
-            f"Another sp3llm run is writing '{out}': wait for it, or choose another --out."
-        ) from error
+def remove_folder(folder: Path) -> None:
+    """Remove a locked folder, last of all its lock, which says that it is ours.
+
+    What cannot be removed stays, with the lock: a later run removes it.
+    """
+    with contextlib.suppress(OSError):
+        empty_folder(folder)
+        shutil.rmtree(folder)
+
+
+# --------------------------------------------------------------------------- before any work
 
 
 def check_output(out: Path) -> None:
@@ -167,28 +263,17 @@ def check_output(out: Path) -> None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether sp3llm wrote the folder, or began to."""
-    return (folder / RECORD).is_file() or (folder / ".lock").is_file()
+    return (folder / RECORD).is_file() or (folder / _LOCK).is_file()
 
 
-def _replace_folder(partial: Path, out: Path) -> None:
-    """Give `partial` the name `out`; an earlier result goes only when the new one stands."""
-    out = Path(os.path.abspath(out))
-    earlier = _earlier(out)
-    if out.is_dir() and any(out.iterdir()):
-        shutil.rmtree(earlier, ignore_errors=True)
-        os.replace(out, earlier)
-    os.replace(partial, out)
-    if _is_ours(earlier):
-        shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _earlier(out: Path) -> Path:
-    """Where an earlier result waits while the new one takes its name."""
-    return out.with_name(out.name + ".replaced")
+def held_by_run(out: Path) -> int:
+    """Bytes that a run of the same `--out` has on the disk already."""
+    partial = _partial(Path(os.path.abspath(out)))
+    return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
 
 
 def check_disk(out: Path, weight_bytes: int) -> None:
-    """Raise UserError if the disk of `out` has no room for the compressed weights."""
+    """Raise UserError if the disk of `out` has no room for weights of so many bytes."""
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -199,6 +284,3 @@ def check_disk(out: Path, weight_bytes: int) -> None:
             f"Expected {needed / 1e9:.2f} GB of free disk for '{out}', found {free / 1e9:.2f} GB: "
             "free some, or choose another --out."
         )
-
-
-RECORD = "sp3llm.json"

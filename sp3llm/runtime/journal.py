@@ -20,11 +20,12 @@ from typing import Any
 from torch import Tensor
 
 from sp3llm.errors import ResumableError
-from sp3llm.runtime.files import durable, file_hash, read_tensors, write_tensors
+from sp3llm.runtime.files import file_hash, read_tensors, write_durably, write_tensors
 from sp3llm.runtime.processes import Ranks
 
 MANIFEST = "manifest.json"
-# Time spent on keeping what may be needed again, as a share of the time spent on everything.
+# Time spent on keeping what may be needed again, as a share of the time spent on everything: a run
+# that is never killed loses a tenth, one that is killed repeats ten times what a save takes.
 _SHARE_OF_TIME = 0.1
 # Steps of a stage that are kept: the last, and the one before in case the last is damaged or
 # another process has not come as far.
@@ -81,37 +82,59 @@ class Journal:
         step: int,
         tensors: Mapping[str, Tensor] | None = None,
         facts: Mapping[str, Any] | None = None,
-        keep_all: bool = False,
-        path: Path | None = None,
     ) -> None:
-        """Make a step durable; only the one before it is kept as well, unless `keep_all`.
+        """Make a step durable; of the stage's earlier ones only the last is kept.
 
-        The tensors may lie anywhere; nothing is copied as a whole. They go to a file in the
-        journal's folder, or to `path`.
+        `facts` is whatever JSON can hold. The tensors may lie on any device; nothing is copied as
+        a whole.
         """
         if self.folder is None:
             return
         started = time.monotonic()
+        name = f"{stage}@{step}"
+        self.entries[name] = self._written(self._file(stage, step), tensors, facts)
+        outdated = self.steps(stage)[:-_STEPS_KEPT]
+        # Also where nothing is outdated: this is what names the new step.
+        self._forget([f"{stage}@{earlier}" for earlier in outdated])
+        self.clock.saving += time.monotonic() - started
+
+    def add(
+        self, stage: str, step: int, tensors: Mapping[str, Tensor], path: Path | None = None
+    ) -> None:
+        """Make a step durable beside all others of its stage, as part of the result.
+
+        The tensors go to a file in the journal's folder, or to `path`. It is written once, whatever
+        is due, so the time that it takes does not count as spent on saving.
+        """
+        if self.folder is None:
+            return
+        name = f"{stage}@{step}"
+        self.entries[name] = self._written(path or self._file(stage, step), tensors, None)
+        self._write_manifest()
+
+    def _file(self, stage: str, step: int) -> Path:
+        return self.folder / f"{stage}-{step:05d}.safetensors"
+
+    def _written(
+        self,
+        path: Path,
+        tensors: Mapping[str, Tensor] | None,
+        facts: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """The manifest's entry for a step whose tensors this writes to `path`."""
         # As they are now: the caller's lists may grow before the manifest is written again.
         entry: dict[str, Any] = {"facts": json.loads(json.dumps(dict(facts or {})))}
         if tensors is not None:
-            path = path or self.folder / f"{stage}-{step:05d}.safetensors"
-            entry |= {
-                "file": os.path.relpath(path, self.folder),
-                "sha256": write_tensors(path, tensors),
-            }
+            entry["file"] = os.path.relpath(path, self.folder)
+            entry["sha256"] = write_tensors(path, tensors)
             self.whole.add(self.folder / entry["file"])
-        self.entries[f"{stage}@{step}"] = entry
-        self._write_manifest()
-        if not keep_all:  # what is kept is written once, whatever is due
-            self.drop_steps(stage, self.steps(stage)[:-_STEPS_KEPT])
-            self.clock.saving += time.monotonic() - started
+        return entry
 
     def keep(self, stage: str, step: int, tensor: Tensor) -> Tensor:
         """Make a tensor durable and return it as mapped from its file, where it takes no memory."""
         if self.folder is None:
             return tensor.clone()
-        self.save(stage, step, {"kept": tensor}, keep_all=True)
+        self.add(stage, step, {"kept": tensor})
         return self.kept(stage, step)
 
     def kept(self, stage: str, step: int) -> Tensor:
@@ -120,15 +143,15 @@ class Journal:
 
     def leading(self, stage: str) -> int:
         """How many steps of a stage, from 0 on without a gap, every process has whole."""
-        found = 0
-        while self.load(stage, found) is not None:
-            found += 1
-        return min(self.ranks.all_gather(found))
+        count = 0
+        while self.load(stage, count) is not None:
+            count += 1
+        return min(self.ranks.all_gather(count))
 
     def steps(self, stage: str) -> list[int]:
         """Steps of a stage that the manifest names, rising."""
         names = (name.split("@") for name in self.entries)
-        return sorted(int(step) for found, step in names if found == stage)
+        return sorted(int(step) for named, step in names if named == stage)
 
     def load(self, stage: str, step: int) -> Saved | None:
         """A step, if it was saved and is whole."""
@@ -159,16 +182,18 @@ class Journal:
 
     def drop(self, *stages: str) -> None:
         """Forget stages that are no longer needed."""
-        if self.folder is not None:
-            self._forget([name for name in self.entries if name.split("@")[0] in stages])
+        names = [name for name in self.entries if name.split("@")[0] in stages]
+        if names:
+            self._forget(names)
 
     def drop_steps(self, stage: str, steps: Iterable[int]) -> None:
         """Forget steps of a stage that are no longer needed."""
-        if self.folder is not None:
-            names = [f"{stage}@{step}" for step in steps]
-            self._forget([name for name in names if name in self.entries])
+        names = [name for step in steps if (name := f"{stage}@{step}") in self.entries]
+        if names:
+            self._forget(names)
 
     def _forget(self, names: list[str]) -> None:
+        """Take entries from the manifest, write it, and only then remove their files."""
         gone = [self.entries.pop(name) for name in names]
         self._write_manifest()
         for entry in gone:
@@ -178,7 +203,7 @@ class Journal:
 
     def _write_manifest(self) -> None:
         text = json.dumps(self.entries)
-        durable(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+        write_durably(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 NOTHING_KEPT = Journal()
@@ -210,12 +235,13 @@ def open_journal(
 
 
 def _entries(manifest: Path, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """What a manifest holds; nothing, and a line that says so, where it is damaged."""
     if not manifest.exists():
         return {}
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and all("facts" in entry for entry in found.values()):
-            return found
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+        if isinstance(entries, dict) and all("facts" in entry for entry in entries.values()):
+            return entries
     except (ValueError, TypeError):
         pass
     say("What the run before has saved is damaged (its manifest is torn); starting over.")
@@ -223,6 +249,7 @@ def _entries(manifest: Path, say: Callable[[str], None]) -> dict[str, dict[str, 
 
 
 def _difference(began: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """The sentence that names the first setting in which two runs differ."""
     key = next(
         key for key in (*began, *asked) if began.get(key, "nothing") != asked.get(key, "nothing")
     )

@@ -10,23 +10,23 @@ from typing import Any
 
 def versions() -> dict[str, str]:
     """Versions of everything that a result depends on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("sp3llm", "torch", "transformers", "tokenizers", "safetensors", "accelerate"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def machine(device: str) -> dict[str, Any]:
     """The machine a number was measured on."""
-    found = {"processor": platform.machine(), "cpus": os.cpu_count(), "device": device}
+    about = {"processor": platform.machine(), "cpus": os.cpu_count(), "device": device}
     if device.startswith("cuda"):
         import torch
 
-        found["device_name"] = torch.cuda.get_device_name(device)
-    return found
+        about["device_name"] = torch.cuda.get_device_name(device)
+    return about
 
 
 def peak_memory() -> int:

@@ -41,20 +41,20 @@ def memory_limits(text: str | None) -> dict[str, int]:
             pairs = json.loads(text).items()
         else:
             pairs = [part.split("=") for part in text.split(",")]
-        found = {str(key).strip(): convert_file_size_to_int(str(size)) for key, size in pairs}
+        limits = {str(key).strip(): convert_file_size_to_int(str(size)) for key, size in pairs}
     except (ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"Expected --max-memory like 0=10GiB,cpu=30GiB, found '{text}' ({reason(error, 80)}): "
             "give a GPU's number, or cpu, and a size with its unit."
         ) from error
-    for key in found:
+    for key in limits:
         gpus = torch.cuda.device_count()
         if key != "cpu" and not (key.isdecimal() and int(key) < gpus):
             raise UserError(
                 f"Expected --max-memory to name cpu or one of {gpus} GPUs by its number from 0, "
                 f"found '{key}': leave it out."
             )
-    return found
+    return limits
 
 
 def gpu_memory(device: torch.device, max_memory: Mapping[str, int]) -> int:

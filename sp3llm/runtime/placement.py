@@ -1,36 +1,48 @@
 """Where the streams of all windows lie, and how many tokens go through a layer at once."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sp3llm.errors import UserError
 from sp3llm.runtime.devices import TOKENS_PER_BATCH, Execution
 from sp3llm.runtime.memory import gpu_memory, host_memory
 
-# Bytes that the activations of those tokens may take: on a CPU, and as a share of a GPU.
+# Bytes that the activations of the tokens in a layer may take: on a CPU, where more than its caches
+# hold makes nothing faster, and as a share of a GPU, most of which is for weights and streams.
 _ACTIVATIONS = 64 * 2**20
 _SHARE_OF_GPU = 1 / 16
-# What stays free when streams are placed: other programs, fragments, the libraries' own buffers.
-_MARGIN = 0.85
+# The share of free memory that is counted on: the rest is for other programs, fragments, and the
+# libraries' own buffers.
+_USABLE = 0.85
+
+
+@dataclass(frozen=True)
+class BytesNeeded:
+    """What a run needs of memory."""
+
+    streams: int
+    """The residual streams of all windows, over all processes."""
+    working: int
+    """Layers and Gram matrices, in every process."""
+    token: int
+    """The activations of one token in a layer."""
 
 
 def place_streams(
     execution: Execution,
     streams: str,
-    stream_bytes: int,
-    working_bytes: int,
-    token_bytes: int,
+    needed: BytesNeeded,
     tokens: tuple[int | None, int | None],
     scratch: Path,
     max_memory: Mapping[str, int],
 ) -> Execution:
     """Decide where streams lie and how many tokens go through a layer at once.
 
-    `stream_bytes` are those of all streams together, `working_bytes` those of layers and Gram
-    matrices, `token_bytes` what the activations of one token take in a layer; `tokens` are those of
-    a batch, at most, and of a share, where they are known. With `auto` streams go where there is
-    room: the GPU, the host, the disk. Several processes are placed as the one with least room.
+    `streams` is `gpu`, `host`, `disk` or `auto`: where there is room, in this order. `tokens` are
+    those of a batch, at most, and of a share (`Execution.share_tokens`), where they are known;
+    streams on disk go to `scratch`; `max_memory` is what may be taken (`memory_limits`). Several
+    processes are placed as the one with least room.
 
     Raises UserError for streams on a GPU where there is none.
     """
@@ -41,18 +53,18 @@ def place_streams(
     if on_gpu:
         memory = gpu_memory(execution.device, max_memory)
         budget = int(_SHARE_OF_GPU * memory)
-    own = -(-stream_bytes // execution.ranks.count)
+    own = -(-needed.streams // execution.ranks.count)
     if streams == "auto":
         host = host_memory(max_memory) // execution.ranks.count
-        choice = "host" if own + (0 if on_gpu else working_bytes) < _MARGIN * host else "disk"
-        if on_gpu and own + working_bytes + budget < _MARGIN * memory:
+        beside = 0 if on_gpu else needed.working
+        choice = "host" if own + beside < _USABLE * host else "disk"
+        if on_gpu and own + needed.working + budget < _USABLE * memory:
             choice = "gpu"
         order = ("gpu", "host", "disk")
         streams = max(execution.ranks.all_gather(choice), key=order.index)
     batch, share = tokens
-    batch = min(
-        execution.ranks.all_gather(batch or min(TOKENS_PER_BATCH, max(1, budget // token_bytes)))
-    )
+    most = min(TOKENS_PER_BATCH, max(1, budget // needed.token))
+    batch = min(execution.ranks.all_gather(batch or most))
     return replace(
         execution, streams=streams, scratch=scratch, batch_tokens=batch, share_tokens=share or batch
     )

@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.errors import UserError
@@ -228,6 +229,16 @@ def training_windows(
             f"were dropped{apart}, found none: {advice}, or lower --seq-len."
         )
     return _joined(parts, tokenizer)
+
+
+def check_token_ids(windows: Iterable[Windows], vocab_size: int, tokenizer_folder: Path) -> None:
+    """Raise UserError if windows hold token ids that a model with `vocab_size` of them lacks."""
+    largest = max(some.tokens.max().item() for some in windows)
+    if largest >= vocab_size:
+        raise UserError(
+            f"Expected token ids below the model's vocab_size {vocab_size}, found {largest}: the "
+            f"tokenizer in '{tokenizer_folder}' belongs to another model."
+        )
 
 
 @dataclass(frozen=True)

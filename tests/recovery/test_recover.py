@@ -28,14 +28,15 @@ from sp3llm.models.families import family_of
 from sp3llm.models.shapes import Shape
 from sp3llm.options import CompressConfig, RecoverConfig
 from sp3llm.planning.recovery_needs import adapter_parameters, teacher_bytes
-from sp3llm.recovery import engine, training
-from sp3llm.recovery.engine import locked, work_folder
+from sp3llm.recovery import training
+from sp3llm.recovery.checkpoints import locked, work_folder
 from sp3llm.recovery.inputs import Pair, open_pair
-from sp3llm.recovery.lesson import default_lr, load_student
 from sp3llm.recovery.result import export
 from sp3llm.recovery.story import recover
+from sp3llm.recovery.student import default_lr, load_student
 from sp3llm.recovery.teacher import StreamTap, load_teacher
 from sp3llm.recovery.training import _step
+from sp3llm.runtime import files
 from sp3llm.runtime.folders import RECORD
 from sp3llm.text.sources import read_documents, resolve_source
 from sp3llm.text.split import is_for_stopping, part_of
@@ -172,10 +173,10 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(lora, run, tmp_path, mo
     whole = run(out="whole", lora=lora)
     step = _step
 
-    def killed(lesson, number):
+    def killed(setup, number):
         if number == 5:  # one step after the checkpoint, which is lost
             raise KeyboardInterrupt
-        return step(lesson, number)
+        return step(setup, number)
 
     monkeypatch.setattr(training, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -185,7 +186,7 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(lora, run, tmp_path, mo
     assert (work / "step-000004").is_dir()
     (work / "step-000006.partial").mkdir()  # as a kill while writing would leave it
     taken = []
-    monkeypatch.setattr(training, "_step", lambda lesson, n: taken.append(n) or step(lesson, n))
+    monkeypatch.setattr(training, "_step", lambda setup, n: taken.append(n) or step(setup, n))
     again = run(out="killed", lora=lora)
     assert taken == [4, 5]
     assert not work.exists()
@@ -198,10 +199,10 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(lora, run, tmp_path, mo
 def test_checkpoints_of_another_run_are_not_continued(run, monkeypatch, tmp_path):
     step = _step
 
-    def killed(lesson, number):
+    def killed(setup, number):
         if number == 3:
             raise KeyboardInterrupt
-        return step(lesson, number)
+        return step(setup, number)
 
     monkeypatch.setattr(training, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -218,11 +219,13 @@ def test_two_runs_do_not_share_checkpoints(run, tmp_path):
         run()
 
 
-def test_a_full_disk_is_said_in_one_sentence(run, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_in_one_sentence(run, pairs, tmp_path, monkeypatch):
+    pairs("llama")  # made on a disk with room
+
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(engine, "_flush", full)
+    monkeypatch.setattr(files, "flush", full)
     with pytest.raises(UserError, match="free some disk space"):
         run()
     assert not (tmp_path / "out").exists()
@@ -365,10 +368,10 @@ def test_a_kill_while_compress_recovers_costs_the_recovery_only(
     main(words(tmp_path / "whole"))
     step = _step
 
-    def killed(lesson, number):
+    def killed(setup, number):
         if number == 2:
             raise KeyboardInterrupt
-        return step(lesson, number)
+        return step(setup, number)
 
     with monkeypatch.context() as patched:
         patched.setattr(training, "_step", killed)

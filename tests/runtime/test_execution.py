@@ -13,7 +13,7 @@ from sp3llm.errors import UserError
 from sp3llm.maths.products import split_product, symmetric_product
 from sp3llm.runtime.devices import Execution, idle_gpus_line
 from sp3llm.runtime.memory import memory_limits
-from sp3llm.runtime.placement import place_streams
+from sp3llm.runtime.placement import BytesNeeded, place_streams
 from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.processes import Ranks
 from tests.conftest import family_of_model, relative_error, save_model, tiny_model
@@ -51,7 +51,12 @@ def test_streams_go_where_there_is_room(cap, streams, tmp_path, monkeypatch):
     monkeypatch.setattr("sp3llm.runtime.placement.host_memory", lambda most: most["cpu"])
     execution = Execution(torch.device("cpu"), torch.float32)
     found = place_streams(
-        execution, "auto", 2 * 2**20, 2**20, 1000, (None, None), tmp_path, {"cpu": cap}
+        execution,
+        "auto",
+        BytesNeeded(2 * 2**20, 2**20, 1000),
+        (None, None),
+        tmp_path,
+        {"cpu": cap},
     )
     assert found.streams == streams
     assert found.scratch == tmp_path
@@ -79,7 +84,7 @@ def test_reading_ahead_gives_every_item_in_order_and_an_error_where_it_belongs()
 def test_batches_are_as_large_as_activations_allow(tmp_path):
     def tokens(token_bytes: int, asked: int | None = None) -> int:
         return place_streams(
-            EXECUTION, "host", 1, 1, token_bytes, (asked, None), tmp_path, {}
+            EXECUTION, "host", BytesNeeded(1, 1, token_bytes), (asked, None), tmp_path, {}
         ).batch_tokens
 
     assert tokens(1) == 8192
@@ -91,7 +96,7 @@ def test_batches_are_as_large_as_activations_allow(tmp_path):
 
 def test_streams_on_a_gpu_need_one(tmp_path):
     with pytest.raises(UserError, match="Expected a GPU for --streams gpu"):
-        place_streams(EXECUTION, "gpu", 1, 1, 1, (None, None), tmp_path, {})
+        place_streams(EXECUTION, "gpu", BytesNeeded(1, 1, 1), (None, None), tmp_path, {})
 
 
 def test_memory_limits_are_read_as_accelerate_writes_them():

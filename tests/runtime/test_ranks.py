@@ -17,7 +17,7 @@ from sp3llm.runtime import journal
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.processes import Ranks
-from tests.conftest import relative_error, save_model, tiny_model
+from tests.conftest import relative_error
 from tests.helpers import weights
 from tests.runtime.test_resume import FORKS, content, dense, learned, run, run_and_die, settings  # noqa: F401
 
@@ -115,7 +115,7 @@ def test_processes_learn_the_mask_that_one_learns(dense, tmp_path):  # noqa: F81
 
 @pytest.mark.parametrize(
     "dies",
-    [(1, 26), *(pytest.param(d, marks=pytest.mark.slow) for d in ((0, 60), (1, 40), (0, 12)))],
+    [(1, 19), *(pytest.param(d, marks=pytest.mark.slow) for d in ((0, 43), (1, 29), (0, 8)))],
 )
 def test_a_run_whose_process_was_killed_continues_to_the_same_bytes(dies, dense, tmp_path):  # noqa: F811
     whole, out = tmp_path / "whole" / "small", tmp_path / "killed" / "small"
@@ -131,7 +131,7 @@ def test_other_batches_do_not_deal_windows_anew(dense, tmp_path):  # noqa: F811
     changes = {"basis": "pca", "allocate": "width", "samples": 16}
     whole, out = tmp_path / "whole" / "small", tmp_path / "killed" / "small"
     assert together(2, options_for(dense, whole, **changes)) == [0, 0]
-    together(2, options_for(dense, out, **changes), (1, 34))
+    together(2, options_for(dense, out, **changes), (1, 22))
     assert not out.exists()
     assert together(2, options_for(dense, out, **changes, batch_tokens=32)) == [0, 0]
     assert close(out, whole)
@@ -152,7 +152,7 @@ def test_a_process_without_a_window_of_its_own_takes_part(count, dense, tmp_path
 
 def test_another_number_of_processes_is_refused(dense, tmp_path):  # noqa: F811
     out = tmp_path / "small"
-    together(2, options_for(dense, out), (1, 26))
+    together(2, options_for(dense, out), (1, 19))
     with pytest.raises(ResumableError, match="begun with the number of processes 2, found 1"):
         run(options_for(dense, out))
 
@@ -214,14 +214,3 @@ def test_every_window_is_some_processs_and_batches_stay_whole(windows, count):
         execution = Execution(torch.device("cpu"), torch.float32, batch_tokens=64)
         alone = execution.local_windows(windows, 32).split(execution.windows_a_batch(32))
         assert sorted(batches) == [tuple(b.tolist()) for b in alone]
-
-
-def test_another_model_is_not_this_one(tmp_path):
-    """The fingerprint of a checkpoint changes with any of its weights' bytes that it looks at."""
-    from sp3llm.models.checkpoint import fingerprint
-
-    one = save_model(tiny_model("llama", torch.float32), tmp_path / "one")
-    other = save_model(tiny_model("llama-biases", torch.float32), tmp_path / "other")
-    again = save_model(tiny_model("llama", torch.float32), tmp_path / "again")
-    assert fingerprint(one) == fingerprint(again)
-    assert fingerprint(one) != fingerprint(other)

@@ -1,0 +1,97 @@
+"""The model that is trained: loaded, with adapters where asked for, its optimizer and schedule."""
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+from sp3llm.errors import UserError
+from sp3llm.options import RecoverConfig
+from sp3llm.recovery.inputs import Pair
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Peak learning rates of a model one wide. That of all weights was measured at a width of 176
+# (eval/NOTES.md), that of adapters was not.
+_LR_OF_WEIGHTS, _LR_OF_ADAPTERS = 0.2, 1.0
+# Of AdamW: a second moment over some 20 steps, as language models are trained, since there are only
+# a few hundred; torch's 0.999 would average over a thousand.
+_BETAS = (0.9, 0.95)
+
+
+def default_lr(hidden_size: int, lora: bool) -> float:
+    """Peak learning rate by the width of the model.
+
+    The update that a step of Adam makes to what a matrix puts out grows with the width it reads.
+    """
+    return (_LR_OF_ADAPTERS if lora else _LR_OF_WEIGHTS) / hidden_size
+
+
+def load_student(
+    settings: RecoverConfig, pair: Pair, dtype: "torch.dtype"
+) -> tuple["nn.Module", frozenset[str]]:
+    """The compressed model on the CPU with its adapters, if any, and the names of what is trained.
+
+    Raises UserError if peft is asked for and missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from sp3llm.models.families.counts import linear_modules
+    from sp3llm.models.stock import training_config
+
+    config = training_config(pair.small.folder)
+    model = AutoModelForCausalLM.from_pretrained(pair.small.folder, config=config, dtype=dtype)
+    if settings.lora is not None:
+        modules = list(linear_modules(pair.family, pair.small.config))
+        model = _with_adapters(settings, model, modules)
+    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return model, frozenset(names)
+
+
+def _with_adapters(settings: RecoverConfig, model: "nn.Module", modules: list[str]) -> "nn.Module":
+    """The model with low-rank adapters on these modules, which alone are trained."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError(
+            "--lora needs the package peft, which is not installed: pip install 'sp3llm[recover]', "
+            "or leave it out to train all weights."
+        ) from error
+    adapters = LoraConfig(
+        r=settings.lora,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora,
+        target_modules=modules,  # without the head: where it is tied it stays tied
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what peft asks transformers for
+        return get_peft_model(model, adapters)
+
+
+def optimizer_of(
+    settings: RecoverConfig, model: "nn.Module", hidden_size: int
+) -> tuple["torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler"]:
+    """AdamW over what is trained, with weight decay on matrices only, and its schedule: a linear
+    warm-up and a cosine to 0 over the run's steps.
+    """
+    import torch
+    from transformers import get_cosine_schedule_with_warmup
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    # Adapters are matrices only, and not every engine takes a group of nothing.
+    groups = [group for group in groups if group["params"]]
+    lr = settings.lr or default_lr(hidden_size, settings.lora is not None)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=_BETAS)
+    warmup = math.ceil(settings.warmup * settings.steps)
+    # One further along than transformers has it, whose first step has a rate of 0.
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup + 1, settings.steps + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that no step was taken yet
+        schedule.step()
+    return optimizer, schedule
