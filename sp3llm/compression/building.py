@@ -17,7 +17,6 @@ from sp3llm.compression.readers import fit_head, fit_readers, stream_grams
 from sp3llm.compression.refitter import FinishedGroup, LayerFit, Refitter, overflow_refused
 from sp3llm.compression.writers import fit_embeddings, fit_parallel, fit_writer
 from sp3llm.models import families
-from sp3llm.models.head import token_losses
 from sp3llm.models.hooks import ValueCounts, value_counts
 from sp3llm.models.shapes import Shape, resized_config
 from sp3llm.models.stream import (
@@ -49,7 +48,7 @@ def refitted_groups(
     projection, dtype = refitter.projection, refitter.dtype
     groups = families.groups(family, dense.config)
     small_models = _small_models(refitter)
-    dense_model = LayeredModel.of(dense.config, family, refitter.execution)
+    dense_model = LayeredModel.of(dense.config, family, refitter.objective, refitter.execution)
     if saved is not None:
         table = dense.read(groups[0].parameters)
         dense_stream = open_stream(dense_model, table, tokens, saved[0])
@@ -101,8 +100,8 @@ def trial_loss(refitter: Refitter, tokens: Tensor) -> float:
     local_windows = execution.local_windows(*tokens.shape)
     unseen = local_windows >= refitter.unseen_from
     ends = Stream(stream.hidden[unseen], stream.calls)
-    model = LayeredModel.of(small_config, family, execution)
-    losses = token_losses(model, head, ends, tokens[local_windows[unseen]])
+    model = LayeredModel.of(small_config, family, refitter.objective, execution)
+    losses = refitter.objective.losses(model, head, ends, tokens[local_windows[unseen]])
     total = torch.tensor([losses.sum(), losses.numel()], dtype=torch.float64)
     execution.ranks.all_reduce_(total)
     return (total[0] / total[1]).item()
@@ -120,7 +119,8 @@ def _small_models(refitter: Refitter) -> list[LayeredModel]:
         axis = family.layer[f"{writer}.weight"][1]
         steps.append(steps[-1].with_axis_of(shape, axis))
     configs = [resized_config(family, dense, step) for step in steps]
-    return [LayeredModel.of(config, family, refitter.execution) for config in configs]
+    objective, execution = refitter.objective, refitter.execution
+    return [LayeredModel.of(config, family, objective, execution) for config in configs]
 
 
 def _fit_layer(refitter: Refitter, layer: LayerFit) -> None:

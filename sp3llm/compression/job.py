@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sp3llm.maths.paired import Excess
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
+    from sp3llm.models.objectives.schema import Objective
     from sp3llm.models.shapes import Shape
     from sp3llm.planning.limits import Limits, Plan
     from sp3llm.runtime.devices import Execution
@@ -79,6 +80,13 @@ class Job:
     max_memory: Mapping[str, int]
     """`--max-memory`: bytes by GPU number and `cpu`."""
 
+    @property
+    def objective(self) -> "Objective":
+        """What the model is for."""
+        from sp3llm.models.objectives.catalogue import objective_of
+
+        return objective_of(self.family.architecture)
+
 
 def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
     """Find the model and everything that could be wrong, before any work."""
@@ -88,6 +96,7 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     from sp3llm.evaluation.harness import check_scoring
     from sp3llm.models import families
     from sp3llm.models.checkpoint import open_model
+    from sp3llm.models.objectives.catalogue import objective_of
     from sp3llm.models.source import resolve_model
     from sp3llm.models.stock import empty_model
     from sp3llm.planning.candidates import candidates
@@ -138,7 +147,8 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     execution = resolve_execution(
         device, torch.promote_types(dense_dtype, dtype), ranks, max_memory
     )
-    empty_model(dense.config)  # refuses a config that transformers rejects, before any work
+    # Refuses a config that transformers rejects, before any work.
+    empty_model(dense.config, objective_of(family.architecture))
     if learned:
         dense_bytes = families.count_parameters(family, dense.config) * execution.dtype.itemsize
         room = free_memory(execution, max_memory)

@@ -1,4 +1,6 @@
-"""Learn what to keep: SP3's masks (arXiv 2308.16475, DESIGN 3.9), by gates on a frozen model.
+"""Learn what to keep: SP3's masks (arXiv 2308.16475), by gates on a frozen model.
+
+docs/design.md 3.9.
 
 The story, top-down:
 
@@ -50,6 +52,7 @@ from sp3llm.maths.gates import (
 )
 from sp3llm.models.checkpoint import Checkpoint
 from sp3llm.models.families import Family, setting
+from sp3llm.models.objectives.catalogue import objective_of
 from sp3llm.models.shapes import Shape
 from sp3llm.models.stock import load_frozen
 from sp3llm.planning.search import nearest
@@ -194,10 +197,12 @@ def _begin(
     for name, alpha in log_alpha.named().items() if before else ():
         moments = {moment: kept[f"{name}.{moment}"] for moment in _MOMENTS}
         optimizer.state[alpha] = {"step": torch.tensor(float(facts["updates"])), **moments}
-    model = load_frozen(dense.folder, execution.dtype, execution.device)
+    objective = objective_of(family.architecture)
+    model = load_frozen(dense.folder, objective, execution.dtype, execution.device)
     gated = GatedModel(model, family, dense.config, frame_DC)
     return MaskRun(
         gated=gated,
+        objective=objective,
         frame_DC=frame_DC,
         budget=budget,
         log_alpha=log_alpha,

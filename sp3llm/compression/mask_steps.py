@@ -10,6 +10,7 @@ from sp3llm.compression.mask_budget import Budget
 from sp3llm.maths.gates import Gates, correction, multipliers, open_probability, sampled
 from sp3llm.maths.losses import divergence
 from sp3llm.maths.shuffling import window_order
+from sp3llm.models.objectives.schema import Objective
 from sp3llm.runtime.devices import Execution
 
 # The ends of log-alphas, where a gate is as good as closed or open (4 and 996 of 1000 are open
@@ -42,6 +43,8 @@ class MaskRun:
     """Everything that changes, and what it is changed by."""
 
     gated: GatedModel
+    objective: Objective
+    """What the model is for."""
     frame_DC: Tensor
     budget: Budget
     log_alpha: Gates
@@ -94,6 +97,7 @@ def _divergence(run: MaskRun, step: int) -> float:
     its gradients by all log-alphas, over all processes, are left in them.
     """
     execution, log_alpha, training = run.execution, run.log_alpha, run.training
+    objective = run.objective
     order = window_order(len(training.tokens), training.seed, step * training.batch, training.batch)
     uniform = _noise(log_alpha, training.batch, training.seed, step)
     shares = torch.arange(training.batch).chunk(execution.ranks.count)
@@ -104,7 +108,7 @@ def _divergence(run: MaskRun, step: int) -> float:
     for rows in local_windows.split(at_once) if len(local_windows) else ():
         tokens = training.tokens[order[rows]].to(execution.device)
         with torch.no_grad():
-            teacher = run.gated.model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            teacher = objective.scored(run.gated.model(**objective.inputs(tokens)).logits)
         gates = Gates(
             **{
                 name: sampled(alpha, uniform[name][rows].to(execution.device))
@@ -112,7 +116,7 @@ def _divergence(run: MaskRun, step: int) -> float:
             }
         )
         with run.gated.through(gates) as model:
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            logits = objective.scored(model(**objective.inputs(tokens)).logits)
             loss = divergence(logits, teacher, 1.0) * len(rows) / training.batch
             loss.backward()
         total += loss.detach()

@@ -14,8 +14,9 @@ from sp3llm.maths.products import widen
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint, head_tensors
 from sp3llm.models.families import Family, Group
-from sp3llm.models.head import backward_head, token_losses
 from sp3llm.models.hooks import Probe
+from sp3llm.models.objectives.catalogue import objective_of
+from sp3llm.models.objectives.schema import Objective
 from sp3llm.models.shapes import Shape
 from sp3llm.models.stream import (
     LayeredModel,
@@ -70,7 +71,12 @@ class _DensePass:
 
     def model(self) -> LayeredModel:
         """The dense model, without weights."""
-        return LayeredModel.of(self.dense.config, self.family, self.execution)
+        return LayeredModel.of(self.dense.config, self.family, self.objective, self.execution)
+
+    @property
+    def objective(self) -> Objective:
+        """What the model is for."""
+        return objective_of(self.family.architecture)
 
     def embeddings(self) -> Mapping[str, Tensor]:
         """The dense model's embedding tables."""
@@ -185,7 +191,7 @@ def _forward(run: _DensePass) -> tuple[Moments, Tensor | None, list[Tensor]]:
     head_DD = _measure_head(run, stream, head)
     losses = None
     if evaluated is not None:
-        own_losses = token_losses(model, head, evaluated, tokens)
+        own_losses = run.objective.losses(model, head, evaluated, tokens)
         losses = execution.ranks.all_gather_rows(own_losses, local_evaluation, len(run.evaluation))
     measured = Moments(tuple(run.slots.sums), tuple(run.slots.metrics), head_DD, tuple(heads))
     if run.takes_gradients:
@@ -330,7 +336,8 @@ def _add_gradient_metrics(run: _DensePass, inputs: list[Tensor]) -> None:
     before = journal.latest("gradient")
     if before is None:
         head = head_tensors(run.dense, family)
-        upstream, at_norm = backward_head(model, head, Stream(inputs[-1], calls), windows)
+        final = Stream(inputs[-1], calls)
+        upstream, at_norm = run.objective.loss_gradients(model, head, final, windows)
         _add_gradients(run, sites * len(layers), at_norm, family.final_norm, head)
         start = 0
     else:

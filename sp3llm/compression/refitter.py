@@ -24,6 +24,8 @@ from sp3llm.maths.refit import (
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint
 from sp3llm.models.families import Family, Group
+from sp3llm.models.objectives.catalogue import objective_of
+from sp3llm.models.objectives.schema import Objective
 from sp3llm.models.shapes import Shape
 from sp3llm.models.stream import LayeredModel, Stream
 from sp3llm.runtime.devices import Execution
@@ -51,6 +53,11 @@ class Refitter:
     """First window that no fit sees at all, for trials to be scored on."""
     log: list[dict[str, Any]]
     """One entry a fit."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the model is for."""
+        return objective_of(self.family.architecture)
 
     @property
     def eps(self) -> float:

@@ -113,7 +113,7 @@ def run_stages(
     """
     from sp3llm.compression.measuring import measure_dense
     from sp3llm.evaluation.perplexity import measure_losses
-    from sp3llm.maths.paired import excess_log_perplexity, perplexity
+    from sp3llm.maths.paired import excess_log_perplexity
     from sp3llm.models import families
     from sp3llm.models.basis_file import write_basis
     from sp3llm.models.companions import copy_companions
@@ -173,8 +173,8 @@ def run_stages(
         weight_bytes=plan.parameters * job.dtype.itemsize,
         calibration=calibration,
         evaluation=evaluation,
-        dense_perplexity=perplexity(dense_losses),
-        perplexity=perplexity(losses),
+        dense_perplexity=job.objective.merit(dense_losses),
+        perplexity=job.objective.merit(losses),
         excess=excess_log_perplexity(losses, dense_losses),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),

@@ -51,14 +51,16 @@ def read_windows(job: Job) -> "tuple[Windows, Windows]":
     from sp3llm.planning.windows import window_length
     from sp3llm.text.sources import default_evaluation
     from sp3llm.text.tokenizer import load_tokenizer
-    from sp3llm.text.windows import calibration_windows, check_token_ids, evaluation_windows
+    from sp3llm.text.windows import check_token_ids
 
     settings, dense, family = job.settings, job.dense, job.family
     seq_len = window_length(family, dense.config, settings.seq_len)
     tokenizer = load_tokenizer(dense.folder)
     calib = calibration_sets(settings)
-    calibration = calibration_windows(calib, tokenizer, settings.samples, seq_len, settings.seed)
-    evaluation = evaluation_windows(
+    calibration = job.objective.calibration_windows(
+        calib, tokenizer, settings.samples, seq_len, settings.seed
+    )
+    evaluation = job.objective.evaluation_windows(
         settings.eval_text or default_evaluation(calib),
         tokenizer,
         settings.eval_samples,
@@ -74,10 +76,9 @@ def read_mask_windows(job: Job, evaluation: "Windows") -> "Windows":
     """What a mask learns on: the training part of the calibration sets."""
     from sp3llm.planning.windows import window_length
     from sp3llm.text.tokenizer import load_tokenizer
-    from sp3llm.text.windows import training_windows
 
     settings = job.settings
-    return training_windows(
+    return job.objective.training_windows(
         calibration_sets(settings),
         load_tokenizer(job.dense.folder),
         settings.mask_steps * settings.mask_batch,

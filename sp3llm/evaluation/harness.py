@@ -323,7 +323,7 @@ def _token_losses(
     """Windows, and the token losses on them, the same on every process."""
     import torch
 
-    from sp3llm.evaluation.perplexity import window_losses
+    from sp3llm.models.objectives.causal_lm import window_losses
     from sp3llm.runtime.progress import progress_bars
     from sp3llm.text.windows import unbroken_windows
 

@@ -1,16 +1,12 @@
-"""Token losses of a model: of one in memory, and of a checkpoint streamed layer by layer."""
+"""Losses of a checkpoint, streamed layer by layer."""
 
-from typing import Any
-
-import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from sp3llm.maths.losses import label_losses
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint, head_tensors
 from sp3llm.models.families import Family
-from sp3llm.models.head import token_losses
+from sp3llm.models.objectives.catalogue import objective_of
 from sp3llm.models.stream import LayeredModel, open_stream, run_layer
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.journal import NOTHING_KEPT, Journal
@@ -19,19 +15,6 @@ from sp3llm.runtime.progress import tracked
 
 # The stage of this pass in a journal.
 LOSSES = "losses"
-
-
-@torch.no_grad()
-def window_losses(model: Any, window: Tensor, device: torch.device) -> Tensor:
-    """Losses of a model in memory on one window of token ids, `(tokens - 1,)`, float64 on the
-    host, in nats.
-
-    The first token is not predicted. Logits are taken in the model's own dtype, their logarithm in
-    float32 at least.
-    """
-    window = window.to(device)
-    logits_NV = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-    return label_losses(logits_NV, window[1:]).cpu()
 
 
 def measure_losses(
@@ -43,13 +26,14 @@ def measure_losses(
     journal: Journal = NOTHING_KEPT,
     what: str = "compressed model, perplexity",
 ) -> Tensor:
-    """Token losses of a checkpoint, streamed: `(windows, tokens - 1)`, float64, nats.
+    """Losses of a checkpoint by its objective, streamed: `(windows, tokens - 1)`, float64, nats.
 
     `tokens` are token ids, `(windows, tokens)`, of which every process takes its share; each gets
     all losses. `what` is the title of the progress bar. What `journal` has of the pass from a run
     before is not done again.
     """
-    model = LayeredModel.of(checkpoint.config, family, execution)
+    objective = objective_of(family.architecture)
+    model = LayeredModel.of(checkpoint.config, family, objective, execution)
     embeddings, *layers, _ = families.groups(family, checkpoint.config)
     local_windows = execution.local_windows(*tokens.shape)
     own = tokens[local_windows]
@@ -64,5 +48,5 @@ def measure_losses(
         run_layer(model, index, tensors, [(stream, {})])
         if journal.due():
             journal.save(LOSSES, index + 1, {"stream": stream.hidden})
-    losses = token_losses(model, head_tensors(checkpoint, family), stream, own)
+    losses = objective.losses(model, head_tensors(checkpoint, family), stream, own)
     return execution.ranks.all_gather_rows(losses, local_windows, len(tokens))

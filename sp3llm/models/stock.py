@@ -10,31 +10,34 @@ from torch import Tensor, nn
 
 from sp3llm.errors import UserError, reason
 from sp3llm.models.families import EACH, Family
+from sp3llm.models.objectives.schema import Objective
 
 
-def load_frozen(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_frozen(
+    folder: Path, objective: Objective, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
     """The stock model of a checkpoint, whole, on a device; no dropout, whatever its config says.
 
     On a GPU it keeps no activations of a layer but what enters it.
     """
     import transformers
-    from transformers import AutoModelForCausalLM
 
     transformers.utils.logging.disable_progress_bar()
     config = training_config(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, experts_implementation="eager"
-    ).to(device)
+    model = (
+        objective.stock_class()
+        .from_pretrained(folder, config=config, dtype=dtype, experts_implementation="eager")
+        .to(device)
+    )
     if device.type == "cuda":
         run_layers_again(model)
         return model.train()  # the only mode in which they do; there is no dropout
     return model.eval()
 
 
-def empty_model(config: Mapping[str, Any]) -> nn.Module:
+def empty_model(config: Mapping[str, Any], objective: Objective) -> nn.Module:
     """The stock model of a config, with weights on the meta device and real buffers."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -44,7 +47,7 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module:
         stock.output_router_logits = False  # a loss for training, from layers that do not run here
         with init_empty_weights(include_buffers=False), no_init_weights():
             # Experts by the class's own loop: the grouped kernel knows no float64.
-            model = AutoModelForCausalLM.from_config(stock, experts_implementation="eager")
+            model = objective.stock_class().from_config(stock, experts_implementation="eager")
     except Exception as error:  # each config class checks its values in its own way
         raise UserError(
             "Expected a config.json that transformers accepts, found one it rejects "

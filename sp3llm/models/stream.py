@@ -25,6 +25,7 @@ from sp3llm.models.hooks import (
     replaced,
     zeroed_blocks,
 )
+from sp3llm.models.objectives.schema import Objective
 from sp3llm.models.stock import empty_model, fuse_experts
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.memory import trim_memory
@@ -52,9 +53,11 @@ class LayeredModel:
     """Where and in which arithmetic it runs."""
 
     @staticmethod
-    def of(config: Mapping[str, Any], family: Family, execution: Execution) -> "LayeredModel":
+    def of(
+        config: Mapping[str, Any], family: Family, objective: Objective, execution: Execution
+    ) -> "LayeredModel":
         """The model of a config, without weights. Raises UserError if transformers rejects it."""
-        return LayeredModel(empty_model(config), family, execution)
+        return LayeredModel(empty_model(config, objective), family, execution)
 
     def layer(self, index: int) -> nn.Module:
         """The module of one layer."""

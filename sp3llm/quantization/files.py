@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
+    from sp3llm.models.objectives.schema import Objective
     from sp3llm.runtime.devices import Execution
 
 
@@ -28,6 +29,12 @@ class Source:
     checkpoint: "Checkpoint"
     family: "Family"
     name: str
+
+    def objective(self) -> "Objective":
+        """What the model is for."""
+        from sp3llm.models.objectives.catalogue import objective_of
+
+        return objective_of(self.family.architecture)
 
     def linear(self) -> dict[str, tuple[int, ...]]:
         """The modules that are quantized, with the shapes of their weights."""
@@ -51,7 +58,6 @@ def write_quantized(model: Source, to: str, device: "torch.device", folder: Path
     Raises UserError if the model does not load.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from sp3llm.models.export import share_file
     from sp3llm.quantization.bits import bits_config
@@ -60,8 +66,12 @@ def write_quantized(model: Source, to: str, device: "torch.device", folder: Path
     arithmetic = dtype if dtype == torch.float16 else torch.bfloat16
     config = bits_config(to, arithmetic)
     with _told(source):
-        quantized = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, quantization_config=config, device_map={"": device}
+        quantized = (
+            model.objective()
+            .stock_class()
+            .from_pretrained(
+                source, dtype=dtype, quantization_config=config, device_map={"": device}
+            )
         )
     # Before it runs: the kernel for AVX512-BF16 repacks weights and rounds their scales.
     quantized.save_pretrained(folder, max_shard_size=_SHARD)
@@ -79,17 +89,21 @@ def load_quantized(
     """The stock model of what `write_quantized` wrote; what is not quantized is computed in the
     arithmetic that models in full precision are, so that the bits are all that differs.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = {**model.checkpoint.config, "quantization_config": dict(stock)}
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     with _told(folder):
-        quantized = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=parsed,
-            generation_config=GenerationConfig(),  # there is none in the folder yet
-            device_map={"": execution.device},
+        quantized = (
+            model.objective()
+            .stock_class()
+            .from_pretrained(
+                folder,
+                config=parsed,
+                generation_config=GenerationConfig(),  # there is none in the folder yet
+                device_map={"": execution.device},
+            )
         )
     for parameter in quantized.parameters():
         if parameter.is_floating_point():

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sp3llm.models.families import Family
+    from sp3llm.models.objectives.schema import Objective
     from sp3llm.models.shapes import Shape
     from sp3llm.runtime.devices import Execution
 
@@ -280,7 +281,10 @@ def _in_few_bits(
     quantized = load_quantized(folder, model, stock, execution)
     if execution.device.type == "cpu" and unfit(to, model.linear()):
         take_any_width(quantized)
-    losses = losses_of(quantized, tokens, execution.device, lambda: progress.advance(bar))
+    objective = model.objective()
+    losses = losses_of(
+        quantized, objective, tokens, execution.device, lambda: progress.advance(bar)
+    )
     sizes = tensor_bytes(files)
     linear = sum(sizes[name] for name in sizes if _is_of(name, model.linear()))
     return stock, Found(losses, sum(path.stat().st_size for path in files), linear)
@@ -293,23 +297,21 @@ def _is_of(name: str, modules: Iterable[str]) -> bool:
 
 def losses_of(
     model: Any,
+    objective: "Objective",
     tokens: "Tensor",
     device: "torch.device",
     advance: Callable[[], None] = lambda: None,
 ) -> "Tensor":
-    """Negative log-likelihood of every next token by a model in memory, `(windows, tokens - 1)`,
-    float64, in nats.
+    """Losses of a model in memory by its objective, `(windows, tokens - 1)`, float64, in nats.
 
     A window at a time: what int8 holds back as outliers depends on all tokens of a batch.
     Raises UserError if one is no number.
     """
     import torch
 
-    from sp3llm.evaluation.perplexity import window_losses
-
     losses = torch.empty((len(tokens), tokens.shape[1] - 1), dtype=torch.float64)
     for row, window in enumerate(tokens):
-        losses[row] = window_losses(model, window, device)
+        losses[row] = objective.losses_in_memory(model, window, device)
         advance()
     if not torch.isfinite(losses).all():
         raise UserError(
@@ -335,15 +337,15 @@ def _entry(
     """
     from importlib.metadata import version
 
-    from sp3llm.maths.paired import perplexity
     from sp3llm.models import families
     from sp3llm.quantization import bits
     from sp3llm.runtime.machine import device_memory, machine, peak_memory, versions
 
     losses = {name: model.losses for name, model in measured.items()}
+    small, dense = sources["small"], sources["dense"]
     models = {
         name: MeasuredModel(
-            perplexity=perplexity(model.losses),
+            perplexity=small.objective().merit(model.losses),
             excess_log_perplexity=_excess(model.losses, losses["dense"]),
             weight_bytes=model.weight_bytes,
             linear_bytes=model.linear_bytes,
@@ -351,7 +353,6 @@ def _entry(
         )
         for name, model in measured.items()
     }
-    small, dense = sources["small"], sources["dense"]
     resolved = replace(settings, dense=dense.name, out=out, device=str(execution.device))
     is_cpu = execution.device.type == "cpu"
     return QuantizationEntry(

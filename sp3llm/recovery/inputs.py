@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
+    from sp3llm.models.objectives.schema import Objective
     from sp3llm.runtime.processes import Ranks
     from sp3llm.text.windows import Windows
 
@@ -44,6 +45,13 @@ class Pair:
     def compression(self) -> Record | None:
         """The record, where sp3llm compressed the model."""
         return self.record if isinstance(self.record, Record) else None
+
+    @property
+    def objective(self) -> "Objective":
+        """What both are for."""
+        from sp3llm.models.objectives.catalogue import objective_of
+
+        return objective_of(self.family.architecture)
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,7 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
     from sp3llm.models import families
     from sp3llm.text.sources import default_evaluation
     from sp3llm.text.tokenizer import load_tokenizer
-    from sp3llm.text.windows import check_token_ids, evaluation_windows, training_windows
+    from sp3llm.text.windows import check_token_ids
 
     tokenizer = load_tokenizer(pair.small.folder)
     seq_len = window_length_of(settings, pair)
@@ -162,14 +170,14 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
     evaluated = compression.evaluation.sources if compression else ()
     names = settings.train or ",".join(calibrated)
     eval_names = settings.eval_text or ",".join(evaluated) or default_evaluation(names)
-    evaluation = evaluation_windows(
+    evaluation = pair.objective.evaluation_windows(
         eval_names,
         tokenizer,
         settings.eval_samples,
         compression.evaluation.seq_len if compression else seq_len,
-        _calibrated_documents(compression, eval_names, tokenizer),
+        _calibrated_documents(pair, eval_names, tokenizer),
     )
-    training = training_windows(
+    training = pair.objective.training_windows(
         names,
         tokenizer,
         settings.steps * settings.batch,
@@ -177,7 +185,7 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
         settings.seed,
         evaluation.documents,
     )
-    stopping = training_windows(
+    stopping = pair.objective.training_windows(
         settings.stop_text or names,
         tokenizer,
         settings.stop_windows,
@@ -191,20 +199,20 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
     return Texts(training, stopping, evaluation)
 
 
-def _calibrated_documents(compression: Record | None, names: str, tokenizer: Any) -> frozenset[str]:
+def _calibrated_documents(pair: Pair, names: str, tokenizer: Any) -> frozenset[str]:
     """Documents that the compression was calibrated on, where it read sets that are also to be
     reported on: they are left out, as the compression left them out.
     """
     from sp3llm.text.sources import resolve_source
-    from sp3llm.text.windows import calibration_windows
 
+    compression = pair.compression
     if compression is None:
         return frozenset()
     calibrated = compression.calibration
     shared = set(calibrated.sources) & {name.strip() for name in names.split(",")}
     if all(resolve_source(name).stdlib for name in shared):
         return frozenset()  # divided by content already
-    return calibration_windows(
+    return pair.objective.calibration_windows(
         ",".join(calibrated.sources),
         tokenizer,
         calibrated.samples,

@@ -128,7 +128,7 @@ def _write(
     `started` is when the recovery began, by `time.monotonic`. Returns what the record has of it,
     too.
     """
-    from sp3llm.maths.paired import excess_log_perplexity, perplexity
+    from sp3llm.maths.paired import excess_log_perplexity
     from sp3llm.recovery.checkpoints import load_best, trained_parameters
     from sp3llm.runtime.folders import output_folder
     from sp3llm.runtime.machine import device_memory, peak_memory
@@ -150,9 +150,9 @@ def _write(
             training=texts.training,
             stopping=texts.stopping,
             evaluation=texts.evaluation,
-            dense_perplexity=perplexity(dense),
-            perplexity_before=perplexity(before),
-            perplexity=perplexity(losses),
+            dense_perplexity=pair.objective.merit(dense),
+            perplexity_before=pair.objective.merit(before),
+            perplexity=pair.objective.merit(losses),
             excess_before=excess_log_perplexity(before, dense),
             excess=excess_log_perplexity(losses, dense),
             seconds=time.monotonic() - started,

@@ -35,21 +35,23 @@ def load_student(
 
     Raises UserError if peft is asked for and missing.
     """
-    from transformers import AutoModelForCausalLM
-
     from sp3llm.models.families.counts import linear_modules
     from sp3llm.models.stock import training_config
 
     config = training_config(pair.small.folder)
-    model = AutoModelForCausalLM.from_pretrained(pair.small.folder, config=config, dtype=dtype)
+    model = pair.objective.stock_class().from_pretrained(
+        pair.small.folder, config=config, dtype=dtype
+    )
     if settings.lora is not None:
         modules = list(linear_modules(pair.family, pair.small.config))
-        model = _with_adapters(settings, model, modules)
+        model = _with_adapters(settings, model, modules, pair.objective.task_type)
     names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     return model, frozenset(names)
 
 
-def _with_adapters(settings: RecoverConfig, model: "nn.Module", modules: list[str]) -> "nn.Module":
+def _with_adapters(
+    settings: RecoverConfig, model: "nn.Module", modules: list[str], task_type: str
+) -> "nn.Module":
     """The model with low-rank adapters on these modules, which alone are trained."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -63,7 +65,7 @@ def _with_adapters(settings: RecoverConfig, model: "nn.Module", modules: list[st
         lora_alpha=settings.lora_alpha or 2 * settings.lora,
         target_modules=modules,  # without the head: where it is tied it stays tied
         lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what peft asks transformers for

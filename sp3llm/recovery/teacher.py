@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sp3llm.errors import UserError, reason
 from sp3llm.maths.losses import divergence
+from sp3llm.models.objectives.schema import Objective
 from sp3llm.quantization.bits import bits_config, check_installed, take_any_width
 from sp3llm.recovery.inputs import Run
 
@@ -20,7 +21,12 @@ _SHARE_OF_HOST = 0.8
 
 
 def load_teacher(
-    folder: Path, dtype: str, device: torch.device, memory: float | None, offload: Path
+    folder: Path,
+    objective: Objective,
+    dtype: str,
+    device: torch.device,
+    memory: float | None,
+    offload: Path,
 ) -> nn.Module:
     """The stock dense model, without gradients.
 
@@ -30,8 +36,6 @@ def load_teacher(
 
     Raises UserError if bitsandbytes is asked for and missing, or the model does not load.
     """
-    from transformers import AutoModelForCausalLM
-
     on_cpu = device.type == "cpu"
     if dtype == "auto":
         dtype = "float32" if on_cpu else "auto"
@@ -45,7 +49,7 @@ def load_teacher(
         place["quantization_config"] = bits_config(dtype, arithmetic)
         dtype = "float32" if on_cpu else "auto"
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place)
+        model = objective.stock_class().from_pretrained(folder, dtype=dtype, **place)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UserError(
             f"Cannot load the teacher '{folder}' ({type(error).__name__}: {reason(error)}): check "
@@ -92,6 +96,8 @@ class LiveTeacher:
     """A teacher that runs beside the model it teaches."""
 
     model: nn.Module
+    objective: Objective
+    """What it is for."""
     tap: StreamTap | None
     """Where hidden states are compared too."""
     device: torch.device
@@ -101,7 +107,7 @@ class LiveTeacher:
     def answers(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits `(B, S, V)` for token ids `(B, S)`, and the stream if it is tapped."""
         # An offloaded model's hooks bring inputs to where each layer runs.
-        logits = self.model(input_ids=tokens, use_cache=False).logits
+        logits = self.model(**self.objective.inputs(tokens)).logits
         streams = [] if self.tap is None else self.tap.take()
         return logits.to(self.device), [stream.to(self.device) for stream in streams]
 
@@ -110,7 +116,7 @@ class LiveTeacher:
     ) -> tuple[Tensor, list[Tensor]]:
         """Divergence of the logits `(B, S - 1, V)` from its own; and its stream."""
         wanted, streams = self.answers(tokens)
-        return divergence(logits, wanted[:, :-1], temperature), streams
+        return divergence(logits, self.objective.scored(wanted), temperature), streams
 
 
 def live_teacher(run: Run) -> LiveTeacher:
@@ -118,6 +124,7 @@ def live_teacher(run: Run) -> LiveTeacher:
     settings, device = run.settings, run.accelerator.device
     model = load_teacher(
         run.pair.dense.folder,
+        run.pair.objective,
         settings.teacher_dtype,
         device,
         settings.teacher_memory,
@@ -127,4 +134,4 @@ def live_teacher(run: Run) -> LiveTeacher:
     if settings.hidden_weight:
         family = run.pair.dense_family
         tap = StreamTap(model, family.layers_module, family.final_norm)
-    return LiveTeacher(model, tap, device)
+    return LiveTeacher(model, run.pair.objective, tap, device)

@@ -99,15 +99,16 @@ def _step(setup: TrainingSetup, step: int) -> "Tensor":
 
 def _loss(setup: TrainingSetup, rows: "Tensor") -> "Tensor":
     """The loss, a mean over tokens, on the windows of `TrainingSetup.tokens` numbered in `rows`."""
-    from sp3llm.maths.losses import language_model_loss, stream_error
+    from sp3llm.maths.losses import stream_error
 
     settings = setup.run.settings
     tokens = setup.tokens[rows].to(setup.run.accelerator.device)
-    logits = setup.model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    objective = setup.run.pair.objective
+    logits = objective.scored(setup.model(**objective.inputs(tokens)).logits)
     divergence, dense = setup.teacher.divergence(logits, rows, tokens, settings.temperature)
     loss = settings.kl_weight * divergence
     if settings.lm_weight:
-        loss = loss + settings.lm_weight * language_model_loss(logits, tokens[:, 1:])
+        loss = loss + settings.lm_weight * objective.learning_loss(logits, tokens)
     if setup.tap is not None:
         small = setup.tap.take()
         loss = loss + settings.hidden_weight * stream_error(small, dense, setup.target_DK)

@@ -68,15 +68,15 @@ def held_out_tokens(record: Record, folder: Path) -> "Tensor":
 
     Raises UserError if the text cannot be read, or is not what it was.
     """
+    from sp3llm.models.objectives.catalogue import objective_of
     from sp3llm.text.tokenizer import load_tokenizer
-    from sp3llm.text.windows import calibration_windows, evaluation_windows
 
-    settings = record.settings
+    settings, objective = record.settings, objective_of(record.architecture)
     tokenizer = load_tokenizer(folder)
-    calibration = calibration_windows(
+    calibration = objective.calibration_windows(
         settings["calib"], tokenizer, settings["samples"], settings["seq_len"], settings["seed"]
     )
-    evaluation = evaluation_windows(
+    evaluation = objective.evaluation_windows(
         settings["eval_text"],
         tokenizer,
         settings["eval_samples"],

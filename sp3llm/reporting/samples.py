@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sp3llm.errors import UserError, reason
 from sp3llm.reporting.origins import find_dense, held_out_tokens
@@ -65,6 +65,7 @@ def continuations(
     """
     import torch
 
+    from sp3llm.models.objectives.catalogue import objective_of
     from sp3llm.runtime.devices import resolve_execution
     from sp3llm.text.tokenizer import load_tokenizer
 
@@ -76,10 +77,11 @@ def continuations(
     texts = tokens[rows]
     tokenizer = load_tokenizer(folder)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    stock_class = objective_of(record.architecture).stock_class()
     with console.status("samples of the dense model"):
-        dense_ids = _continued(dense, texts[:, :prompt], new, pad, execution)
+        dense_ids = _continued(stock_class, dense, texts[:, :prompt], new, pad, execution)
     with console.status("samples of the compressed model"):
-        small_ids = _continued(folder, texts[:, :prompt], new, pad, execution)
+        small_ids = _continued(stock_class, folder, texts[:, :prompt], new, pad, execution)
 
     def text(ids: "Tensor") -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
@@ -97,17 +99,21 @@ def continuations(
 
 
 def _continued(
-    folder: Path, prompts: "Tensor", new: int, pad: int, execution: "torch.device"
+    stock_class: Any,
+    folder: Path,
+    prompts: "Tensor",
+    new: int,
+    pad: int,
+    execution: "torch.device",
 ) -> "Tensor":
     """What a model adds to prompts `(texts, tokens)`: `(texts, new)` at most."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         with _quiet(), torch.no_grad():
             # Not moved there: a quantized model does not let itself be.
             place = {"dtype": "auto", "device_map": {"": execution}}
-            model = AutoModelForCausalLM.from_pretrained(folder, **place).eval()
+            model = stock_class.from_pretrained(folder, **place).eval()
             ids = model.generate(
                 prompts.to(execution),
                 attention_mask=torch.ones_like(prompts, device=execution),

@@ -18,6 +18,7 @@ from sp3llm.maths.refit import (
 )
 from sp3llm.maths.unit_selection import select_units
 from sp3llm.models.head import backward_head
+from sp3llm.models.objectives.causal_lm import CAUSAL_LM
 from sp3llm.models.stream import LayeredModel, backward_layer, open_stream, run_layer
 from tests.conftest import (
     disk_tensors,
@@ -268,7 +269,7 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
     model = tiny_model(variant)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    shell = LayeredModel.of(checkpoint.config, family, EXECUTION)
+    shell = LayeredModel.of(checkpoint.config, family, CAUSAL_LM, EXECUTION)
     table = checkpoint.read([family.embedding])
     stream = open_stream(shell, table, tokens)
     inputs = []

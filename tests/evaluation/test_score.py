@@ -18,7 +18,6 @@ from sp3llm.compression.story import compress
 from sp3llm.errors import UserError
 from sp3llm.evaluation.comparison import Row, Scored, compare, mean, paired_standard_error
 from sp3llm.evaluation.harness import _Model, _within_positions, score, select
-from sp3llm.evaluation.perplexity import window_losses
 from sp3llm.evaluation.selection import (
     Mean,
     Selection,
@@ -27,6 +26,7 @@ from sp3llm.evaluation.selection import (
     read_preset,
     shipped,
 )
+from sp3llm.models.objectives.causal_lm import window_losses
 from sp3llm.models.source import bundled_model
 from sp3llm.options import CompressConfig, ScoreConfig
 from sp3llm.text.split import part_of

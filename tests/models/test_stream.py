@@ -11,6 +11,7 @@ from sp3llm.maths import losses
 from sp3llm.maths.basis import eigenbasis
 from sp3llm.maths.moments import add_second_moment, normalise
 from sp3llm.models.families import norm_eps
+from sp3llm.models.objectives.causal_lm import CAUSAL_LM
 from sp3llm.models.stream import LayeredModel, open_stream, run_layer
 from sp3llm.runtime.devices import Execution
 from tests.conftest import TINY, family_of_model, relative_error, save_model, tiny_model
@@ -83,7 +84,7 @@ def test_only_one_layer_has_weights_at_a_time(tokens, tmp_path):
     model = tiny_model("llama", torch.float32)
     checkpoint = save_model(model, tmp_path)
     family = family_of_model(model)
-    shell = LayeredModel.of(checkpoint.config, family, FLOAT32)
+    shell = LayeredModel.of(checkpoint.config, family, CAUSAL_LM, FLOAT32)
     real: list[set[str]] = []
 
     def probe(*_):

@@ -16,6 +16,7 @@ from sp3llm.cli import main
 from sp3llm.compression.story import compress
 from sp3llm.errors import UserError
 from sp3llm.maths.paired import perplexity
+from sp3llm.models.objectives.causal_lm import CAUSAL_LM
 from sp3llm.options import CompressConfig, QuantizeConfig
 from sp3llm.quantization import story
 from sp3llm.quantization.bits import bits_config, take_any_width
@@ -254,7 +255,9 @@ def test_a_teacher_in_nf4_has_the_weights_of_nf4_whatever_its_widths(tmp_path):
     tokens = torch.arange(3, 27)[None]
     model = tiny_model("llama", torch.float32, intermediate_size=172)
     save_model(model, tmp_path)
-    found = logits_of(load_teacher(tmp_path, "nf4", torch.device("cpu"), None, tmp_path), tokens)
+    found = logits_of(
+        load_teacher(tmp_path, CAUSAL_LM, "nf4", torch.device("cpu"), None, tmp_path), tokens
+    )
     with torch.no_grad():
         for module in model.model.modules():
             if isinstance(module, torch.nn.Linear):

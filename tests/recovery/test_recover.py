@@ -25,6 +25,7 @@ from sp3llm.maths.shuffling import window_order
 from sp3llm.models.basis_file import BASIS, read_basis, write_basis
 from sp3llm.models.checkpoint import check_tensors, open_checkpoint
 from sp3llm.models.families import family_of
+from sp3llm.models.objectives.causal_lm import CAUSAL_LM
 from sp3llm.models.shapes import Shape
 from sp3llm.options import CompressConfig, RecoverConfig
 from sp3llm.planning.recovery_needs import adapter_parameters, teacher_bytes
@@ -444,9 +445,9 @@ def test_a_teacher_in_fewer_bits_teaches_too(dtype, run):
 def test_an_offloaded_teacher_says_the_same(pairs, tokens, tmp_path):
     dense, _ = pairs("llama")
     cpu = torch.device("cpu")
-    here = load_teacher(dense, "auto", cpu, None, tmp_path / "none")
+    here = load_teacher(dense, CAUSAL_LM, "auto", cpu, None, tmp_path / "none")
     size = sum(p.numel() * p.element_size() for p in here.parameters())
-    away = load_teacher(dense, "auto", cpu, 0.6 * size / 1e9, tmp_path / "offload")
+    away = load_teacher(dense, CAUSAL_LM, "auto", cpu, 0.6 * size / 1e9, tmp_path / "offload")
     assert any(parameter.device.type == "meta" for parameter in away.parameters())
     assert torch.equal(logits_of(here, tokens), logits_of(away, tokens))
 
@@ -530,7 +531,7 @@ def test_a_teacher_in_four_bits_weighs_what_was_said(tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512}
     model = tiny_model("llama", torch.bfloat16, **sizes)
     checkpoint = save_model(model, tmp_path)
-    found = load_teacher(tmp_path, "nf4", torch.device("cpu"), None, tmp_path)
+    found = load_teacher(tmp_path, CAUSAL_LM, "nf4", torch.device("cpu"), None, tmp_path)
     layer = found.model.layers[0].mlp.up_proj.weight
     state = layer.quant_state
     size = layer.numel() + state.absmax.numel() * state.absmax.element_size()

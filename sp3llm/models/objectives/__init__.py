@@ -1,0 +1,1 @@
+"""What a model is for: everything about it that is not in its layers, an objective a file."""

@@ -1,0 +1,69 @@
+"""Causal language models: packed windows of text, and the loss on every next token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sp3llm.maths.losses import label_losses, language_model_loss
+from sp3llm.maths.paired import perplexity
+from sp3llm.models.head import backward_head, token_losses
+from sp3llm.models.objectives.schema import Objective
+from sp3llm.text import windows
+
+
+def _calibration_windows(*arguments: Any, **options: Any) -> windows.Windows:
+    return windows.calibration_windows(*arguments, **options)
+
+
+def _evaluation_windows(*arguments: Any, **options: Any) -> windows.Windows:
+    return windows.evaluation_windows(*arguments, **options)
+
+
+def _training_windows(*arguments: Any, **options: Any) -> windows.Windows:
+    return windows.training_windows(*arguments, **options)
+
+
+def _inputs(tokens_BS: Tensor) -> dict[str, Any]:
+    return {"input_ids": tokens_BS, "use_cache": False}
+
+
+def _scored(logits_BSV: Tensor) -> Tensor:
+    """All but the last: nothing is known of what follows it."""
+    return logits_BSV[:, :-1]
+
+
+def _learning_loss(scored_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
+    return language_model_loss(scored_BSV, tokens_BS[:, 1:])
+
+
+@torch.no_grad()
+def window_losses(model: Any, window: Tensor, device: torch.device) -> Tensor:
+    """Losses of a model in memory on one window of token ids, `(tokens - 1,)`, float64 on the
+    host, in nats.
+
+    The first token is not predicted. Logits are taken in the model's own dtype, their logarithm in
+    float32 at least.
+    """
+    tokens_1S = window.to(device)[None]
+    logits_NV = _scored(model(**_inputs(tokens_1S)).logits)[0]
+    return label_losses(logits_NV, tokens_1S[0, 1:]).cpu()
+
+
+CAUSAL_LM = Objective(
+    name="causal-lm",
+    architecture_suffix="ForCausalLM",
+    auto_class="AutoModelForCausalLM",
+    task_type="CAUSAL_LM",
+    calibration_windows=_calibration_windows,
+    evaluation_windows=_evaluation_windows,
+    training_windows=_training_windows,
+    inputs=_inputs,
+    scored=_scored,
+    learning_loss=_learning_loss,
+    losses=token_losses,
+    loss_gradients=backward_head,
+    losses_in_memory=window_losses,
+    merit=perplexity,
+    merit_name="perplexity",
+)
