@@ -1,6 +1,7 @@
 """The package is a house: imports go from later rooms to earlier ones, and there is no circle."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -78,3 +79,14 @@ def test_what_help_and_plan_need_imports_no_torch(room):
     modules = [name for name in MODULES if f"{name}.".startswith(f"sp3llm.{room}.")]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_import_names_something_that_is_there(module):
+    """Imports inside functions fail only when they are reached, hours into a run."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("sp3llm"):
+            continue
+        for alias in node.names:
+            if f"{node.module}.{alias.name}" not in MODULES:
+                assert hasattr(importlib.import_module(node.module), alias.name), alias.name

@@ -444,13 +444,13 @@ def write_record(folder: Path, record: Record | TunedRecord) -> None:
 
     Raises OSError if the folder cannot be written.
     """
-    from sp3llm.runtime.files import durable, write_json
+    from sp3llm.runtime.files import write_durably, write_json
 
     content = to_json(record)
     for name in _LEFT_OUT_EMPTY:
         if not content.get(name):
             content.pop(name, None)
-    durable(folder / RECORD, lambda path: write_json(path, content))
+    write_durably(folder / RECORD, lambda path: write_json(path, content))
 
 
 def add_to_record(folder: Path, **entries: Any) -> Record:
