@@ -8,7 +8,7 @@ the samples of both models, and perplexity a token as papers on pruning count it
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from sp3llm.evaluation.selection import (
     read_preset,
     shipped,
 )
-from sp3llm.options import CompressConfig, ScoreConfig, command_line
+from sp3llm.options import CompressConfig, ScoreConfig, command_line, plain_values
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 _INSTALL = "pip install 'lm-eval>=0.4.12'"
+# Sequences at once on a CPU, where lm-eval cannot find out how many fit.
 _CPU_BATCH = "8"
 
 
@@ -114,23 +115,23 @@ def _is_task_file(word: str) -> bool:
 
 
 def _known_tasks(asked: list[str], include_path: Path | None) -> tuple[str, ...]:
+    """lm-eval's names for what was asked for, patterns resolved, each once."""
     if not asked:
         return ()
     manager = _task_manager(asked, include_path)
-    found: list[str] = []
+    known: list[str] = []
     for word in asked:
         is_file = Path(word).suffix in (".yaml", ".yml")
         matching = [word] if is_file else manager.match_tasks([word])
         if not matching:
-            names = [*presets(), *manager.all_tasks]
-            near = get_close_matches(word, names, n=3, cutoff=0.6)
+            near = get_close_matches(word, [*presets(), *manager.all_tasks], n=3, cutoff=0.6)
             meant = f"did you mean {' or '.join(near)}?" if near else "no name is like it."
             raise UserError(
                 f"Unknown task or preset '{word}': {meant} The presets are "
                 f"{', '.join(presets())}; lm_eval ls tasks lists all tasks."
             )
-        found += matching
-    return tuple(dict.fromkeys(found))
+        known += matching
+    return tuple(dict.fromkeys(known))
 
 
 def load_tasks(
@@ -198,50 +199,84 @@ class _Model:
         )
 
 
-def _run(
-    settings: ScoreConfig,
-    selection: Selection,
-    model: _Model,
-    loaded: Mapping[str, Any],
-    device: "torch.device",
-    output: Path,
-    console: "Console",
-) -> Scored | None:
-    """Score one model and write lm-eval's files; None on every process but the first."""
+@dataclass(frozen=True)
+class _Scoring:
+    """What is the same for both models."""
+
+    settings: ScoreConfig
+    selection: Selection
+    device: "torch.device"
+    output: Path
+    console: "Console"
+
+    @property
+    def batch_size(self) -> str:
+        """Sequences at once, or `auto`, which lm-eval finds out on a GPU alone."""
+        is_auto = self.settings.batch_size == "auto" and self.device.type == "cpu"
+        return _CPU_BATCH if is_auto else self.settings.batch_size
+
+    def model_args(self, model: _Model) -> dict[str, str]:
+        """How lm-eval is told what to load."""
+        return {"pretrained": model.pretrained, "dtype": self.settings.dtype}
+
+
+def _score_one(scoring: _Scoring, model: _Model, loaded: Mapping[str, Any]) -> Scored | None:
+    """Score one model on `loaded` tasks and write lm-eval's files; None on every process but the
+    first.
+    """
+    lm = _load(scoring, model)
+    windows, losses = _token_losses(lm, scoring.selection.perplexities, scoring.console)
+    if scoring.selection.tasks:
+        scored = _evaluate(scoring, model, lm, loaded)
+    else:
+        scored = Scored({}, {}, {}, {}, {}, {}, {}, {}) if lm.rank == 0 else None
+    return None if scored is None else replace(scored, windows=windows, losses=losses)
+
+
+def _load(scoring: _Scoring, model: _Model) -> Any:
+    """The model as lm-eval's `HFLM`.
+
+    Raises UserError if it does not load, or has no chat template where one is asked for.
+    """
     import torch
-    from lm_eval import simple_evaluate
-    from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
 
-    arguments = {"pretrained": model.pretrained, "dtype": settings.dtype}
-    on_cpu_auto = settings.batch_size == "auto" and device.type == "cpu"
-    batch_size = _CPU_BATCH if on_cpu_auto else settings.batch_size
     try:
-        lm = HFLM(**arguments, device=str(device), batch_size=batch_size)
+        lm = HFLM(
+            **scoring.model_args(model), device=str(scoring.device), batch_size=scoring.batch_size
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers raises many kinds
         raise model.unloadable(error) from error
-    if settings.apply_chat_template and getattr(lm.tokenizer, "chat_template", None) is None:
+    has_template = getattr(lm.tokenizer, "chat_template", None) is not None
+    if scoring.settings.apply_chat_template and not has_template:
         raise UserError(
             f"Expected a chat template in the tokenizer of '{model.name}', found none: leave "
             "--apply-chat-template out."
         )
     _share_among_processes(lm)
-    windows, losses = _token_losses(lm, selection.perplexities, console)
-    if not selection.tasks:
-        return Scored({}, {}, {}, {}, {}, windows, losses, {}) if lm.rank == 0 else None
+    return lm
 
-    tracker = EvaluationTracker(output_path=str(output))
+
+def _evaluate(
+    scoring: _Scoring, model: _Model, lm: Any, loaded: Mapping[str, Any]
+) -> Scored | None:
+    """Run lm-eval on its tasks, and write its files; None on every process but the first."""
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+
+    settings = scoring.settings
+    tracker = EvaluationTracker(output_path=str(scoring.output))
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     limit = settings.limit
     results = simple_evaluate(
         model=lm,
-        model_args=arguments,
+        model_args=scoring.model_args(model),
         tasks=_roots(loaded),
         num_fewshot=settings.num_fewshot,
-        batch_size=batch_size,
-        device=str(device),
+        batch_size=scoring.batch_size,
+        device=str(scoring.device),
         limit=int(limit) if limit is not None and limit >= 1 else limit,
         evaluation_tracker=tracker,
         apply_chat_template=settings.apply_chat_template,
@@ -253,9 +288,9 @@ def _run(
     # It was given a model rather than the name of a kind, and says so; lm_eval's files do not.
     results["config"]["model"] = tracker.general_config_tracker.model_source = "hf"
     samples = results.pop("samples")
-    scored = _scored(results, samples, windows, losses)
-    _save(tracker, results, samples, output)
-    return replace(scored, hashes=results["task_hashes"])
+    scored = _scored(results, samples)
+    _save(tracker, results, samples, scoring.output)
+    return replace(scored, hashes=results["task_hashes"])  # which saving adds
 
 
 def _share_among_processes(lm: Any) -> None:
@@ -276,21 +311,17 @@ def _roots(loaded: Mapping[str, Any]) -> list[Any]:
     return [item for name, item in every.items() if name not in inside]
 
 
-def _scored(
-    results: Mapping[str, Any],
-    samples: Mapping[str, list[dict[str, Any]]],
-    windows: "dict[TokenPerplexity, Windows]",
-    losses: "dict[TokenPerplexity, Tensor]",
-) -> Scored:
+def _scored(results: Mapping[str, Any], samples: Mapping[str, list[dict[str, Any]]]) -> Scored:
+    """What lm-eval found: token perplexities and hashes come from elsewhere."""
     values, errors, counts = {}, {}, {}
-    for name, found in results["results"].items():
-        counts[name] = found.get("sample_len", 0)
-        for key, value in found.items():
+    for name, figures in results["results"].items():
+        counts[name] = figures.get("sample_len", 0)
+        for key, value in figures.items():
             metric, comma, filtered = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             values[name, key] = float(value)
-            error = found.get(f"{metric}_stderr,{filtered}")
+            error = figures.get(f"{metric}_stderr,{filtered}")
             if isinstance(error, int | float):
                 errors[name, key] = float(error)
     items: dict[tuple[str, str], Items] = {}
@@ -299,7 +330,16 @@ def _scored(
             for metric in row["metrics"]:
                 by_document = items.setdefault((name, f"{metric},{row['filter']}"), {})
                 by_document[row["doc_id"]] = row[metric]
-    return Scored(values, errors, counts, results["higher_is_better"], items, windows, losses, {})
+    return Scored(
+        values,
+        errors,
+        counts,
+        higher_is_better=results["higher_is_better"],
+        items=items,
+        windows={},
+        losses={},
+        hashes={},
+    )
 
 
 def _save(tracker: Any, results: Any, samples: Mapping[str, Any], output: Path) -> None:
@@ -330,14 +370,14 @@ def _token_losses(
     windows = {p: unbroken_windows(p.text, lm.tokenizer, p.seq_len) for p in perplexities}
     losses = {}
     with progress_bars(console) as progress:
-        for asked, found in windows.items():
-            share = found.tokens[lm.rank :: lm.world_size]
+        for asked, drawn in windows.items():
+            share = drawn.tokens[lm.rank :: lm.world_size]
             rows = [
                 window_losses(lm.model, window, lm.device)
                 for window in progress.track(share, description=f"{asked.text}, {asked.seq_len}")
             ]
             mine = torch.stack(rows) if rows else torch.empty(0, asked.seq_len - 1).double()
-            together = torch.empty(len(found.tokens), asked.seq_len - 1, dtype=torch.float64)
+            together = torch.empty(len(drawn.tokens), asked.seq_len - 1, dtype=torch.float64)
             for rank, part in enumerate(_gathered(mine, lm.world_size)):
                 together[rank :: lm.world_size] = part
             losses[asked] = together
@@ -369,7 +409,6 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
 
     Raises UserError for anything the user can mend.
     """
-    import gc
     import logging
 
     import torch
@@ -386,37 +425,15 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
     selection, notes = _within_positions(selection, models)
     for note in notes:
         console.print(note, markup=False, highlight=False)
-    output = settings.output or Path(f"{Path(models[0].name).name}-score")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to '{output}' ({reason(error)}): name another folder with --output."
-        ) from error
-
-    scored, loaded = [], {}
-    for model in models:
-        # Tasks are loaded for each model by itself: some look at its name, and they keep answers.
-        metadata = {"pretrained": model.pretrained, "dtype": settings.dtype}
-        loaded = load_tasks(selection, settings.include_path, metadata)
-        _check_safe(loaded, settings)
-        console.print(f"Scoring {model.name}", markup=False, highlight=False)
-        try:
-            scored.append(_run(settings, selection, model, loaded, device, output, console))
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"The GPU ran out of memory while '{model.name}' was scored: give a smaller "
-                "--batch-size, or close what else uses it."
-            ) from error
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    output = _made(settings.output or Path(f"{Path(models[0].name).name}-score"))
+    scoring = _Scoring(settings, selection, device, output, console)
+    scored, loaded = _score_all(scoring, models)
     if scored[0] is None:
         return None
     small, dense = scored[0], scored[1] if len(scored) > 1 else None
     rows = compare(loaded, selection, small, dense)
     against = models[1].name if len(models) > 1 else None
-    hashes = small.hashes | {str(p): found.sha256 for p, found in small.windows.items()}
+    hashes = small.hashes | {str(text): drawn.sha256 for text, drawn in small.windows.items()}
     comparison = Comparison(models[0].name, against, rows, notes, hashes)
     written = _write(comparison, settings, output, str(device))
     console.print(table(comparison))
@@ -427,6 +444,46 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
         highlight=False,
     )
     return comparison
+
+
+def _score_all(
+    scoring: _Scoring, models: Sequence[_Model]
+) -> tuple[list[Scored | None], dict[str, Any]]:
+    """What each model scored, one after the other, and the tasks as they were loaded last."""
+    import gc
+
+    import torch
+
+    scored, loaded = [], {}
+    for model in models:
+        # Tasks are loaded for each model by itself: some look at its name, and they keep answers.
+        loaded = load_tasks(
+            scoring.selection, scoring.settings.include_path, scoring.model_args(model)
+        )
+        _check_safe(loaded, scoring.settings)
+        scoring.console.print(f"Scoring {model.name}", markup=False, highlight=False)
+        try:
+            scored.append(_score_one(scoring, model, loaded))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"The GPU ran out of memory while '{model.name}' was scored: give a smaller "
+                "--batch-size, or close what else uses it."
+            ) from error
+        gc.collect()
+        if scoring.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return scored, loaded
+
+
+def _made(folder: Path) -> Path:
+    """The folder, made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to '{folder}' ({reason(error)}): name another folder with --output."
+        ) from error
+    return folder
 
 
 def _within_positions(
@@ -476,7 +533,7 @@ def _write(comparison: Comparison, settings: ScoreConfig, output: Path, device: 
     record = {
         "command": command_line(settings),
         **comparison.describe(),
-        "settings": {key: _plain(value) for key, value in asdict(settings).items()},
+        "settings": plain_values(settings),
         "versions": versions(),
         "machine": machine(device),
     }
@@ -484,10 +541,6 @@ def _write(comparison: Comparison, settings: ScoreConfig, output: Path, device: 
     (output / f"{stem}.json").write_text(text, encoding="utf-8")
     (output / f"{stem}.md").write_text(markdown(comparison, record), encoding="utf-8")
     return f"{stem}.json"
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def versions() -> dict[str, str]:

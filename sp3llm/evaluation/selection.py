@@ -34,10 +34,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `--tasks` comes to."""
+    """What `--tasks` asks for, once presets and patterns are resolved."""
 
     tasks: tuple[str, ...]
-    """Names of lm-eval's, patterns resolved."""
+    """lm-eval's names of tasks and groups."""
     perplexities: tuple[TokenPerplexity, ...]
     """Token perplexities."""
     means: tuple[Mean, ...]
@@ -57,7 +57,10 @@ def presets() -> dict[str, Path]:
 
 
 def read_preset(path: Path) -> dict[str, Any] | None:
-    """The preset in a YAML file; None where the file holds something else, such as a task."""
+    """The preset in a YAML file; None where the file holds something else, such as a task.
+
+    Raises UserError if it cannot be read, or is a preset that has other keys or values.
+    """
     import yaml
 
     try:
@@ -67,22 +70,22 @@ def read_preset(path: Path) -> dict[str, Any] | None:
             f"Cannot read '{path}' ({reason(error)}): name a preset or a task file that exists."
         ) from error
     try:
-        found = yaml.safe_load(text)
+        preset = yaml.safe_load(text)
     except yaml.YAMLError:  # a task file, with tags that lm-eval alone knows
         return None
     known = {"tasks", "mean_of", "token_perplexity"}
-    if not isinstance(found, dict) or not known & set(found):
+    if not isinstance(preset, dict) or not known & set(preset):
         return None
-    counted = found.get("token_perplexity") or {"text": "", "seq_lens": []}
+    counted = preset.get("token_perplexity") or {"text": "", "seq_lens": []}
     if not (
-        set(found) <= known
+        set(preset) <= known
         and isinstance(counted, dict)
         and set(counted) == {"text", "seq_lens"}
         and all(isinstance(n, int) and n > 1 for n in counted["seq_lens"])
     ):
         raise UserError(
             f"Expected the preset '{path}' to hold tasks, mean_of, and token_perplexity with text "
-            f"and seq_lens, found {', '.join(map(str, found))}: compare it with "
+            f"and seq_lens, found {', '.join(map(str, preset))}: compare it with "
             f"{shipped('presets') / 'wikitext-token.yaml'}."
         )
-    return found
+    return preset
