@@ -1,6 +1,7 @@
 """OPT as stock OPT: LayerNorm, learned positions, square attention, tables that stay tied."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -298,6 +299,6 @@ def test_plan_of_opt_prints_json(capsys):
     family = family_of(OPT_125M)
     limits = Limits(0.7)
     plan = plan_of(family, OPT_125M, limits, candidates(family, OPT_125M, limits)[0])
-    described = json.loads(json.dumps(plan.describe()))
+    described = json.loads(json.dumps(asdict(plan)))
     assert described["shape"]["word_embed_proj_dim"] == 768
     assert described["keep_params"] <= 0.7
