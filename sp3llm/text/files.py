@@ -5,9 +5,10 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sp3llm.errors import UserError, reason
+from sp3llm.text.rows import Render, plain_render, text_of
 
 
 def data_suffix(path: Path) -> str:
@@ -16,35 +17,58 @@ def data_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def read_file(path: Path, column: str | None) -> Iterator[str]:
-    """Yield the documents of a `.txt` (blocks between blank lines), `.jsonl` or `.parquet` file.
+def split_column(name: str) -> tuple[str, str | None]:
+    """A file's path and the column asked for of it: `chats.jsonl:messages` names both."""
+    path, colon, column = name.rpartition(":")
+    if colon and not Path(name).is_file() and data_suffix(Path(path)) in (".jsonl", ".parquet"):
+        return path, column
+    return name, None
 
-    Raises UserError if it cannot be read, or a row has no clear text.
+
+def read_file(path: Path, column: str | None, render: Render = plain_render) -> Iterator[str]:
+    """Yield the documents of a `.txt` (blocks between blank lines), `.jsonl` or `.parquet` file;
+    `render` makes texts of conversations.
+
+    Raises UserError, naming the line or row, if it cannot be read, or a row has no clear text.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     utf8 = "utf-8-sig"  # with or without a byte order mark
     suffix = data_suffix(path)
     try:
         if suffix == ".parquet":
-            import pyarrow.parquet
-
             with opener(path, "rb") as file:
-                table = pyarrow.parquet.ParquetFile(file)
-                for batch in table.iter_batches():
-                    for row in batch.to_pylist():
-                        yield text_of(row, column, str(path))
+                for number, row in enumerate(_parquet_rows(file), 1):
+                    yield text_of(row, column, f"row {number} of '{path}'", render)
         elif suffix == ".jsonl":
             with opener(path, "rt", encoding=utf8) as file:
-                for line in file:
+                for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield text_of(json.loads(line), column, str(path))
+                        origin = f"line {number} of '{path}'"
+                        yield text_of(_parsed(line, origin), column, origin, render)
         else:
             with opener(path, "rt", encoding=utf8) as file:
                 yield from _blocks(file)
-    except (ValueError, OSError, EOFError, zlib.error) as error:  # UTF-8, JSON, parquet, gzip
+    except (ValueError, OSError, EOFError, zlib.error) as error:  # UTF-8, parquet, gzip
         raise UserError(
             f"Cannot read '{path}' as {suffix} text ({reason(error)}): expected "
             "UTF-8 text, one JSON object a line, or a parquet table."
+        ) from error
+
+
+def _parquet_rows(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+        yield from batch.to_pylist()
+
+
+def _parsed(line: str, origin: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"Expected JSON in {origin}, found something else ({reason(error)}): mend the line, or "
+            "leave it out."
         ) from error
 
 
@@ -59,27 +83,3 @@ def _blocks(lines: Iterable[str]) -> Iterator[str]:
             block = []
     if block:
         yield "".join(block).rstrip("\n")
-
-
-def text_of(row: Any, column: str | None, origin: str) -> str:
-    """The text of a row: the named column, `text`, `content`, or the only string there is."""
-    if isinstance(row, str):
-        return _valid(row)
-    strings = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
-    candidates = [column] if column else ["text", "content"]
-    for name in candidates:
-        if name in strings:
-            return _valid(row[name])
-    if isinstance(row, dict) and any(row.get(name, row) is None for name in candidates):
-        return ""  # a row without text, and no other column stands in for it
-    if column is None and len(strings) == 1:
-        return _valid(row[strings[0]])
-    raise UserError(
-        f"Expected a text column {' or '.join(repr(c) for c in candidates)} in '{origin}', found "
-        f"columns {sorted(row) if isinstance(row, dict) else type(row).__name__}: rename one."
-    )
-
-
-def _valid(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
-    return text.encode(errors="replace").decode()

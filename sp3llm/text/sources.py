@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sp3llm.errors import UserError, reason
-from sp3llm.text.files import data_suffix, read_file, text_of
+from sp3llm.text.files import data_suffix, read_file, split_column
+from sp3llm.text.rows import Render, plain_render, text_of
 from sp3llm.text.split import content_hash, part_of
 from sp3llm.text.stdlib import stdlib_documents
 
@@ -68,15 +69,16 @@ def resolve_source(name: str) -> TextSource:
     """
     if name in manifest():
         return manifest()[name]
-    path = Path(name)
+    file, column = split_column(name)
+    path = Path(file)
     suffix = data_suffix(path)
     if suffix in (".txt", ".jsonl", ".parquet"):
         if not path.is_file():
             raise UserError(
-                f"Calibration or evaluation text '{name}' does not exist: name a file that does."
+                f"Calibration or evaluation text '{file}' does not exist: name a file that does."
             )
         join = "\n\n" if suffix == ".txt" else "eos"
-        return TextSource(name=name, licence="unknown", join=join, path=name)
+        return TextSource(name=name, licence="unknown", join=join, path=file, column=column)
     if path.is_file():
         raise UserError(
             f"Expected a .txt, .jsonl or .parquet file (plain or .gz) of text, found '{name}': "
@@ -93,7 +95,9 @@ def resolve_source(name: str) -> TextSource:
     )
 
 
-def read_documents(source: TextSource, part: str, seed: int = 0) -> Iterator[str]:
+def read_documents(
+    source: TextSource, part: str, seed: int = 0, render: Render = plain_render
+) -> Iterator[str]:
     """Yield the source's documents for `part` (`train`, `calibration` or `evaluation`), none twice.
 
     A hub dataset gives `split` to training and calibration, and `evaluation_split` to evaluation;
@@ -104,15 +108,17 @@ def read_documents(source: TextSource, part: str, seed: int = 0) -> Iterator[str
     if source.stdlib:
         documents: Iterable[str] = (d for d in stdlib_documents() if part_of(d) == part)
     elif source.path:
-        documents = read_file(Path(source.path), source.column)
+        documents = read_file(Path(source.path), source.column, render)
     elif part == "evaluation" and source.evaluation_split is None:
-        documents = (d for d in read_hub(source, source.split, seed) if part_of(d) == part)
+        documents = (d for d in read_hub(source, source.split, seed, render) if part_of(d) == part)
     elif part == "evaluation":
-        documents = read_hub(source, source.evaluation_split or "", seed)
+        documents = read_hub(source, source.evaluation_split or "", seed, render)
     elif source.evaluation_split is None:
-        documents = (d for d in read_hub(source, source.split, seed) if part_of(d) != "evaluation")
+        documents = (
+            d for d in read_hub(source, source.split, seed, render) if part_of(d) != "evaluation"
+        )
     else:
-        documents = read_hub(source, source.split, seed)
+        documents = read_hub(source, source.split, seed, render)
     seen: set[str] = set()
     for document in documents:
         key = content_hash(document)
@@ -121,7 +127,9 @@ def read_documents(source: TextSource, part: str, seed: int = 0) -> Iterator[str
             yield document
 
 
-def read_hub(source: TextSource, split: str, seed: int) -> Iterator[str]:
+def read_hub(
+    source: TextSource, split: str, seed: int, render: Render = plain_render
+) -> Iterator[str]:
     """Yield the documents of a hub dataset's split; of one that is streamed in an order drawn from
     `seed`.
 
@@ -144,7 +152,8 @@ def read_hub(source: TextSource, split: str, seed: int) -> Iterator[str]:
         )
         if source.streaming:
             rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        texts = (text_of(row, source.column, source.name) for row in rows)
+        origin = f"'{source.name}'"
+        texts = (text_of(row, source.column, origin, render) for row in rows)
         yield from _articles(texts, source.document_start) if source.document_start else texts
     except UserError:
         raise

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.errors import UserError
+from sp3llm.text.rows import chat_render
 from sp3llm.text.sources import TextSource, read_documents, read_hub, resolve_source, split_names
 from sp3llm.text.split import content_hash, is_for_stopping
 from sp3llm.text.tokenizer import adds_bos, encode
@@ -117,7 +118,12 @@ def calibration_windows(
     recipe = _Recipe(tokenizer, seq_len, seed)
     parts = []
     for source, share in _shares(names, samples):
-        part = _draw(read_documents(source, "calibration", seed), source, share, recipe)
+        part = _draw(
+            read_documents(source, "calibration", seed, chat_render(tokenizer)),
+            source,
+            share,
+            recipe,
+        )
         if len(part.rows) < share:
             raise UserError(
                 f"Calibration set '{source.name}' holds {len(part.rows)} windows of {seq_len} "
@@ -144,7 +150,12 @@ def evaluation_windows(
     """
     recipe = _Recipe(tokenizer, seq_len, seed=None, exclude=exclude)
     parts = [
-        _draw(read_documents(source, "evaluation"), source, share, recipe)
+        _draw(
+            read_documents(source, "evaluation", render=chat_render(tokenizer)),
+            source,
+            share,
+            recipe,
+        )
         for source, share in _shares(names, samples)
     ]
     if not any(part.rows for part in parts):
@@ -170,7 +181,7 @@ def unbroken_windows(name: str, tokenizer: Any, seq_len: int) -> Windows:
     if source.dataset and source.evaluation_split:
         rows = list(read_hub(replace(source, document_start=None), source.evaluation_split, 0))
     else:
-        rows = list(read_documents(source, "evaluation"))
+        rows = list(read_documents(source, "evaluation", render=chat_render(tokenizer)))
     ids = tokenizer("\n\n".join(rows), verbose=False)["input_ids"]
     windows = list(cut_windows([ids], seq_len, None))
     if not windows:
@@ -208,7 +219,7 @@ def training_windows(
     recipe = _Recipe(tokenizer, seq_len, seed, exclude)
     parts = []
     for source, share in _shares(names, samples):
-        training = read_documents(source, "train", seed)
+        training = read_documents(source, "train", seed, chat_render(tokenizer))
         documents = (text for text in training if is_for_stopping(text) == stopping)
         parts.append(_draw(documents, source, share, recipe))
     if not any(part.rows for part in parts):
