@@ -5,8 +5,11 @@ says of it (`SUMMARY`, `DESCRIPTION`, `EPILOG`), and `run`.
 """
 
 import argparse
+import io
 import os
+import signal
 import sys
+import threading
 from types import ModuleType
 
 from sp3llm import __version__
@@ -47,6 +50,8 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     `argv` is what was typed, without the program's name (None: `sys.argv`); `prefix` goes before
     it. Of several processes the first one speaks; another one does where it fails by itself.
     """
+    _check_system(os.name)
+    _print_what_the_terminal_can()
     arguments = [*(prefix or []), *(sys.argv[1:] if argv is None else argv)]
     given = vars(parser().parse_args(arguments))
     module = _module_of(given.pop("command"))
@@ -57,6 +62,8 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
         if rank == 0:
             print(f"sp3llm: {error}", file=sys.stderr)
         sys.exit(2)
+    if threading.current_thread() is threading.main_thread():  # no other may
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         module.run(settings)
     except UserError as error:
@@ -64,11 +71,42 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
             where = f" (process {rank})" if rank else ""
             print(f"sp3llm{where}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        ended = isinstance(stop, _Terminated)
         goes_on = module in (compress, recover)
         after = "the same command continues where it was" if goes_on else "start anew"
-        print(f"sp3llm: interrupted; {after}.", file=sys.stderr)
-        sys.exit(130)
+        if rank == 0:
+            word = "terminated" if ended else "interrupted"
+            print(f"sp3llm: {word}; {after}.", file=sys.stderr)
+        sys.exit(128 + (signal.SIGTERM if ended else signal.SIGINT))
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers and shutdowns send it: the end of the run, like Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _check_system(name: str) -> None:
+    """Exit with one sentence where file locks and the like are not POSIX's."""
+    if name != "posix":
+        print(
+            f"sp3llm: expected Linux, macOS or another POSIX system, found '{name}': on Windows "
+            "run it in WSL.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def _print_what_the_terminal_can() -> None:
+    """Let characters that an output cannot encode, such as ± in ASCII, come out as others: they are
+    no reason to fail after hours of work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _module_of(command: str) -> ModuleType:

@@ -20,16 +20,6 @@ def human_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def human_time(seconds: float) -> str:
-    """`42 s`, `3 min 5 s`, `2 h 10 min`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-
-
 def human_count(count: int) -> str:
     """`7.9 M`: three digits, in thousands, millions or billions."""
     for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -6,7 +6,7 @@ from typing import Any
 
 from sp3llm.models import families
 from sp3llm.models.source import read_config
-from sp3llm.reporting.formatting import human_bytes, human_count, human_time, plain
+from sp3llm.reporting.formatting import human_bytes, human_count, plain
 from sp3llm.reporting.layers import layer_plots
 from sp3llm.reporting.plots import parts_plot, spectrum_plot
 from sp3llm.reporting.record import Record, Trial
@@ -19,6 +19,7 @@ from sp3llm.reporting.tables import (
     speed_rows,
     what_was_done,
 )
+from sp3llm.runtime.progress import human_time
 
 PAGE = "report.html"
 # Enough of a hash to tell texts apart by eye.

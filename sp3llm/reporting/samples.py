@@ -153,13 +153,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_memory(weight_bytes: int, execution: "torch.device") -> None:
-    import psutil
     import torch
 
     from sp3llm.reporting.formatting import human_bytes
+    from sp3llm.runtime.memory import host_memory
 
     needed = _MEMORY_MARGIN * weight_bytes
-    free = psutil.virtual_memory().available
+    free = host_memory({})
     if execution.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(execution)[0]

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 from rich.text import Text
 
-from sp3llm.reporting.formatting import cell, figure, human_bytes, human_time
+from sp3llm.reporting.formatting import cell, figure, human_bytes
 from sp3llm.reporting.plans import changed_sizes
 from sp3llm.reporting.record import QuantizationEntry, Record, RecoveryEntry, TextSet
+from sp3llm.runtime.progress import human_time
 
 
 @dataclass(frozen=True)

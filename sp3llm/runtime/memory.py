@@ -63,16 +63,27 @@ def gpu_memory(device: torch.device, max_memory: Mapping[str, int]) -> int:
     return min(free, max_memory.get(str(device.index or 0), free))
 
 
+# What a control group may take and what it has taken, in both versions of the kernel's interface.
+_CONTROL_GROUPS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+_CONTROL_GROUP_ROOT = Path("/sys/fs/cgroup")
+
+
 def host_memory(max_memory: Mapping[str, int]) -> int:
-    """Memory that can be had without swapping, by what the kernel and the control group say."""
+    """Memory that can be had without swapping, by what the kernel and the control group say: of the
+    latter what is left, not what it may have in all.
+    """
     import psutil
 
     free = psutil.virtual_memory().available
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for most, taken in _CONTROL_GROUPS:
         try:
-            free = min(free, int(Path(limit).read_text()))
+            limit, used = (int((_CONTROL_GROUP_ROOT / f).read_text()) for f in (most, taken))
         except (OSError, ValueError):  # no such group, or no limit
             continue
+        free = min(free, max(0, limit - used))
     return min(free, max_memory.get("cpu", free))
 
 
