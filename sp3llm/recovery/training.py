@@ -115,6 +115,26 @@ def _loss(setup: TrainingSetup, rows: "Tensor") -> "Tensor":
     return loss
 
 
+def _held_out_loss(setup: TrainingSetup, rows: "Tensor") -> float:
+    """Mean loss on the windows numbered in `rows`, over all processes.
+
+    All processes call the model equally often, as its wrappers want, which synchronise buffers or
+    weights in every call: one without windows that are left runs the first again, for nothing.
+    """
+    import torch
+
+    accelerator, at_once = setup.run.accelerator, setup.run.micro_batch
+    own = rows[accelerator.process_index :: accelerator.num_processes]
+    most = -(-len(rows) // accelerator.num_processes)
+    total = torch.zeros((), device=accelerator.device)
+    with torch.no_grad():
+        for start in range(0, most, at_once):
+            some = own[start : start + at_once]
+            loss = _loss(setup, some if len(some) else rows[:1])
+            total += len(some) * loss
+    return accelerator.reduce(total, "sum").item() / len(rows)
+
+
 def _check(setup: TrainingSetup, state: "State", recent: "list[Tensor]") -> None:
     """Take the held-out loss, keep the weights if they are the best so far, decide to stop.
 
@@ -126,12 +146,7 @@ def _check(setup: TrainingSetup, state: "State", recent: "list[Tensor]") -> None
 
     settings, accelerator = setup.run.settings, setup.run.accelerator
     rows = torch.arange(setup.training, len(setup.tokens))
-    mine = rows[accelerator.process_index :: accelerator.num_processes]
-    total = torch.zeros((), device=accelerator.device)
-    with torch.no_grad():
-        for some in mine.split(setup.run.micro_batch) if len(mine) else ():
-            total += len(some) * _loss(setup, some)
-    loss = accelerator.reduce(total, "sum").item() / len(rows)
+    loss = _held_out_loss(setup, rows)
     values = {"held_out_loss": loss}
     if recent:
         mean = accelerator.reduce(torch.stack(recent).mean(), "mean").item()

@@ -238,22 +238,51 @@ def test_a_run_can_be_followed(run, tmp_path):
     assert list((tmp_path / "out.logs").rglob("events.*"))
 
 
-def test_two_processes_train_what_one_does_with_twice_as_many_windows(run, pairs, texts, tmp_path):
-    run(out="one", steps=3, lr=3e-3)
+def in_two_processes(pairs, texts, out, **options):
+    """`sp3llm recover` under torchrun; the finished process."""
     dense, small = pairs("llama")
-    words = ["--out", tmp_path / "two", "--train", texts["train"], "--eval-text"]
-    words += [texts["eval_text"], "--steps", 3, "--batch", 4, "--micro-batch", 2, "--seq-len", 16]
-    words += ["--stop-windows", 4, "--eval-samples", 2, "--lr", 3e-3, "--warmup", 0]
-    words += ["--check-every", 2, "--checkpoint-every", 2, "--device", "cpu", "--lm-weight", 0.1]
+    words = ["--out", out, "--train", texts["train"], "--eval-text", texts["eval_text"]]
+    settings = {
+        "batch": 4,
+        "micro-batch": 2,
+        "seq-len": 16,
+        "eval-samples": 2,
+        "lr": 3e-3,
+        "warmup": 0,
+        "check-every": 2,
+        "checkpoint-every": 2,
+        "device": "cpu",
+        **options,
+    }
+    for name, value in settings.items():
+        words += [f"--{name}", value]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "sp3llm.recover"]
     launch += [str(small), "--teacher", str(dense), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        launch, capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "two" / RECORD).read_text())["recoveries"][-1]
+    return json.loads((out / RECORD).read_text())["recoveries"][-1]
+
+
+def test_two_processes_train_what_one_does_with_twice_as_many_windows(run, pairs, texts, tmp_path):
+    run(out="one", steps=3, lr=3e-3)
+    _, small = pairs("llama")
+    options = {"steps": 3, "stop-windows": 4, "lm-weight": 0.1}
+    record = in_two_processes(pairs, texts, tmp_path / "two", **options)
     assert record["processes"] == 2
     assert_moved_alike(weights(small), weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("stop_windows", [1, 3])
+def test_windows_that_do_not_divide_among_processes_hang_none(stop_windows, pairs, texts, tmp_path):
+    """A process without a window to be judged on takes part in every reduction all the same."""
+    options = {"steps": 2, "stop-windows": stop_windows, "micro-batch": 1}
+    record = in_two_processes(pairs, texts, tmp_path / "out", **options)
+    assert record["stopping"]["samples"] == stop_windows
+    assert len(record["held_out_losses"]) == 2
 
 
 @pytest.mark.parametrize("windows", [5, 16])
