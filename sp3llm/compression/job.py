@@ -90,8 +90,6 @@ class Job:
 
 def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
     """Find the model and everything that could be wrong, before any work."""
-    import torch
-
     from sp3llm.compression.refitter import held_back_from
     from sp3llm.evaluation.harness import check_scoring
     from sp3llm.models import families
@@ -101,10 +99,12 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     from sp3llm.models.stock import empty_model
     from sp3llm.planning.candidates import candidates
     from sp3llm.planning.limits import limits_of, plan_of
+    from sp3llm.planning.needs import Workload, needs_of
+    from sp3llm.planning.windows import window_length
     from sp3llm.quantization.story import check_before
     from sp3llm.reporting.formatting import human_bytes
-    from sp3llm.runtime.devices import idle_gpus_line, resolve_execution
-    from sp3llm.runtime.folders import check_disk, check_output, held_by_run
+    from sp3llm.runtime.devices import arithmetic_of, idle_gpus_line, resolve_execution
+    from sp3llm.runtime.folders import check_disk, check_not_input, check_output, held_by_run
     from sp3llm.runtime.memory import memory_limits
     from sp3llm.runtime.placement import free_memory
 
@@ -133,6 +133,7 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
 
     out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
     check_output(out)
+    check_not_input(out, folder, "the model that is compressed")
     if settings.refit:
         held_back_from(settings.samples)
     if not learned and len(shapes) > 1 and settings.samples < _FEWEST_TRIAL_WINDOWS:
@@ -142,11 +143,16 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
             "--allocate width, --tie keep and, for OPT, --head-dim."
         )
     largest = max(plan_of(family, dense.config, limits, shape).parameters for shape in shapes)
-    check_disk(out, largest * dtype.itemsize - held_by_run(out))
-    max_memory = memory_limits(settings.max_memory)
-    execution = resolve_execution(
-        device, torch.promote_types(dense_dtype, dtype), ranks, max_memory
+    workload = Workload(
+        settings.samples,
+        settings.eval_samples,
+        window_length(family, dense.config, settings.seq_len),
+        dense_dtype.itemsize,
     )
+    kept = needs_of(family, dense.config, shapes[0], workload).kept
+    check_disk(out, largest * dtype.itemsize + kept - held_by_run(out))
+    max_memory = memory_limits(settings.max_memory)
+    execution = resolve_execution(device, arithmetic_of(dense_dtype, dtype), ranks, max_memory)
     # Refuses a config that transformers rejects, before any work.
     empty_model(dense.config, objective_of(family.architecture))
     if learned:

@@ -79,7 +79,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
 
     ranks.from_first(look)  # it may download; the others then find everything there
     job = job or prepare(settings, ranks, device, console)
-    out = Path(os.path.abspath(job.out))  # where `.` is when it has been replaced
+    out = Path(os.path.realpath(job.out))  # where `.` is when it has been replaced
     result = None
     if ranks.from_first(lambda: is_being_recovered(job)):
         console.print(f"'{job.out}' is compressed; going on with its recovery.", markup=False)
@@ -169,7 +169,7 @@ def run_stages(
         fits=fits,
         eigenvalues=eigenvalues,
         energy_kept=energy,
-        dense_bytes=plan.dense_parameters * job.dense_dtype.itemsize,
+        dense_bytes=dense.stored_bytes(families.parameter_shapes(family, dense.config)),
         weight_bytes=plan.parameters * job.dtype.itemsize,
         calibration=calibration,
         evaluation=evaluation,
@@ -194,7 +194,7 @@ def run_stages(
         write_record(model, record)
         write_card(model, record, job.folder)
         write_basis(model, projection.writes())
-        write_json(model / "config.json", small_config)
+        write_json(model / "config.json", small_config, allow_nan=True)
     return result, record
 
 

@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import json
+import math
 import os
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor
 from sp3llm.errors import UserError, reason
 from sp3llm.models import families
 from sp3llm.models.families import Family, is_tied, parameter_shapes
-from sp3llm.models.source import read_config
+from sp3llm.models.source import ADAPTER, adapter_base, read_config
 from sp3llm.runtime.files import file_hash
 
 # What bitsandbytes, GPTQ, AWQ, compressed-tensors and float8 checkpoints keep beside or in place of
@@ -27,6 +29,14 @@ _QUANTIZED = (
     *(".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".scales", ".g_idx"),
     *(".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_format"),
 )
+
+# The dtypes that weights may have, as safetensors calls them.
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 # Weights of so many bytes are hashed whole, which takes seconds; more would take minutes.
 _HASHED_WHOLE = 4 * 10**9
@@ -47,6 +57,8 @@ class Checkpoint:
     """Tensor name to the shard that holds it."""
     stored: Mapping[str, str] = field(default_factory=dict)
     """Tensor name to its name in the shard, where the two differ."""
+    promised: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that an index names and their shard does not hold, with that shard's name."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors, on the CPU and in their own dtype.
@@ -65,12 +77,23 @@ class Checkpoint:
         return tensors
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the checkpoint's weights: that of its first matrix."""
+        """The dtype that most of the checkpoint's parameters have."""
+        counts: Counter[str] = Counter()
         for name, path in self.files.items():
-            tensor = _read_tensor(path, self.stored.get(name, name))
-            if tensor.ndim == 2:
-                return tensor.dtype
-        raise UserError(f"'{self.folder}' holds no matrix: expected a model's weights.")
+            shape, dtype = _shape_and_dtype(path, self.stored.get(name, name))
+            counts[dtype] += math.prod(shape)
+        for dtype, _ in counts.most_common():
+            if dtype in _FLOATS:
+                return _FLOATS[dtype]
+        raise UserError(f"'{self.folder}' holds no weights: expected a model's.")
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """Bytes that tensors take on disk, each in its own dtype."""
+        total = 0
+        for name in names:
+            shape, dtype = _shape_and_dtype(self.files[name], self.stored.get(name, name))
+            total += math.prod(shape) * _FLOATS[dtype].itemsize
+        return total
 
 
 def open_model(folder: Path) -> tuple[Checkpoint, Family]:
@@ -79,10 +102,37 @@ def open_model(folder: Path) -> tuple[Checkpoint, Family]:
     Raises UserError if the family is not supported, a file is missing or damaged, or the tensors
     are not those that `config.json` asks for.
     """
-    family = families.family_of(read_config(folder))
-    checkpoint = with_prefix(open_checkpoint(folder), family)
+    config = read_config(folder)
+    _check_no_adapter(folder)
+    _check_left_over_quantization(folder, config)
+    family = families.family_of(config)
+    checkpoint = with_tied_table(with_prefix(open_checkpoint(folder), family), family)
     check_tensors(checkpoint, family)
     return checkpoint, family
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """Raise UserError for a folder that transformers would load an adapter from."""
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"Expected a whole model in '{folder}', found an adapter for {adapter_base(folder)} "
+            f"({ADAPTER}): merge it first (`merge_and_unload` and `save_pretrained` of peft), and "
+            "name the merged model."
+        )
+
+
+def _check_left_over_quantization(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise UserError where a config says quantized, and no tensor is."""
+    if not config.get("quantization_config"):
+        return
+    files, _ = _locate_tensors(folder, config)
+    dtypes = {_shape_and_dtype(path, name)[1] for name, path in files.items()}
+    if dtypes <= set(_FLOATS) and not any(name.endswith(_QUANTIZED) for name in files):
+        raise UserError(
+            f"Expected quantized weights in '{folder}', as the quantization_config of its "
+            "config.json says, found floating-point ones, such as a merged adapter leaves: take "
+            "quantization_config out of config.json."
+        )
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -90,32 +140,46 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises UserError if one is missing, or a shard is missing or damaged.
     """
-    return Checkpoint(folder, read_config(folder), _locate_tensors(folder))
+    config = read_config(folder)
+    files, promised = _locate_tensors(folder, config)
+    return Checkpoint(folder, config, files, promised=promised)
 
 
-def _locate_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name to the shard that holds it, safetensors before `.bin`."""
-    for index, single in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
-        if (folder / index).is_file():
-            weight_map = _weight_map(folder / index)
-            shards = {
-                shard: set(_shard_names(folder / shard)) for shard in set(weight_map.values())
-            }
-            for name, shard in weight_map.items():
-                if name not in shards[shard]:
-                    raise UserError(
-                        f"Expected tensor '{name}' in shard '{shard}', as {index} says, found "
-                        "none: get an undamaged copy of the checkpoint."
-                    )
-            return {name: folder / shard for name, shard in weight_map.items()}
-        if (folder / single).is_file():
-            return dict.fromkeys(_shard_names(folder / single), folder / single)
+# Where transformers looks for weights, in its order: a whole file goes before an index, and
+# safetensors before `.bin`.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def _locate_tensors(
+    folder: Path, config: Mapping[str, Any]
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Tensor name to the file that holds it, of the files that transformers would load; and the
+    tensors that an index promises and no shard holds, with the name of theirs.
+
+    All tensors of the shards count, as they do there, not only those that the index names.
+    """
+    named = config.get("transformers_weights")
+    for candidate in (named,) if named else _WEIGHTS:
+        path = folder / candidate
+        if not path.is_file():
+            continue
+        if path.suffix != ".json":
+            return dict.fromkeys(_shard_names(path), path), {}
+        weight_map = _weight_map(path)
+        files = {
+            name: folder / shard
+            for shard in sorted(set(weight_map.values()))
+            for name in _shard_names(folder / shard)
+        }
+        return files, {name: shard for name, shard in weight_map.items() if name not in files}
     raise UserError(
-        f"Expected weights in '{folder}' (model.safetensors, pytorch_model.bin, or shards with an "
-        "index), found none: name a folder that holds the model's weights."
+        f"Expected weights in '{folder}' ({named or 'model.safetensors, pytorch_model.bin'}, or "
+        "shards with an index), found none: name a folder that holds the model's weights."
     )
 
 
@@ -204,6 +268,30 @@ def with_prefix(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     return replace(checkpoint, files=files, stored=named)
 
 
+def with_tied_table(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint with a tied table under the name of the embeddings, where it was saved under
+    the head's alone.
+
+    Raises UserError where both are there and differ: transformers then keeps them apart, whatever
+    `config.json` says.
+    """
+    head, embedding = f"{family.head}.weight", family.embedding
+    if not is_tied(family, checkpoint.config) or head not in checkpoint.files:
+        return checkpoint
+    if embedding not in checkpoint.files:
+        files = {**checkpoint.files, embedding: checkpoint.files[head]}
+        stored = {**checkpoint.stored, embedding: checkpoint.stored.get(head, head)}
+        return replace(checkpoint, files=files, stored=stored)
+    tables = checkpoint.read([head, embedding])
+    if not torch.equal(tables[head], tables[embedding]):
+        raise UserError(
+            f"Expected '{head}' to be the table of '{embedding}', as tie_word_embeddings in "
+            f"config.json says, found another in '{checkpoint.folder}': set tie_word_embeddings to "
+            "false, which keeps both, or take the head out of the weights."
+        )
+    return checkpoint
+
+
 def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
     """Compare the names, shapes and dtypes on disk with what the family's table predicts.
 
@@ -225,6 +313,11 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
                 "another."
             )
     for name, shape in expected.items():
+        if name in checkpoint.promised:
+            raise UserError(
+                f"Expected tensor '{name}' in shard '{checkpoint.promised[name]}', as the index "
+                "says, found none: get an undamaged copy of the checkpoint."
+            )
         if name not in checkpoint.files:
             raise UserError(
                 f"Expected tensor '{name}', which config.json asks for, found none in "
@@ -232,7 +325,13 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
             )
         stored = checkpoint.stored.get(name, name)
         stored_shape, dtype = _shape_and_dtype(checkpoint.files[name], stored)
-        if dtype not in ("F64", "F32", "F16", "BF16"):
+        if 0 in stored_shape:
+            raise UserError(
+                f"Expected tensor '{name}' of shape {shape}, found an empty one, such as DeepSpeed "
+                "ZeRO-3 leaves in place of partitioned weights: gather them first (zero_to_fp32.py "
+                "beside the checkpoint does), and name the whole model."
+            )
+        if dtype not in _FLOATS:
             raise UserError(
                 f"Expected tensor '{name}' in float32, float16 or bfloat16, found {dtype}: "
                 "the checkpoint is quantized; load the unquantized one it was made from."
@@ -248,8 +347,7 @@ def _shape_and_dtype(shard: Path, name: str) -> tuple[tuple[int, ...], str]:
     """Shape of a tensor and safetensors' name of its dtype; of other dtypes torch's."""
     if shard.suffix == ".bin":
         tensor = _load_bin(shard)[name]
-        names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
-        names[torch.bfloat16] = "BF16"
+        names = {dtype: name for name, dtype in _FLOATS.items()}
         return tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype))
     with safe_open(shard, framework="pt") as file:
         view = file.get_slice(name)

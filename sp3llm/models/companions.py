@@ -1,26 +1,43 @@
 """What goes along with the weights: tokenizer, chat templates, generation config."""
 
+import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
-from sp3llm.runtime.folders import RECORD
-
-# Not weights of the model: training state, and formats of other tools.
-_NOT_CARRIED = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json", ".md", ".h5")
-_CARRIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_NEVER_CARRIED = ("config.json", RECORD, "trainer_state.json", "training_args.json")
+# What the stock classes read beside weights and config. Everything else in a folder is somebody
+# else's: training state, scores, adapters, what other tools keep of weights in other formats.
+_CARRIED = (
+    *("tokenizer*.json", "tokenizer.model*", "*.model", "*.tiktoken", "tekken.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab*.json", "vocab*.txt", "merges.txt"),
+    *("generation_config.json", "chat_template*", "*.jinja", "*processor_config.json"),
+)
+_TEMPLATE_FOLDERS = ("chat_templates", "additional_chat_templates")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat templates and generation config as they are; return their names."""
+    """Copy tokenizer, chat templates and generation config as they are; return their names.
+
+    Of a tokenizer's config the mention of code that is not carried along is left out.
+    """
     copied = []
     for path in sorted(source.iterdir()):
-        carried = path.suffix in _CARRIED and not path.name.endswith(_NOT_CARRIED)
-        if path.is_file() and carried and path.name not in _NEVER_CARRIED:
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _CARRIED):
             shutil.copyfile(path, target / path.name)
             copied.append(path.name)
-    for folder in ("chat_templates", "additional_chat_templates"):
+    if _TOKENIZER_CONFIG in copied:
+        _without_code(target / _TOKENIZER_CONFIG)
+    for folder in _TEMPLATE_FOLDERS:
         if (source / folder).is_dir():
             shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
             copied.append(folder)
     return copied
+
+
+def _without_code(path: Path) -> None:
+    """Take `auto_map` out of a tokenizer's config, whose stock class has served."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config, dict) and config.pop("auto_map", None) is not None:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")

@@ -111,11 +111,15 @@ def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> d
 
     The file is carried over key by key rather than written anew, so that RoPE scaling, sliding
     windows and whatever else a tool reads there stay as their author wrote them. Sizes that the
-    class would derive from the width where they are not stated are always stated.
+    class would derive from the width where they are not stated are always stated. The stock class
+    is named as transformers spells it, and `auto_map`, which names code that is not carried along,
+    goes: the stock class needs none.
     """
     dense = asdict(Shape.of(family, config))
     derived = ("head_dim", "word_embed_proj_dim")
-    resized = dict(config)
+    resized = {key: value for key, value in config.items() if key != "auto_map"}
+    if "architectures" in config:
+        resized["architectures"] = [family.architecture]
     for name, size in asdict(shape).items():
         key = family.keys.get(name, name)
         stated = size != dense[name] or (name in derived and size is not None)

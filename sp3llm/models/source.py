@@ -7,6 +7,7 @@ from typing import Any
 from sp3llm.errors import UserError, reason
 
 BUNDLED = "bundled/llama-8m"
+ADAPTER = "adapter_config.json"
 
 # Repositories in Meta's own format, and the Hugging Face twin of each.
 _HF_TWINS = {
@@ -14,8 +15,10 @@ _HF_TWINS = {
     for size in ("7b", "13b", "70b")
     for chat in ("", "-chat")
 }
+# Of subfolders (checkpoints of training, other precisions, adapters) only chat templates are read.
+_WEIGHT_FOLDER_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.tiktoken")
 # The same weights in another format, beside those that are read.
-_NOT_FETCHED = ["consolidated*", "original/*"]
+_NOT_FETCHED = ["consolidated*", *(f"*/{pattern}" for pattern in _WEIGHT_FOLDER_FILES)]
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 
 
@@ -74,7 +77,7 @@ def _download(model: str) -> Path:
         folder = Path(
             snapshot_download(model, allow_patterns=_HUB_PATTERNS, ignore_patterns=_NOT_FETCHED)
         )
-        has_weights = any(folder.glob("*.safetensors"))
+        has_weights = any(folder.glob("model*.safetensors"))
         if (folder / "config.json").exists() and not has_weights:
             folder = Path(snapshot_download(model, allow_patterns=[*_HUB_PATTERNS, "*.bin"]))
     except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
@@ -101,6 +104,15 @@ def resolve_config(model: str | None) -> tuple[dict[str, Any], str, str | None]:
     return read_config(path.parent), name, note
 
 
+def adapter_base(folder: Path) -> str:
+    """What the adapter in a folder was trained on, to show."""
+    try:
+        settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        return f"'{settings['base_model_name_or_path']}'"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a model that it does not name"
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a model folder.
 
@@ -108,6 +120,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / ADAPTER).is_file():
+            raise UserError(
+                f"'{folder}' holds an adapter for {adapter_base(folder)}, and no model: merge it "
+                "first (`merge_and_unload` and `save_pretrained` of peft), and name the merged one."
+            )
         if (folder / "params.json").exists() or any(folder.glob("consolidated.*")):
             raise UserError(
                 f"'{folder}' is in Meta's own format (params.json, consolidated.*.pth): name the "

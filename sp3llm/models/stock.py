@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def empty_model(config: Mapping[str, Any], objective: Objective) -> nn.Module:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        # Of a copy: config classes write into the nested entries that they are given.
+        stock = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
         stock.use_cache = False
         stock.output_router_logits = False  # a loss for training, from layers that do not run here
         with init_empty_weights(include_buffers=False), no_init_weights():

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def load_quantized(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = {**model.checkpoint.config, "quantization_config": dict(stock)}
-    parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    parsed = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))
     with _told(folder):
         quantized = (
             model.objective()

@@ -89,12 +89,10 @@ def quantize(settings: QuantizeConfig, console: "Console") -> Record:
     Returns the record written.
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
-    import torch
-
     from sp3llm.quantization.bits import check_installed, check_widths
     from sp3llm.reporting.origins import held_out_tokens
     from sp3llm.reporting.quantization import closing_table, next_steps
-    from sp3llm.runtime.devices import resolve_execution
+    from sp3llm.runtime.devices import arithmetic_of, resolve_execution
     from sp3llm.runtime.folders import output_folder
     from sp3llm.runtime.progress import progress_bars
 
@@ -102,7 +100,7 @@ def quantize(settings: QuantizeConfig, console: "Console") -> Record:
     started = time.monotonic()
     check_installed(f"--to {settings.to}", "leave the model as it is")
     small, dense, record = _pair(settings, console)
-    dtype = torch.promote_types(small.checkpoint.dtype(), dense.checkpoint.dtype())
+    dtype = arithmetic_of(dense.checkpoint.dtype(), small.checkpoint.dtype())
     execution = resolve_execution(settings.device, dtype)
     if execution.device.type == "cpu":
         check_widths(settings.to, small.linear(), f"'{small.name}'")
@@ -130,7 +128,7 @@ def quantize(settings: QuantizeConfig, console: "Console") -> Record:
 
 def quantized_folder(folder: Path, to: str) -> Path:
     """Where the quantized model goes if nobody says: beside the other."""
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     return folder.with_name(f"{folder.name}-{to}")
 
 
@@ -398,4 +396,4 @@ def _finish(
         shutil.copyfile(small.checkpoint.folder / "README.md", folder / "README.md")
     write_card(folder, record, dense.checkpoint.folder)
     config = {**small.checkpoint.config, "quantization_config": dict(stock)}
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config, allow_nan=True)

@@ -57,7 +57,7 @@ class State:
 
 def work_folder(out: Path) -> Path:
     """Where the checkpoints of a run wait until its output stands."""
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     return out.with_name(f"{out.name}.recover")
 
 

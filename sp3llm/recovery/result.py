@@ -96,10 +96,8 @@ def measure_three(
     """Losses of the recovered model, the one before and the dense one, `(windows, tokens - 1)`
     each, float64, in nats, on the held-out windows.
     """
-    import torch
-
     from sp3llm.evaluation.perplexity import measure_losses
-    from sp3llm.runtime.devices import resolve_execution
+    from sp3llm.runtime.devices import arithmetic_of, resolve_execution
 
     tokens = texts.evaluation.tokens
     losses = []
@@ -108,7 +106,7 @@ def measure_three(
         (pair.small, pair.family),
         (pair.dense, pair.dense_family),
     ):
-        dtype = torch.promote_types(pair.dense.dtype(), checkpoint.dtype())
+        dtype = arithmetic_of(pair.dense.dtype(), checkpoint.dtype())
         execution = resolve_execution(device, dtype)
         losses.append(measure_losses(checkpoint, family, tokens, execution, progress))
     return tuple(losses)
@@ -139,7 +137,7 @@ def write_result(
         record = without_measurements(record)
     write_record(folder, replace(record, recoveries=(*record.recoveries, entry)))
     (folder / "README.md").write_text(_card(pair, entry), encoding="utf-8")
-    write_json(folder / "config.json", dict(pair.small.config))
+    write_json(folder / "config.json", dict(pair.small.config), allow_nan=True)
     return entry
 
 

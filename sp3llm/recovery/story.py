@@ -90,13 +90,14 @@ def _prepare(settings: RecoverConfig, console: "Console") -> "tuple[Run, Console
     from sp3llm.planning.recovery_needs import micro_batch_of
     from sp3llm.recovery.checkpoints import work_folder
     from sp3llm.recovery.engine import engine
-    from sp3llm.runtime.folders import check_disk, check_output
+    from sp3llm.runtime.folders import check_disk, check_not_input, check_output
     from sp3llm.runtime.processes import Ranks
 
     pair = open_pair(settings, console)
     out = settings.out or Path(f"{Path(pair.name).name}-recovered")
     settings = replace(settings, out=out)
     check_output(out)
+    check_not_input(out, pair.dense.folder, "the teacher")
     check_disk(out, disk_bytes(settings, pair))
     accelerator = engine(settings, out.with_name(out.name + ".logs"))
     ranks = Ranks(accelerator.process_index, accelerator.num_processes)

@@ -62,6 +62,15 @@ class Execution:
         return torch.empty(shape, dtype=dtype, device=device)
 
 
+def arithmetic_of(dense: torch.dtype, small: torch.dtype) -> torch.dtype:
+    """The dtype that both the dense model and the export are computed in on an accelerator: the
+    wider of the two; of float16 and bfloat16, which torch would promote to float32, bfloat16.
+    """
+    if {dense, small} == {torch.float16, torch.bfloat16}:
+        return torch.bfloat16
+    return torch.promote_types(dense, small)
+
+
 def resolve_execution(
     device: str,
     dtype: torch.dtype,

@@ -27,9 +27,13 @@ _DTYPES = {
 }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, indented, with a closing newline."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+def write_json(path: Path, value: Any, allow_nan: bool = False) -> None:
+    """Write JSON, indented, with a closing newline.
+
+    With `allow_nan` infinities are written as Python and transformers write and read them, which
+    JSON itself does not know.
+    """
+    path.write_text(json.dumps(value, indent=2, allow_nan=allow_nan) + "\n", encoding="utf-8")
 
 
 def flush(path: Path) -> None:

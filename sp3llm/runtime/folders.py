@@ -43,7 +43,7 @@ def output_folder(out: Path, say: Callable[[str], None] = print) -> Iterator[Pat
 
     Raises UserError if `out` exists and is not ours, or another run is writing it.
     """
-    final = Path(os.path.abspath(out))  # `.` is another folder when it has been replaced
+    final = Path(os.path.realpath(out))  # `.` is another folder when it has been replaced
     with _working_folder(out, say) as partial:
         empty_folder(partial)
         try:
@@ -98,7 +98,7 @@ def run_folder(
 def _working_folder(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """`out` + `.partial`, locked for the duration of the block."""
     check_output(out)
-    out = Path(os.path.abspath(out))  # `.` and `..` have no name to add to
+    out = Path(os.path.realpath(out))  # `.` and `..` have no name to add to
     partial = _partial(out)
     for beside in (partial, _earlier(out)):
         if beside.is_dir() and any(beside.iterdir()) and not _is_ours(beside):
@@ -127,7 +127,7 @@ def _full_output_told(partial: Path) -> contextlib.AbstractContextManager[None]:
 
 def _replace_folder(partial: Path, out: Path) -> None:
     """Give `partial` the name `out`; an earlier result goes only when the new one stands."""
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     earlier = _earlier(out)
     if out.is_dir() and any(out.iterdir()):
         shutil.rmtree(earlier, ignore_errors=True)
@@ -245,6 +245,16 @@ def remove_folder(folder: Path) -> None:
 # --------------------------------------------------------------------------- before any work
 
 
+def check_not_input(out: Path, folder: Path, what: str) -> None:
+    """Raise UserError if writing `out` would replace `folder`, which is `what` says it is."""
+    target, source = Path(os.path.realpath(out)), Path(os.path.realpath(folder))
+    if target in (source, *source.parents):
+        raise UserError(
+            f"Expected another folder for --out than that of {what} or one around it, found "
+            f"'{out}', which would be replaced: choose another."
+        )
+
+
 def check_output(out: Path) -> None:
     """Raise UserError if `out` exists and is neither empty nor an earlier result of sp3llm."""
     if out.is_dir() and os.path.ismount(out):
@@ -268,12 +278,14 @@ def _is_ours(folder: Path) -> bool:
 
 def held_by_run(out: Path) -> int:
     """Bytes that a run of the same `--out` has on the disk already."""
-    partial = _partial(Path(os.path.abspath(out)))
+    partial = _partial(Path(os.path.realpath(out)))
     return sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
 
 
 def check_disk(out: Path, weight_bytes: int) -> None:
-    """Raise UserError if the disk of `out` has no room for weights of so many bytes."""
+    """Raise UserError if the disk of `out` has no room for so many bytes, of the weights and of
+    what a run keeps until it is done.
+    """
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent

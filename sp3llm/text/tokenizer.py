@@ -1,5 +1,6 @@
 """The tokenizer of a model folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,27 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
+        if _has_own_code(folder):
+            raise UserError(
+                f"Expected a tokenizer of transformers' own classes in '{folder}', found one with "
+                "code of its own (auto_map in tokenizer_config.json), which is not run: save it "
+                "as a PreTrainedTokenizerFast with a tokenizer.json."
+            ) from error
         raise UserError(
             f"Expected a tokenizer in '{folder}', found none that loads "
             f"({type(error).__name__}: {reason(error)}): put the model's tokenizer files there."
         ) from error
+
+
+def _has_own_code(folder: Path) -> bool:
+    """Whether a folder's tokenizer names Python code that is not of transformers."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return "AutoTokenizer" in config.get("auto_map", {})
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def adds_bos(tokenizer: Any) -> bool:

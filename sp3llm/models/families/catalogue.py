@@ -77,7 +77,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     family = FAMILIES[model_type]
     stated = config.get("architectures") or [family.architecture]
     architecture = stated[0] if isinstance(stated, list) else stated
-    if architecture != family.architecture:
+    # The first conversions of Llama spelled it LLaMAForCausalLM; transformers goes by model_type.
+    if str(architecture).lower() != family.architecture.lower():
         raise UserError(
             f"Expected architecture {family.architecture}, found {architecture} in "
             "config.json: choose the causal language model of this family."
@@ -89,6 +90,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
                 f"A {model_type} model with {key} = {json.dumps(present)} cannot be compressed: "
                 f"{why}; choose another model."
             )
+    if "quantization_config" not in config and isinstance(config.get("quantization"), dict):
+        raise UserError(
+            "The checkpoint is in MLX's format, quantized (quantization in config.json), and its "
+            "weights cannot be rotated: load the unquantized checkpoint it was made from, and "
+            "convert the compressed model instead."
+        )
     if config.get("quantization_config"):
         details = config["quantization_config"]
         known = isinstance(details, dict) and details.get("quant_method")
