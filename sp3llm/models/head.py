@@ -22,7 +22,9 @@ from sp3llm.models.stream import LayeredModel, Stream
 def _from_layers_on(model: LayeredModel, piece: Tensor) -> Iterator[None]:
     """Let a forward run from behind the layers only, where the stream is `piece`."""
     module, family = model.module, model.family
-    layers = nn.ModuleList([Injector(piece) for _ in range(module.config.num_hidden_layers)])
+    layers = nn.ModuleList(
+        [Injector(layer, piece) for layer in module.get_submodule(family.layers_module)]
+    )
     before = [
         name.removesuffix(".weight") for name in family.embeddings if name != family.embedding
     ]
@@ -32,8 +34,8 @@ def _from_layers_on(model: LayeredModel, piece: Tensor) -> Iterator[None]:
         for path in before:
             owner, _, attribute = path.rpartition(".")
             if getattr(module.get_submodule(owner), attribute) is not None:
-                nothing = Injector(piece.detach().new_zeros(()))
-                stack.enter_context(replaced(module, path, nothing))
+                stock, zero = module.get_submodule(path), piece.detach().new_zeros(())
+                stack.enter_context(replaced(module, path, Injector(stock, zero)))
         yield
 
 

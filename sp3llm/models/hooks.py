@@ -17,11 +17,29 @@ ValueCounts = dict[str, int | None]
 """By submodule of a layer: the length of the tuple it returns; None: it returns a bare tensor."""
 
 
-class Recorder(nn.Module):
+class _StandIn(nn.Module):
+    """Stands where a stock module stood, and has the attributes that the model asks it for: a
+    release may read `layer.attention_type` before it calls the layer.
+    """
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        # Not a submodule: what is moved or listed here is none of the stock module's.
+        object.__setattr__(self, "_stock", stock)
+
+    def __getattr__(self, name: str) -> Any:
+        """What this module has not, the stock one may."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._stock, name)
+
+
+class Recorder(_StandIn):
     """Stands where a layer stood and keeps what it was called with."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__(stock)
         self.hidden: Tensor | None = None
         self.kwargs: dict[str, Any] = {}
 
@@ -31,16 +49,16 @@ class Recorder(nn.Module):
         return hidden_states
 
 
-class Injector(nn.Module):
-    """Stands where a layer stood and hands on a stream computed elsewhere."""
+class Injector(_StandIn):
+    """Stands where a module stood and hands on what was computed elsewhere."""
 
-    def __init__(self, hidden: Any) -> None:
-        super().__init__()
-        self.hidden = hidden
+    def __init__(self, stock: nn.Module, value: Any) -> None:
+        super().__init__(stock)
+        self.value = value
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """The stream it was made with."""
-        return self.hidden
+        """The value it was made with."""
+        return self.value
 
 
 @contextmanager
@@ -108,7 +126,7 @@ def zeroed_blocks(
         for path, count in zeroed.items():
             zeros = torch.zeros_like(batch)
             whole = zeros if count is None else (zeros, *[None] * (count - 1))
-            stack.enter_context(replaced(layer, path, Injector(whole)))
+            stack.enter_context(replaced(layer, path, Injector(layer.get_submodule(path), whole)))
         yield
 
 

@@ -113,7 +113,7 @@ def open_stream(
     Raises UserError if the embeddings yield NaN or infinity.
     """
     module, family, execution = model.module, model.family, model.execution
-    recorders = [Recorder() for _ in module.get_submodule(family.layers_module)]
+    recorders = [Recorder(layer) for layer in module.get_submodule(family.layers_module)]
     hidden: Tensor | None = None
     calls: dict[int, list[dict[str, Any]]] = {}
     decoder = module.get_submodule(family.layers_module.rpartition(".")[0])
