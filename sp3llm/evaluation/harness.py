@@ -596,4 +596,5 @@ def score_compressed(settings: CompressConfig, out: Path, console: "Console") ->
     except UserError as error:
         raise UserError(f"The model was written to {out}, but not scored. {error}") from error
     if comparison is not None:
-        add_to_record(out, scores=from_json(Scores, comparison.describe()))
+        scores = {"command": command_line(settings), **comparison.describe()}
+        add_to_record(out, scores=from_json(Scores, scores))

@@ -20,7 +20,11 @@ def measured(path: Path, folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         model = str(content["model"])
         entry = (
-            {"scores": from_json(Scores, {"rows": content["rows"]})}
+            {
+                "scores": from_json(
+                    Scores, {"rows": content["rows"], "command": content.get("command")}
+                )
+            }
             if "rows" in content
             else {"speed": tuple(row for cell in content["cells"] for row in _speed_rows(cell))}
         )

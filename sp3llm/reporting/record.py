@@ -157,6 +157,8 @@ class Scores:
     model: str | None = None
     against: str | None = None
     """The model compared with."""
+    command: str | None = None
+    """The one that scored."""
     notes: tuple[str, ...] = ()
     """What was not measured, and why."""
     sha256: Mapping[str, str] = field(default_factory=dict)

@@ -313,6 +313,7 @@ def results_of(folder: Path, model: Path) -> dict:
 def test_scores_land_in_the_record(compressed):
     record = json.loads((compressed / "sp3llm.json").read_text())
     assert "--score" in record["command"]
+    assert record["scores"]["command"] == record["command"]
     rows = {(row["task"], row["metric"]): row for row in record["scores"]["rows"]}
     cloze = rows["few_stdlib_cloze", "acc,none"]
     assert cloze["samples"] == QUESTIONS
