@@ -125,6 +125,7 @@ def write_result(
     """
     from sp3llm.models.basis_file import BASIS
     from sp3llm.models.companions import copy_companions
+    from sp3llm.reporting.card import write_card
     from sp3llm.runtime.files import write_json
 
     small = pair.small.folder
@@ -135,20 +136,30 @@ def write_result(
     record = pair.record or TunedRecord()
     if isinstance(record, Record):
         record = without_measurements(record)
-    write_record(folder, replace(record, recoveries=(*record.recoveries, entry)))
-    (folder / "README.md").write_text(_card(pair, entry), encoding="utf-8")
+    record = replace(record, recoveries=(*record.recoveries, entry))
+    write_record(folder, record)
+    if isinstance(record, Record):
+        write_card(folder, record, small)  # its card carries the licence, its folder the texts
+    else:
+        card = _tuned_card(settings, pair, entry)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     write_json(folder / "config.json", dict(pair.small.config), allow_nan=True)
     return entry
 
 
-def _card(pair: Pair, entry: RecoveryEntry) -> str:
-    """README.md: that of the model before, if sp3llm wrote it, and a section on the recovery."""
+def _tuned_card(settings: RecoverConfig, pair: Pair, entry: RecoveryEntry) -> str:
+    """README.md of a model that sp3llm did not compress: that of before, if sp3llm wrote it, with
+    a section on this recovery too.
+    """
+    from sp3llm.reporting.metadata import carried_metadata, tuned_again
     from sp3llm.reporting.recovery import card_section, tuned_card
 
     card = pair.small.folder / "README.md"
-    if pair.record is None or not card.is_file():
-        return tuned_card(pair.name, entry)
-    return card.read_text(encoding="utf-8") + card_section(entry)
+    if pair.record is not None and card.is_file():
+        text = tuned_again(card.read_text(encoding="utf-8"), pair.name, entry)
+        return text + card_section(entry)
+    base_model = None if Path(settings.model).exists() else pair.name
+    return tuned_card(pair.name, entry, base_model, carried_metadata(pair.small.folder))
 
 
 def _entry(

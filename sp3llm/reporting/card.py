@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sp3llm.reporting import quantization, recovery
+from sp3llm.reporting.metadata import carried_metadata, compressed_metadata
 from sp3llm.reporting.record import Record
 from sp3llm.reporting.tables import (
     markdown_table,
@@ -15,12 +16,8 @@ from sp3llm.reporting.tables import (
     what_was_done,
 )
 
-# Metadata that holds for the compressed model because it holds for the dense one.
-_CARRIED = ("license", "license_name", "license_link", "language")
 # Texts that licences ask to be passed on.
 _LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
-# What a source of text ends in where it is a file and no data set of the hub.
-_FILE_ENDINGS = (".txt", ".jsonl", ".parquet", ".gz")
 
 _USAGE = """\
 ```python
@@ -39,7 +36,7 @@ def write_card(folder: Path, record: Record, dense: Path | None) -> None:
     """
     carried = {}
     for origin in (folder, dense, _cached_card(record.base_model)):
-        carried |= _metadata_of(origin)
+        carried |= carried_metadata(origin)
     for pattern in _LICENCES if dense else ():
         for path in sorted(dense.glob(pattern)):
             if path.is_file():
@@ -55,20 +52,6 @@ def _cached_card(base_model: str | None) -> Path | None:
     return Path(card).parent if isinstance(card, str) else None
 
 
-def _metadata_of(folder: Path | None) -> dict[str, Any]:
-    """What a card in a folder says that holds for the compressed model too."""
-    from huggingface_hub.repocard import metadata_load
-
-    if folder is None or not (folder / "README.md").is_file():
-        return {}
-    try:
-        metadata = metadata_load(folder / "README.md")
-    except ValueError:  # somebody's README that only looks like a card
-        return {}
-    metadata = metadata if isinstance(metadata, dict) else {}
-    return {key: metadata[key] for key in _CARRIED if metadata.get(key)}
-
-
 def model_card(record: Record, carried: dict[str, Any]) -> str:
     """README.md of the compressed model; `carried` is metadata of the dense model's card."""
     sections = (
@@ -82,36 +65,7 @@ def model_card(record: Record, carried: dict[str, Any]) -> str:
         _speed(record),
         _origin(record),
     )
-    return _metadata(record, carried) + "".join(sections)
-
-
-def _metadata(record: Record, carried: dict[str, Any]) -> str:
-    """The YAML that the hub reads, between its rules."""
-    from huggingface_hub import ModelCardData
-
-    metadata = ModelCardData(
-        **carried,
-        base_model=record.base_model,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["sp3llm", "pruned", *(["bitsandbytes"] if record.quantization else [])],
-        datasets=_datasets(record.calibration.sources) or None,
-    )
-    return f"---\n{metadata.to_yaml()}\n---\n"
-
-
-def _datasets(sources: tuple[str, ...]) -> list[str]:
-    """Hub ids of the calibration sets, where they have one."""
-    from sp3llm.text.sources import manifest
-
-    named = manifest()
-    ids = [named[name].dataset if name in named else name for name in sources]
-    return [name.partition(":")[0] for name in ids if name and _is_hub_id(name)]
-
-
-def _is_hub_id(name: str) -> bool:
-    is_path = name.startswith((".", "/")) or name.endswith(_FILE_ENDINGS)
-    return name.count("/") == 1 and not is_path
+    return compressed_metadata(record, carried) + "".join(sections)
 
 
 def _introduction(record: Record, carried: dict[str, Any]) -> str:

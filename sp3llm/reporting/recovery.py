@@ -1,9 +1,11 @@
 """What a recovery tells its user: the closing table, the next steps, a section of the card."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
+from sp3llm.reporting.metadata import tuned_metadata
 from sp3llm.reporting.record import RecoveryEntry
 from sp3llm.reporting.tables import (
     held_out_line,
@@ -57,12 +59,14 @@ paired over {evaluation.samples} windows.
 """
 
 
-def tuned_card(model: str, entry: RecoveryEntry) -> str:
-    """README.md of a tuned model that sp3llm did not compress, and that has no card of its own."""
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- sp3llm\n---\n\n"
-        f"# {model}, recovered\n{card_section(entry)}"
-    )
+def tuned_card(
+    model: str, entry: RecoveryEntry, base_model: str | None, carried: dict[str, Any]
+) -> str:
+    """README.md of a tuned model that sp3llm did not compress; the arguments are those of
+    `metadata.tuned_metadata`.
+    """
+    metadata = tuned_metadata(model, entry, base_model, carried)
+    return f"{metadata}\n# {model}, recovered\n{card_section(entry)}"
 
 
 def _what_was_done(entry: RecoveryEntry) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -331,7 +332,23 @@ def test_output_is_stock_and_nearer_to_the_teacher(variant, lora, run, pairs, tm
     (entry,) = record["recoveries"]
     assert entry["excess_log_perplexity"]["mean"] == result.excess.mean
     assert (out / BASIS).read_bytes() == (small / BASIS).read_bytes()
-    assert "## Recovered" in (out / "README.md").read_text()
+    card = ModelCard.load(out / "README.md")
+    assert "## Recovered" in card.text
+    assert [result.metric_value for result in card.data.eval_results] == [entry["perplexity"]]
+
+
+def test_a_model_that_was_not_compressed_gets_a_card_too(pairs, run, tmp_path):
+    model = shutil.copytree(pairs("llama")[1], tmp_path / "model")
+    (model / RECORD).unlink()
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
+    first = run(model=str(model), steps=2)
+    second = run(model=str(tmp_path / "out"), out="again", steps=2)
+    for folder, result, sections in (("out", first, 1), ("again", second, 2)):
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert card.text.count("## Recovered") == sections
+        assert card.data.license == "mit"
+        assert "base_model" not in card.data.to_dict()  # a folder is no hub id
+        assert [r.metric_value for r in card.data.eval_results] == [result.perplexity]
 
 
 def test_merged_adapters_compute_what_unmerged_ones_did(pairs, run, tmp_path, tokens):
