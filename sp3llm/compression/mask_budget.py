@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sp3llm.maths.gates import Gates, interpolated, unevenness
 from sp3llm.models.families import Family, is_square
-from sp3llm.models.shapes import Shape, cost_of
-from sp3llm.planning.limits import Limits
+from sp3llm.models.served import export_of
+from sp3llm.models.shapes import Shape, cost_of, resized_config
+from sp3llm.planning.limits import Limits, cost_in
 from sp3llm.planning.search import learnable
 
 _UNITS = ("intermediate_size", "num_key_value_heads")
@@ -142,10 +143,13 @@ def budget_of(
         ffn = sizes.get("intermediate_size", dense.intermediate_size)
         return replace(found, intermediate_size=ffn)
 
-    def count(shape: Shape) -> int:
-        return cost_of(family, config, shape, limits.context, limits.itemsize).of(limits.of)
+    export_as = _class_of_all(family, config, limits, shapes)
 
-    whole = count(dense)
+    def count(shape: Shape) -> int:
+        cost = cost_of(family, config, shape, limits.context, limits.itemsize, export_as)
+        return cost.of(limits.of)
+
+    whole = cost_in(family, config, limits, dense)
     values = {point: count(shape_at(point)) / whole for point in itertools.product(*nodes)}
 
     def cost(sizes: dict[str, Tensor]) -> Tensor:
@@ -153,6 +157,20 @@ def budget_of(
         return interpolated(nodes, values, [{**whole, **sizes}[name] for name in names])
 
     return Budget(dense, shapes, max(map(count, shapes)) / whole, cost, square)
+
+
+def _class_of_all(
+    family: Family, config: Mapping[str, Any], limits: Limits, shapes: list[Shape]
+) -> str:
+    """What to count every size as, `same` or another class: the one written at any of the shapes.
+
+    A count whose added parameters came and went with the width would be no polynomial in it.
+    """
+    for shape in shapes:
+        export = export_of(family, resized_config(family, config, shape), limits.export_as)
+        if export.family is not family:
+            return export.family.model_type
+    return "same"
 
 
 def _spread(step: int, most: int, but: int | None) -> list[int]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sp3llm.compression.projection import Projection
     from sp3llm.compression.refitter import FinishedGroup
     from sp3llm.compression.statistics import Moments
+    from sp3llm.models.served import Export
     from sp3llm.models.shapes import Shape
     from sp3llm.runtime.journal import Journal
     from sp3llm.text.windows import Windows
@@ -99,21 +100,24 @@ def build(
     shape: "Shape",
     projection: "Projection",
     tokens: "Tensor",
-    small_config: Mapping[str, Any],
+    export: "Export",
     model: Path,
     journal: "Journal",
     progress: "Progress",
 ) -> list[dict[str, Any]]:
-    """Make the small model's groups in order, and write them as they come; a log of all fits."""
+    """Make the small model's groups in order, in the dense model's family, and write them as they
+    come, as `export` has them; a log of all fits.
+    """
     from sp3llm.compression.projecting import plain_groups
     from sp3llm.compression.refitter import FinishedGroup
     from sp3llm.models import families
-    from sp3llm.models.export import groups_written, write_model
+    from sp3llm.models.export import groups_written, with_zeros, write_model
     from sp3llm.runtime.progress import tracked
 
     ranks = job.execution.ranks
     count = len(families.groups(job.family, job.dense.config))
-    done = ranks.from_first(lambda: groups_written(job.family, small_config, job.dtype, journal))
+    written_as = (export.family, export.config)
+    done = ranks.from_first(lambda: groups_written(*written_as, job.dtype, journal))
     if job.settings.refit:
         what = "fold, rotate, cut, refit"
         start, fits, groups = _refitted(job, shape, projection, tokens, journal, done)
@@ -121,14 +125,15 @@ def build(
         what, start, fits = "fold, rotate, cut", done, []
         groups = plain_groups(job.dense, job.family, projection, job.dtype, job.execution, done)
     latest: FinishedGroup | None = None
+    zeros = export.zeros()
 
     def made() -> "Iterator[tuple[int, Mapping[str, Tensor]]]":
         nonlocal latest
         for latest in tracked(progress, what, groups, start, count):
-            yield latest.index, latest.tensors
+            yield latest.index, with_zeros(latest.tensors, zeros[latest.index], job.dtype)
 
     if ranks.is_first:
-        steps = write_model(job.family, small_config, made(), job.dtype, model, journal)
+        steps = write_model(*written_as, made(), job.dtype, model, journal)
     else:
         steps = ((index, _nothing) for index, _ in made())
     for index, wait in steps:

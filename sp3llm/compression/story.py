@@ -118,6 +118,7 @@ def run_stages(
     from sp3llm.models.basis_file import write_basis
     from sp3llm.models.companions import copy_companions
     from sp3llm.models.export import written
+    from sp3llm.models.served import export_of
     from sp3llm.models.shapes import resized_config
     from sp3llm.planning.limits import plan_of
     from sp3llm.reporting.card import write_card
@@ -125,6 +126,7 @@ def run_stages(
     from sp3llm.runtime.files import write_json
     from sp3llm.runtime.machine import device_memory, peak_memory
     from sp3llm.runtime.memory import trim_memory
+    from sp3llm.text.tokenizer import keep_tokenizer_class
 
     settings, dense, family, execution = job.settings, job.dense, job.family, job.execution
     calibration, evaluation = draw_windows(job, journal)
@@ -152,17 +154,21 @@ def run_stages(
     progress.console.print(plan_line(job.name, plan), highlight=False, markup=False)
     small_config = resized_config(family, dense.config, shape)
     small_config = with_dtype(small_config, job.dtype, job.dense_dtype)
+    # What is computed stays in the dense model's family; what is written, and scored, may not.
+    export = export_of(family, small_config, settings.export_as)
     eigenvalues, projection = final_basis(job, shape, moments, calibration.tokens, journal, mask)
     energy = energy_kept(moments, projection)
     del moments  # at large widths several matrices that nothing needs any more
     trim_memory()
-    fits = build(job, shape, projection, calibration.tokens, small_config, model, journal, progress)
-    small = execution.ranks.from_first(lambda: written(family, small_config, job.dtype, model))
-    losses = measure_losses(small, family, evaluation.tokens, execution, progress, journal)
+    fits = build(job, shape, projection, calibration.tokens, export, model, journal, progress)
+    small = execution.ranks.from_first(
+        lambda: written(export.family, export.config, job.dtype, model)
+    )
+    losses = measure_losses(small, export.family, evaluation.tokens, execution, progress, journal)
     result = Result(
         name=job.name,
         out=job.out,
-        architecture=family.architecture,
+        architecture=export.family.architecture,
         command=command_line(settings),
         plan=plan,
         trials=trials,
@@ -182,7 +188,7 @@ def run_stages(
     )
     parts = PartCounts(
         dense=families.count_parts(family, dense.config),
-        small=families.count_parts(family, small_config),
+        small=families.count_parts(export.family, export.config),
     )
     about_mask = None
     if mask is not None:
@@ -194,7 +200,9 @@ def run_stages(
         write_record(model, record)
         write_card(model, record, job.folder)
         write_basis(model, projection.writes())
-        write_json(model / "config.json", small_config, allow_nan=True)
+        if export.family is not family:
+            keep_tokenizer_class(job.folder, model)
+        write_json(model / "config.json", export.config, allow_nan=True)
     return result, record
 
 
@@ -218,6 +226,7 @@ def _record(job: Job, result: Result, parameters: PartCounts, mask: LearnedMask 
         model=result.name,
         base_model=hub_id(job.settings, result.name),
         architecture=result.architecture,
+        dense_architecture=job.family.architecture,
         command=result.command,
         settings=to_json(settings),
         plan=result.plan,

@@ -40,6 +40,13 @@ def shard_layout(
     return layout
 
 
+def with_zeros(
+    tensors: Mapping[str, Tensor], added: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A group's tensors and, of `dtype` on the CPU, zeros of the names and shapes `added`."""
+    return {**tensors, **{name: torch.zeros(shape, dtype=dtype) for name, shape in added.items()}}
+
+
 def write_model(
     family: Family,
     config: Mapping[str, Any],

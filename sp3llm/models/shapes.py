@@ -19,6 +19,7 @@ from sp3llm.models.families import (
     key_value_heads,
     setting,
 )
+from sp3llm.models.served import export_of
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,20 @@ def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> d
 
 
 def cost_of(
-    family: Family, config: Mapping[str, Any], shape: Shape, context: int = 2048, itemsize: int = 2
+    family: Family,
+    config: Mapping[str, Any],
+    shape: Shape,
+    context: int = 2048,
+    itemsize: int = 2,
+    export_as: str = "same",
 ) -> Cost:
     """What the model of that `config.json` costs once it is cut to `shape`.
 
     `context` is how many tokens a token attends to, `itemsize` the bytes of a weight and of a
-    number in the KV cache.
+    number in the KV cache, `export_as` the class it is written as (`models.served.export_of`).
     """
-    resized = resized_config(family, config, shape)
+    export = export_of(family, resized_config(family, config, shape), export_as)
+    family, resized = export.family, export.config
     layers = setting(family, config, "num_hidden_layers")
     params = count_parameters(family, resized)
     multiplied = count_matrix_parameters(family, resized) - _looked_up(family, resized)

@@ -13,6 +13,7 @@ from sp3llm.options.choices import (
     BITS,
     COUNTS,
     DTYPES,
+    EXPORTS,
     MASKS,
     MOMENTS,
     STREAMS,
@@ -151,6 +152,13 @@ class CompressConfig:
         default="auto",
         shown="as in the checkpoint",
         choices=DTYPES,
+    )
+    export_as: str = option(
+        "stock class of the result: as the original's, as a Llama where that computes exactly the "
+        "same, or, auto, as a Llama only where vLLM could not load the original's class at the new "
+        "width (Qwen2)",
+        default="auto",
+        choices=EXPORTS,
     )
     report: bool = option(
         "write report.html into the output folder, with samples of both models", default=True

@@ -38,6 +38,7 @@ class PlanConfig:
     square: bool = same_as(CompressConfig, "square")
     tensor_parallel: int = same_as(CompressConfig, "tensor_parallel")
     multiple_of: int | None = same_as(CompressConfig, "multiple_of")
+    export_as: str = same_as(CompressConfig, "export_as")
     samples: int = same_as(CompressConfig, "samples")
     eval_samples: int = same_as(CompressConfig, "eval_samples")
     seq_len: int | None = same_as(CompressConfig, "seq_len")

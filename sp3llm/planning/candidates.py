@@ -7,6 +7,7 @@ from typing import Any
 
 from sp3llm.errors import UserError
 from sp3llm.models.families import Family
+from sp3llm.models.served import check_export
 from sp3llm.models.shapes import Shape
 from sp3llm.planning.by_hand import start_shape
 from sp3llm.planning.limits import Limits, width_step
@@ -33,8 +34,10 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
     widest that leaves the FFN whole, in steps of a sixteenth at least, and the FFN takes up the
     remainder of the budget, down to three tenths. Sizes fixed by hand stay, and so do experts.
 
-    Raises UserError if none fits, or a size fixed by hand is impossible.
+    Raises UserError if none fits, a size fixed by hand is impossible, or the model cannot be
+    written as the class asked for.
     """
+    check_export(family, config, limits.export_as)
     return _candidates(request_of(family, config, limits))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sp3llm.models.families import Family, is_square
-from sp3llm.models.shapes import Shape, cost_of
+from sp3llm.models.shapes import Cost, Shape, cost_of
 from sp3llm.options import CompressConfig
 
 # Models at least this wide get widths in multiples of 256, for tensor cores and llama.cpp's
@@ -51,6 +51,8 @@ class Limits:
     """Tokens of context that attention FLOPs are counted at."""
     itemsize: int = 2
     """Bytes of a weight, and of an entry of the KV cache."""
+    export_as: str = "same"
+    """The class that the compressed model is written as: `auto`, `same` or `llama`."""
 
 
 def limits_of(settings: CompressConfig, itemsize: int) -> Limits:
@@ -136,11 +138,19 @@ def _width_step(family: Family, config: Mapping[str, Any], limits: Limits, shape
     return shape.head_dim * dense.num_attention_heads // dense.num_key_value_heads
 
 
+def cost_within(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> Cost:
+    """What a shape costs at the context and itemsize of the limits, in the class that the model is
+    written as. The dense shape is the dense model, whose class stays.
+    """
+    export_as = "same" if shape == Shape.of(family, config) else limits.export_as
+    return cost_of(family, config, shape, limits.context, limits.itemsize, export_as)
+
+
 def cost_in(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> int:
     """What a shape counts, of what the budget is about: parameters, bytes, FLOPs a token, or bytes
     of KV cache a token (`limits.of`).
     """
-    return cost_of(family, config, shape, limits.context, limits.itemsize).of(limits.of)
+    return cost_within(family, config, limits, shape).of(limits.of)
 
 
 def shrinks_heads(family: Family, config: Mapping[str, Any], limits: Limits) -> bool:
@@ -151,9 +161,7 @@ def shrinks_heads(family: Family, config: Mapping[str, Any], limits: Limits) -> 
 def plan_of(family: Family, config: Mapping[str, Any], limits: Limits, shape: Shape) -> Plan:
     """The plan that a chosen shape makes."""
     dense_shape = Shape.of(family, config)
-    dense, small = (
-        cost_of(family, config, s, limits.context, limits.itemsize) for s in (dense_shape, shape)
-    )
+    dense, small = (cost_within(family, config, limits, s) for s in (dense_shape, shape))
     return Plan(
         keep_asked=limits.keep,
         of=limits.of,

@@ -9,11 +9,11 @@ from typing import Any
 
 from sp3llm.models import families
 from sp3llm.models.families import Family
-from sp3llm.models.shapes import Cost, Shape, cost_of
+from sp3llm.models.shapes import Cost, Shape
 from sp3llm.models.source import resolve_config
 from sp3llm.options import PlanConfig
 from sp3llm.planning.candidates import candidates
-from sp3llm.planning.limits import Limits, limits_of
+from sp3llm.planning.limits import Limits, cost_within, limits_of
 from sp3llm.planning.needs import Needs, Workload, needs_of
 from sp3llm.planning.recovery_needs import RecoveryNeeds, recovery_needs_of
 from sp3llm.planning.windows import window_length
@@ -78,7 +78,7 @@ def overview_of(settings: PlanConfig) -> Overview:
         recovery_needs = recovery_needs_of(
             family, config, shapes[0], settings.recovery, seq_len, itemsize
         )
-    costs = [cost_of(family, config, shape, limits.context, itemsize) for shape in shapes]
+    costs = [cost_within(family, config, limits, shape) for shape in shapes]
     return Overview(
         name, note, family, config, limits, shapes, costs, seq_len, needs, recovery_needs
     )

@@ -7,6 +7,7 @@ from typing import Any
 from sp3llm.reporting import quantization, recovery
 from sp3llm.reporting.metadata import carried_metadata, compressed_metadata
 from sp3llm.reporting.record import Record
+from sp3llm.reporting.serving import loads_in_servers
 from sp3llm.reporting.tables import (
     markdown_table,
     part_rows,
@@ -71,11 +72,19 @@ def model_card(record: Record, carried: dict[str, Any]) -> str:
 def _introduction(record: Record, carried: dict[str, Any]) -> str:
     licence = carried.get("license_name") or carried.get("license")
     licence = f" ({licence})" if licence else ""
+    loads = "and with every tool that\nloads the original"
+    if record.is_exported:
+        loads = (
+            "and with every tool that\nloads this class. The original's is "
+            f"{record.dense_architecture}, which computes the same: the biases that\nthis one has "
+            "in addition are zeros"
+        )
+    elif not loads_in_servers(record.architecture, record.plan.shape):
+        loads = "but not with vLLM, whose\nclass takes the width over the heads for the head size"
     return f"""
 # {record.model}, compressed to {100 * record.plan.keep_params:.1f} % of its parameters
 
-A stock `{record.architecture}`: it loads with plain transformers, and with every tool that
-loads the original. Made by sp3llm ([the method](https://arxiv.org/abs/2308.16475)):
+A stock `{record.architecture}`: it loads with plain transformers, {loads}. Made by sp3llm ([the method](https://arxiv.org/abs/2308.16475)):
 {what_was_done(record)}. The licence{licence} and the limits of the original apply.
 """
 

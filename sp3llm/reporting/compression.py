@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from sp3llm.reporting.record import Record
+from sp3llm.reporting.serving import loading_lines, loads_in_servers
 from sp3llm.reporting.tables import held_out_line, resources_line, rows, terminal_table
 
 
@@ -17,12 +18,11 @@ def next_steps(out: Path, record: Record, has_page: bool) -> str:
         if raised
         else ""
     )
+    is_served = loads_in_servers(record.architecture, record.plan.shape)
     page = ", report.html" if has_page else ""
     return warning + (
         f"Written to {out} (stock {record.architecture}; README.md{page}; the record is "
-        "sp3llm.json). Next:\n"
-        f"  AutoModelForCausalLM.from_pretrained({str(out)!r})   in transformers\n"
-        f"  vllm serve {out}"
+        f"sp3llm.json). Next:\n{loading_lines(out, is_served)}"
     )
 
 

@@ -41,7 +41,8 @@ def plan_table(
     name: str, family: "Family", config: dict[str, Any], limits: "Limits", shapes: list["Shape"]
 ) -> Table:
     """Candidate shapes beside the dense one, and what each costs."""
-    from sp3llm.models.shapes import Shape, cost_of
+    from sp3llm.models.shapes import Shape
+    from sp3llm.planning.limits import cost_within
 
     table = Table(title=Text(f"{name}: shapes that keep {limits.keep:g} of the {limits.of}"))
     dense = Shape.of(family, config)
@@ -52,9 +53,9 @@ def plan_table(
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.caption = "FLOPs and KV cache are those of one token"
-    whole = cost_of(family, config, dense, limits.context, limits.itemsize)
+    whole = cost_within(family, config, limits, dense)
     for shape in [dense, *shapes]:
-        cost = cost_of(family, config, shape, limits.context, limits.itemsize)
+        cost = cost_within(family, config, limits, shape)
         tie = "tied" if shape.tie_word_embeddings else "untied"
         width = shape.word_embed_proj_dim if shape.tie_word_embeddings else None
         table.add_row(

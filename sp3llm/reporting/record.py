@@ -30,7 +30,15 @@ _SETTINGS_READ = (
     *("moments", "basis", "refit"),
 )
 # Entries that are left out of the file while there is nothing in them.
-_LEFT_OUT_EMPTY = ("mask", "scores", "speed", "recoveries", "quantization", "samples")
+_LEFT_OUT_EMPTY = (
+    "dense_architecture",
+    "mask",
+    "scores",
+    "speed",
+    "recoveries",
+    "quantization",
+    "samples",
+)
 
 
 # --------------------------------------------------------------------------- the compression
@@ -299,6 +307,10 @@ class Record:
     base_model: str | None
     """Its hub id; None: it was a folder, or the bundled one."""
     architecture: str
+    """The stock class of the compressed model."""
+    dense_architecture: str | None = None
+    """The stock class of the dense model, which `--export-as` may have changed; None: an earlier
+    version of sp3llm made the model, in the same class."""
     command: str
     settings: Mapping[str, Any]
     """Of `sp3llm compress`, defaults resolved."""
@@ -341,6 +353,11 @@ class Record:
     quantization: QuantizationEntry | None = None
     samples: Samples | None = None
     other: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether the compressed model is written as another class than the dense one's."""
+        return self.dense_architecture not in (None, self.architecture)
 
 
 @dataclass(frozen=True, kw_only=True)

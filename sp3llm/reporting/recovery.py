@@ -7,6 +7,7 @@ from rich.table import Table
 
 from sp3llm.reporting.metadata import tuned_metadata
 from sp3llm.reporting.record import RecoveryEntry
+from sp3llm.reporting.serving import loading_lines
 from sp3llm.reporting.tables import (
     held_out_line,
     markdown_table,
@@ -25,8 +26,8 @@ def closing_table(model: str, entry: RecoveryEntry) -> Table:
     )
 
 
-def next_steps(out: Path, architecture: str, entry: RecoveryEntry) -> str:
-    """What was written to `out`, and what to do with it."""
+def next_steps(out: Path, architecture: str, is_served: bool, entry: RecoveryEntry) -> str:
+    """What was written to `out`, and what to do with it; `is_served`: servers load it."""
     warning = (
         "No step was better than none on the text kept for stopping; the weights are as they were: "
         "a smaller --lr or more text would help.\n"
@@ -35,8 +36,7 @@ def next_steps(out: Path, architecture: str, entry: RecoveryEntry) -> str:
     )
     return warning + (
         f"Written to {out} (stock {architecture}; the record is sp3llm.json). Next:\n"
-        f"  AutoModelForCausalLM.from_pretrained({str(out)!r})   in transformers\n"
-        f"  vllm serve {out}"
+        f"{loading_lines(out, is_served)}"
     )
 
 

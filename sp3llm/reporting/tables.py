@@ -35,6 +35,11 @@ def rows(record: Record) -> list[tuple[str, str, str]]:
             for key, before, after in changed_sizes(asdict(plan.dense_shape), asdict(plan.shape))
         ],
         *_tie(record),
+        *(
+            [("class", record.dense_architecture, record.architecture)]
+            if record.is_exported
+            else []
+        ),
         (
             f"perplexity ({', '.join(record.evaluation.sources)})",
             f"{record.dense_perplexity:.3f}",

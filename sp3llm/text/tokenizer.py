@@ -29,6 +29,24 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def keep_tokenizer_class(dense: Path, folder: Path) -> None:
+    """Have `folder`, which holds a copy of the `dense` model's tokenizer, load it as that model's.
+
+    transformers goes by `model_type` too where it chooses a tokenizer's class, so that a model
+    written as another family's could get another. What the dense model's is loaded as is stated.
+
+    Raises UserError if the dense model's tokenizer does not load, OSError if `folder` cannot be
+    written.
+    """
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    name = type(load_tokenizer(dense)).__name__
+    # Fast or not is no difference: releases before 5 have both, and state either.
+    if str(config.get("tokenizer_class")).removesuffix("Fast") != name.removesuffix("Fast"):
+        text = json.dumps({**config, "tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+
 def _has_own_code(folder: Path) -> bool:
     """Whether a folder's tokenizer names Python code that is not of transformers."""
     try:

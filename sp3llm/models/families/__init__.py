@@ -32,6 +32,7 @@ from sp3llm.models.families.schema import (
     Experts,
     Family,
     Group,
+    ServedAs,
     Site,
     Table,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "Experts",
     "Family",
     "Group",
+    "ServedAs",
     "Site",
     "Table",
     "axis_size",

@@ -12,6 +12,7 @@ from sp3llm.models.families.schema import (
     VOCAB,
     Axes,
     Family,
+    ServedAs,
     Site,
 )
 
@@ -97,6 +98,19 @@ QWEN2 = replace(
     },
     layer={**LLAMA_LAYER, **QKV_BIAS},
     optional={},
+    served_square=True,
+    served_as=ServedAs(
+        model_type="llama",
+        config={"attention_bias": True, "mlp_bias": False},
+        silent={"bos_token_id": None, "eos_token_id": None},
+        dropped=(
+            *("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+            # vLLM's Llama reads it, and without it goes by attention_bias.
+            "qkv_bias",
+        ),
+        zeros=("self_attn.o_proj.bias",),
+        unlike={"dual_chunk_attention_config": "attends in chunks in vLLM"},
+    ),
 )
 QWEN3 = replace(
     QWEN2,
@@ -109,6 +123,8 @@ QWEN3 = replace(
         "self_attn.k_norm.weight": (HEAD_DIM,),
     },
     optional={"attention_bias": _ATTENTION_BIAS},
+    served_square=False,
+    served_as=None,
 )
 
 GEMMA = replace(

@@ -130,6 +130,7 @@ QWEN2_MOE = replace(
         "qkv_bias": True,
     },
     optional={"qkv_bias": QKV_BIAS},
+    served_square=True,
     experts=replace(
         QWEN3_MOE.experts,
         number=("num_experts",),

@@ -70,6 +70,27 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class ServedAs:
+    """A family whose stock class computes the same from the same weights, beside some zeros, and
+    which servers load at any width (docs/deploy.md).
+    """
+
+    model_type: str
+    """Of that family."""
+    config: Mapping[str, Any]
+    """Config entries that make its class the same."""
+    silent: Mapping[str, Any]
+    """What the original's class takes where `config.json` is silent and `Family.defaults` does not
+    say it, and the other class takes something else for."""
+    dropped: tuple[str, ...]
+    """Config keys that the other class does not know, or reads otherwise."""
+    zeros: tuple[str, ...]
+    """Parameters of a layer, relative to its prefix, that its class has in addition: zeros."""
+    unlike: Mapping[str, str] = field(default_factory=dict)
+    """Config key to what the original's class does where it is set, and the other does not."""
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything sp3llm knows about one `model_type`."""
 
@@ -118,6 +139,10 @@ class Family:
     square_rope_types: tuple[str, ...] = ()
     """RoPE types under which the class demands that too, since it derives the head size, and with
     it the length of the factors it expects, from width and heads."""
+    served_square: bool = False
+    """The class that servers (vLLM) have for it demands that, though the stock class does not."""
+    served_as: ServedAs | None = None
+    """What is written instead where servers could not load the class; None: there is nothing."""
     rotary: bool = True
     """Positions are rotated into queries and keys, which cannot be projected then."""
     projections: tuple[str, str] | None = None
