@@ -77,7 +77,7 @@ def _introduction(record: Record, carried: dict[str, Any]) -> str:
         loads = (
             "and with every tool that\nloads this class. The original's is "
             f"{record.dense_architecture}, which computes the same: the biases that\nthis one has "
-            "in addition are zeros"
+            "in addition were written as zeros"
         )
     elif not loads_in_servers(record.architecture, record.plan.shape):
         loads = "but not with vLLM, whose\nclass takes the width over the heads for the head size"

@@ -7,9 +7,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sp3llm.compression.mask_budget import budget_of
 from sp3llm.compression.story import compress
 from sp3llm.models import export
+from sp3llm.models.families import FAMILIES
+from sp3llm.models.shapes import cost_of
 from sp3llm.options import CompressConfig, QuantizeConfig, RecoverConfig
+from sp3llm.planning.candidates import candidates
+from sp3llm.planning.limits import Limits, cost_within
 from sp3llm.quantization.story import quantize
 from sp3llm.recovery.story import recover
 from sp3llm.reporting.card import model_card
@@ -17,6 +22,7 @@ from sp3llm.reporting.compression import next_steps
 from sp3llm.reporting.origins import find_dense
 from sp3llm.reporting.record import read_record
 from sp3llm.reporting.tables import rows
+from sp3llm.runtime import journal
 from tests.conftest import logits_of, save_model, tiny_model
 from tests.helpers import QUIET
 
@@ -142,26 +148,41 @@ def test_a_llama_of_a_mixtral_is_refused(tmp_path, refused):
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(outputs, tmp_path, monkeypatch):
-    """Killed after some groups are written; and a run of the other class is another run."""
+    """Killed before its last two groups are written, which are then all that is left to write."""
     dense = outputs[False, "auto"].with_name("dense")
     settings = CompressConfig(str(dense), out=tmp_path / "small", **BASE)
-    write_group, left = export._write_group, [3]
+    write_group, numbers = export._write_group, []
+    monkeypatch.setattr(journal, "_SHARE_OF_TIME", 10.0)  # every layer is worth keeping
 
     def write_some(*arguments):
-        if not left[0]:
+        numbers.append(arguments[3])
+        if len(numbers) == 4:
             raise KeyboardInterrupt
-        left[0] -= 1
         write_group(*arguments)
 
     monkeypatch.setattr(export, "_write_group", write_some)
     with pytest.raises(KeyboardInterrupt):
         compress(settings, QUIET)
-    monkeypatch.undo()
     compress(settings, QUIET)
+    assert numbers == [0, 1, 2, 3, 3, 4]
     for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
-        assert (tmp_path / "small" / name).read_bytes() == (
-            outputs[False, "auto"] / name
-        ).read_bytes()
+        first, second = (folder / name for folder in (outputs[False, "auto"], tmp_path / "small"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_mask_expects_the_count_of_the_class_written():
+    config = tiny_model("qwen2", **NO_WINDOWS).config.to_dict()
+    family = FAMILIES["qwen2"]
+    limits = Limits(keep=0.85, export_as="auto", hidden_size=40)
+    shapes = candidates(family, config, limits)
+    budget = budget_of(family, config, limits, shapes)
+    whole = cost_within(family, config, limits, budget.dense).params
+    for shape in budget.shapes:
+        names = ("hidden_size", "intermediate_size", "num_key_value_heads")
+        sizes = {name: torch.tensor(float(getattr(shape, name))).double() for name in names}
+        counted = cost_within(family, config, limits, shape).params
+        assert counted == cost_of(family, config, shape).params + 3 * 40
+        assert budget.cost(sizes).item() == pytest.approx(counted / whole, abs=1e-12)
 
 
 def test_a_learned_mask_is_exported_too(tmp_path):
