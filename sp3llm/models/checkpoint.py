@@ -123,15 +123,17 @@ def _check_no_adapter(folder: Path) -> None:
 
 def _check_left_over_quantization(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise UserError where a config says quantized, and no tensor is."""
-    if not config.get("quantization_config"):
+    details = config.get("quantization_config")
+    if not details:
         return
+    method = details.get("quant_method") if isinstance(details, dict) else details
     files, _ = _locate_tensors(folder, config)
     dtypes = {_shape_and_dtype(path, name)[1] for name, path in files.items()}
     if dtypes <= set(_FLOATS) and not any(name.endswith(_QUANTIZED) for name in files):
         raise UserError(
-            f"Expected quantized weights in '{folder}', as the quantization_config of its "
-            "config.json says, found floating-point ones, such as a merged adapter leaves: take "
-            "quantization_config out of config.json."
+            f"Expected quantized weights in '{folder}', as the quantization_config ({method}) of "
+            "its config.json says, found floating-point ones, such as a merged adapter leaves: "
+            "take quantization_config out of config.json."
         )
 
 

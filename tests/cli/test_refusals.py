@@ -29,7 +29,6 @@ from tests.helpers import byte_tokenizer, weights
 POSITIONS = 64
 EMBEDDINGS = "model.embed_tokens.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
-NORM = "model.norm.weight"
 
 
 # --------------------------------------------------------------------------- a tiny model
@@ -322,61 +321,6 @@ def test_damaged_index_is_named(text, model, refused):
     assert "model.safetensors.index.json" in refused(model)
 
 
-def test_tensor_that_its_shard_does_not_hold_is_named_with_the_shard(model, refused):
-    first, second = shard(model)
-    index = model / "model.safetensors.index.json"
-    held = json.loads(index.read_text())["weight_map"]
-    assert held[NORM] == second.name
-    edit_json(index, weight_map={**held, NORM: first.name})
-    message = refused(model)
-    assert NORM in message
-    assert first.name in message
-
-
-def test_missing_tensor_is_named(model, refused):
-    replace_tensor(model, DOWN, None)
-    assert DOWN in refused(model)
-
-
-def test_unexpected_tensor_is_named(model, refused):
-    name = "model.layers.0.self_attn.q_proj.bias"
-    replace_tensor(model, name, torch.zeros(32))
-    assert name in refused(model)
-
-
-def test_tensor_of_another_shape_is_named_with_both_shapes(model, refused):
-    replace_tensor(model, DOWN, torch.zeros(32, 49))
-    message = refused(model)
-    assert DOWN in message
-    assert "(32, 48)" in message
-    assert "(32, 49)" in message
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", [EMBEDDINGS, DOWN, NORM, "lm_head.weight"])
-def test_tensor_with_nan_or_infinity_is_named(name, value, model, refused):
-    tensor = weights(model)[name]
-    tensor.view(-1)[-1] = value
-    replace_tensor(model, name, tensor)
-    message = refused(model)
-    assert f"'{name}'" in message
-    assert "NaN or infinity" in message
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-def test_activations_that_overflow_name_the_layer(layer, model, refused):
-    for name, shape in (("up_proj", (48, 32)), ("down_proj", (32, 48))):
-        replace_tensor(model, f"model.layers.{layer}.mlp.{name}.weight", torch.full(shape, 1e30))
-    message = refused(model)
-    assert f"layer {layer}" in message
-    assert "NaN or infinity" in message
-
-
-def test_logits_that_overflow_are_refused(model, refused):
-    replace_tensor(model, "lm_head.weight", torch.full((259, 32), 3e38))
-    assert "logits" in refused(model)
-
-
 def test_stream_too_large_for_its_raw_moments_is_refused(model, refused):
     replace_tensor(model, EMBEDDINGS, weights(model)[EMBEDDINGS] * 1e25)
     refused(model, "--moments", "raw", "--basis", "pca")
@@ -399,6 +343,10 @@ def test_weights_that_do_not_fit_the_dtype_asked_for_are_refused(model, refused)
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
 def test_quantized_checkpoint_is_refused_with_what_to_load_instead(method, model, refused):
     edit_json(model / "config.json", quantization_config={"quant_method": method})
+    message = refused(model)  # the weights are floats: an adapter was merged, and the key stayed
+    assert method in message
+    assert "take quantization_config out" in message
+    replace_tensor(model, DOWN, torch.ones(32, 48, dtype=torch.int8))
     message = refused(model)
     assert method in message
     assert "unquantized" in message
