@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from sp3llm.errors import UserError
 from sp3llm.maths.losses import label_losses, tokens_at_once
-from sp3llm.models.families import Family
 from sp3llm.models.hooks import (
     Injector,
     materialized,
@@ -39,12 +38,15 @@ def _from_layers_on(model: LayeredModel, piece: Tensor) -> Iterator[None]:
         yield
 
 
-def _by_module(family: Family, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The head's tensors under its module's name, which is not always that on disk."""
-    stored = f"{family.head}."
+def _by_module(model: LayeredModel, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The head's tensors under its module's name, which is not always that on disk: GPT-NeoX's
+    `embed_out` is `lm_head` in the classes of transformers 5.14 and later.
+    """
+    stored, outputs = f"{model.family.head}.", model.module.get_output_embeddings()
+    path = next(path for path, module in model.module.named_modules() if module is outputs)
     return {
-        f"{family.head_module}.{name.removeprefix(stored)}" if name.startswith(stored) else name: t
-        for name, t in head.items()
+        f"{path}.{name.removeprefix(stored)}" if name.startswith(stored) else name: tensor
+        for name, tensor in head.items()
     }
 
 
@@ -64,7 +66,7 @@ def token_losses(
     module, execution = model.module, model.execution
     losses = torch.empty((len(tokens), tokens.shape[1] - 1), dtype=torch.float64)
     step = tokens_at_once(module.config.vocab_size)
-    with materialized(module, _by_module(model.family, head), execution):
+    with materialized(module, _by_module(model, head), execution):
         for row, window in enumerate(tokens):
             for start in range(0, len(window) - 1, step):
                 piece = stream.hidden[row : row + 1, start : min(start + step, len(window) - 1)]
@@ -95,7 +97,7 @@ def backward_head(
     generator = torch.Generator(execution.device)
     by_stream, by_norm = torch.empty_like(stream.hidden), torch.empty_like(stream.hidden)
     step = tokens_at_once(module.config.vocab_size)
-    with materialized(module, _by_module(model.family, head), execution):
+    with materialized(module, _by_module(model, head), execution):
         norm = module.get_submodule(model.family.final_norm)
         for row, number in enumerate(windows):
             generator.manual_seed(number)

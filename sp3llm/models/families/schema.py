@@ -118,8 +118,6 @@ class Family:
     """Prefix of layer parameters."""
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Buffers that old checkpoints carry and the class recomputes."""
-    head_module: str = "lm_head"
-    """The head's module, which in some families has another name than on disk."""
     keys: Mapping[str, str | None] = field(default_factory=dict)
     """Where the config names a size otherwise than Llama's: the key, or None if it has none."""
     centred: bool = False
