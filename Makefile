@@ -2,6 +2,7 @@
 # make test   installs, checks style, runs every test that needs no GPU
 # make style  formats and lints
 # make docs   writes docs/options.md from the settings in sp3llm/options/
+# make floor  runs the tests with the oldest release of every requirement (several GB of torch)
 # make interop  loads compressed models with other tools, each in its own environment (long)
 
 PYTHON ?= python3
@@ -9,9 +10,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # The release the tests are pinned to; TORCH=torch takes whatever pip finds.
 TORCH ?= torch==2.13.0
+VENV_FLOOR ?= .floor
 DEMO ?= demo-output
 
-.PHONY: demo test slow style docs interop install clean
+.PHONY: demo test slow style docs floor interop install clean
 
 install: $(VENV)/installed
 
@@ -40,8 +42,15 @@ style: install
 docs: install
 	$(BIN)/python -m sp3llm.options.reference > docs/options.md
 
+floor:
+	$(PYTHON) -m venv $(VENV_FLOOR)
+	$(VENV_FLOOR)/bin/python -m pip install --quiet --no-deps -e .
+	$(VENV_FLOOR)/bin/python eval/checks/floors.py > $(VENV_FLOOR)/floors.txt
+	$(VENV_FLOOR)/bin/python -m pip install --quiet -r $(VENV_FLOOR)/floors.txt
+	$(VENV_FLOOR)/bin/python -m pytest -m 'not slow and not gpu'
+
 interop: install
 	$(BIN)/python eval/interop/interop.py --torch '$(TORCH)'
 
 clean:
-	rm -rf $(VENV) $(DEMO) .interop build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_FLOOR) $(DEMO) .interop build *.egg-info .pytest_cache .ruff_cache

@@ -15,7 +15,7 @@ EXTRAS = {
     # 0.4.12 loads tasks once and hands them over; lm-eval itself names neither torch nor
     # transformers.
     "eval": ["lm-eval>=0.4.12"],
-    "quantize": ["bitsandbytes>=0.45"],
+    "quantize": ["bitsandbytes>=0.46.1"],
     "recover": ["peft>=0.15"],
     "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8"],
 }
@@ -52,17 +52,17 @@ setup(
     },
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.0",
-        "accelerate>=1.4",
+        "transformers>=5.4",
+        "accelerate>=1.9",
         "safetensors>=0.4.5",
-        "huggingface_hub>=0.30",
+        "huggingface_hub>=1.3",
         "numpy>=1.26",
         "rich>=13",
         # Named and hub text sets and .parquet files, which --calib takes by default.
         "datasets>=3.0",
         # Models that ship tokenizer.model alone.
         "sentencepiece>=0.2",
-        "protobuf>=4",
+        "protobuf>=4.21.1",
         # report.html, which every run writes: its pictures and its page. torch brings jinja2 too.
         "matplotlib>=3.8",
         "jinja2>=3.1",
