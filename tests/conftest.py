@@ -318,7 +318,9 @@ def stock_model(config: dict[str, Any], tensors: dict[str, Tensor], exact: bool)
     stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     # The default for experts is a kernel that knows no float64.
     model = AutoModelForCausalLM.from_config(stock, experts_implementation="eager").double().eval()
-    tensors = {name.replace("embed_out.", "lm_head."): tensor for name, tensor in tensors.items()}
+    outputs = model.get_output_embeddings()
+    head = next(path for path, module in model.named_modules() if module is outputs)
+    tensors = {name.replace("embed_out.", f"{head}."): tensor for name, tensor in tensors.items()}
     for index in range(stock.num_hidden_layers):
         tensors = fuse_experts(FAMILIES[stock.model_type], index, tensors)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
