@@ -15,7 +15,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         if _has_own_code(folder):
             raise UserError(
@@ -27,6 +27,13 @@ def load_tokenizer(folder: Path) -> Any:
             f"Expected a tokenizer in '{folder}', found none that loads "
             f"({type(error).__name__}: {reason(error)}): put the model's tokenizer files there."
         ) from error
+    # Releases of transformers make one of special tokens alone where there are no files.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.added_tokens_decoder):
+        raise UserError(
+            f"Expected a tokenizer in '{folder}', found none with a vocabulary: put the model's "
+            "tokenizer files there."
+        )
+    return tokenizer
 
 
 def keep_tokenizer_class(dense: Path, folder: Path) -> None:
