@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sp3llm.errors import UserError, reason
+from sp3llm.runtime.json_files import read_object
 
 BUNDLED = "bundled/llama-8m"
 ADAPTER = "adapter_config.json"
@@ -134,15 +135,4 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"Expected config.json in '{folder}', found none: name the folder of a Hugging Face "
             "model."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"'{path}' is not JSON ({reason(error)}): get an undamaged copy of the checkpoint."
-        ) from error
-    if not isinstance(config, dict):
-        raise UserError(
-            f"Expected an object in '{path}', found {type(config).__name__}: get an undamaged copy "
-            "of the checkpoint."
-        )
-    return config
+    return read_object(path, "the checkpoint")

@@ -9,18 +9,18 @@ A file without `schema_version` is of version 1, whose keys are those of version
 version does not know are kept in `other`, and written again.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sp3llm.errors import UserError, reason
+from sp3llm.errors import UserError
 from sp3llm.models.shapes import Shape
 from sp3llm.planning.limits import Plan
 from sp3llm.reporting.typed_json import MismatchError, from_json, to_json
 from sp3llm.runtime.folders import RECORD
+from sp3llm.runtime.json_files import read_object
 
 SCHEMA_VERSION = 2
 
@@ -412,17 +412,7 @@ def _content(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"'{path}' is not JSON ({reason(error)}): get an undamaged copy of it."
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"Expected an object in '{path}', found {type(content).__name__}: get an undamaged "
-            "copy of it."
-        )
+    content = read_object(path, "it")
     version = content.get("schema_version", 1)
     if not isinstance(version, int) or version < 1:
         raise UserError(
