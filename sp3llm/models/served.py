@@ -96,7 +96,12 @@ def check_export(family: Family, config: Mapping[str, Any], export_as: str) -> N
 def is_served(family: Family, config: Mapping[str, Any]) -> bool:
     """Whether servers load the family's class at the sizes of that `config.json`."""
     sizes = axis_sizes(family, config)
-    return not family.served_square or sizes[RESIDUAL] == sizes[QUERY]
+    return is_served_at(family, sizes[RESIDUAL], sizes[QUERY])
+
+
+def is_served_at(family: Family, hidden_size: int, query_size: int) -> bool:
+    """The same of a width, and of the rows of all heads' queries."""
+    return not family.served_square or hidden_size == query_size
 
 
 def _obstacle(family: Family, config: Mapping[str, Any]) -> str | None:

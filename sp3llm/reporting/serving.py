@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sp3llm.models.families import FAMILIES
+from sp3llm.models.served import is_served_at
 from sp3llm.models.shapes import Shape
 
 
@@ -10,9 +11,12 @@ def loads_in_servers(architecture: str, shape: Shape) -> bool:
     """Whether servers (vLLM) load a stock class at that shape: some take the width over the heads
     for the head size. A class that no family has is taken to load.
     """
-    families = [family for family in FAMILIES.values() if family.architecture == architecture]
-    is_square = shape.hidden_size == shape.num_attention_heads * shape.head_dim
-    return is_square or not any(family.served_square for family in families)
+    query_size = shape.num_attention_heads * shape.head_dim
+    return all(
+        is_served_at(family, shape.hidden_size, query_size)
+        for family in FAMILIES.values()
+        if family.architecture == architecture
+    )
 
 
 def loading_lines(out: Path, is_served: bool) -> str:
