@@ -183,12 +183,11 @@ def _dataset_of(text: TextSet) -> dict[str, str | None]:
 
 def _evaluation_dataset(name: str) -> dict[str, str | None]:
     """What `EvalResult` has of one source, as `--eval-text` names it."""
-    from sp3llm.text.sources import TextSource, manifest
+    from sp3llm.text.sources import hub_source, manifest
 
     source = manifest().get(name)
     if source is None and _is_hub_id(name):
-        dataset, _, config = name.partition(":")
-        source = TextSource(name, "unknown", "eos", dataset=dataset, config=config or None)
+        source = hub_source(name)
     if source is None:  # a file: where it lies is nobody's business
         return {"dataset_name": Path(name).name, "dataset_type": Path(name).name}
     split = "evaluation" if source.stdlib else source.evaluation_split or source.split

@@ -85,13 +85,18 @@ def resolve_source(name: str) -> TextSource:
             "convert it to one of them."
         )
     if "/" in name and not name.startswith((".", "/")):
-        dataset, _, config = name.partition(":")
-        return TextSource(
-            name=name, licence="unknown", join="eos", dataset=dataset, config=config or None
-        )
+        return hub_source(name)
     raise UserError(
         f"Unknown text set '{name}': expected one of {', '.join(sorted(manifest()))}, a .txt, "
         ".jsonl or .parquet file, or a hub dataset as owner/name."
+    )
+
+
+def hub_source(name: str) -> TextSource:
+    """A dataset of the hub, named `owner/name` or `owner/name:config`."""
+    dataset, _, config = name.partition(":")
+    return TextSource(
+        name=name, licence="unknown", join="eos", dataset=dataset, config=config or None
     )
 
 
