@@ -313,13 +313,18 @@ def exact_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+def head_module(model: nn.Module) -> str:
+    """The name of the output head's module, which changes with transformers' release."""
+    outputs = model.get_output_embeddings()
+    return next(path for path, module in model.named_modules() if module is outputs)
+
+
 def stock_model(config: dict[str, Any], tensors: dict[str, Tensor], exact: bool) -> nn.Module:
     """A stock float64 model of these tensors; `exact` makes its norms float64 too."""
     stock = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     # The default for experts is a kernel that knows no float64.
     model = AutoModelForCausalLM.from_config(stock, experts_implementation="eager").double().eval()
-    outputs = model.get_output_embeddings()
-    head = next(path for path, module in model.named_modules() if module is outputs)
+    head = head_module(model)
     tensors = {name.replace("embed_out.", f"{head}."): tensor for name, tensor in tensors.items()}
     for index in range(stock.num_hidden_layers):
         tensors = fuse_experts(FAMILIES[stock.model_type], index, tensors)

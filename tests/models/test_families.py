@@ -18,7 +18,7 @@ from sp3llm.models.families import (
     setting,
 )
 from sp3llm.models.stock import fuse_experts
-from tests.conftest import TINY, family_of_model, save_model, tiny_model
+from tests.conftest import TINY, family_of_model, head_module, save_model, tiny_model
 
 
 @pytest.mark.parametrize("variant", list(TINY))
@@ -27,8 +27,7 @@ def test_table_predicts_every_parameter_and_shape_of_the_class(variant):
     family = family_of_model(model)
     config = model.config.to_dict()
     real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    stored, head = f"{family.head}.weight", model.get_output_embeddings()
-    module = next(f"{path}.weight" for path, part in model.named_modules() if part is head)
+    stored, module = f"{family.head}.weight", f"{head_module(model)}.weight"
     found = {n: torch.empty(s, device="meta") for n, s in parameter_shapes(family, config).items()}
     for index in range(config["num_hidden_layers"]):
         found = fuse_experts(family, index, found)
