@@ -15,7 +15,7 @@ EXTRAS = {
     # 0.4.12 loads tasks once and hands them over; lm-eval itself names neither torch nor
     # transformers.
     "eval": ["lm-eval>=0.4.12"],
-    "quantize": ["bitsandbytes>=0.46.1"],
+    "quantize": ["bitsandbytes>=0.48.1"],
     "recover": ["peft>=0.15"],
     "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8"],
 }
