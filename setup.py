@@ -55,7 +55,7 @@ setup(
         "transformers>=5.4",
         "accelerate>=1.9",
         "safetensors>=0.4.5",
-        "huggingface_hub>=1.3",
+        "huggingface_hub>=1.5",
         "numpy>=1.26",
         "rich>=13",
         # Named and hub text sets and .parquet files, which --calib takes by default.
