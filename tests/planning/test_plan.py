@@ -304,6 +304,12 @@ def test_counts_equal_those_of_the_real_model(variant):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         cache = model(input_ids=torch.zeros(1, tokens, dtype=torch.int64)).past_key_values
     assert sum(p.numel() for p in model.parameters()) == cost.params
-    assert counter.get_total_flops() == cost.flops * tokens
+    # Old releases of transformers make the angles of the positions by a product.
+    angles = sum(
+        sum(counts.values())
+        for module, counts in counter.get_flop_counts().items()
+        if module.endswith("rotary_emb")
+    )
+    assert counter.get_total_flops() - angles == cost.flops * tokens
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     assert held == cost.kv_cache * tokens
