@@ -56,7 +56,7 @@ setup(
         "accelerate>=1.9",
         "safetensors>=0.4.5",
         "huggingface_hub>=1.5",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "rich>=13",
         # Named and hub text sets and .parquet files, which --calib takes by default.
         "datasets>=3.0",
@@ -64,7 +64,7 @@ setup(
         "sentencepiece>=0.2",
         "protobuf>=4.21.1",
         # report.html, which every run writes: its pictures and its page. torch brings jinja2 too.
-        "matplotlib>=3.8",
+        "matplotlib>=3.8.4",
         "jinja2>=3.1",
         # Whether memory holds the models whose samples it shows. accelerate brings it too.
         "psutil>=5.9",
