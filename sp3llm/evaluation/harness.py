@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sp3llm.text.windows import Windows
 
 
-_INSTALL = "pip install 'lm-eval>=0.4.12'"
+_INSTALL = "pip install 'lm-eval>=0.4.13'"
 # Sequences at once on a CPU, where lm-eval cannot find out how many fit.
 _CPU_BATCH = "8"
 
@@ -86,7 +86,7 @@ def check_installed() -> None:
         ) from error
     if not hasattr(TaskManager, "load"):
         raise UserError(
-            f"Scoring on tasks needs lm-eval 0.4.12 or later, found an older one: {_INSTALL}."
+            f"Scoring on tasks needs lm-eval 0.4.13 or later, found an older one: {_INSTALL}."
         )
 
 
