@@ -59,6 +59,9 @@ class _ProgressLines(Progress):
         super().update(task_id, **options)
         self._tell_at_times(task_id)
 
+    def stop(self) -> None:
+        """Nothing: no bars were begun. Releases of rich before 14.3 print an empty line here."""
+
     def _tell_at_times(self, task_id: TaskID) -> None:
         task, now = self._tasks[task_id], time.monotonic()
         is_done = task.total is not None and task.completed >= task.total
