@@ -80,8 +80,9 @@ class StreamTap:
 
     def _keeper(self, number: int) -> Callable[..., None]:
         def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            # A layer that is computed again for its gradients enters a second time.
-            self._streams.setdefault(number, args[0] if args else kwargs["hidden_states"])
+            # A layer that is computed again for its gradients enters a second time, after `take`:
+            # what that leaves gives way to the next forward pass.
+            self._streams[number] = args[0] if args else kwargs["hidden_states"]
 
         return keep
 
