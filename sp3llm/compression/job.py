@@ -152,7 +152,8 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     kept = needs_of(family, dense.config, shapes[0], workload).kept
     check_disk(out, largest * dtype.itemsize + kept - held_by_run(out))
     max_memory = memory_limits(settings.max_memory)
-    execution = resolve_execution(device, arithmetic_of(dense_dtype, dtype), ranks, max_memory)
+    arithmetic = arithmetic_of(dense_dtype, dtype)
+    execution = resolve_execution(device, arithmetic, ranks, max_memory, settings.compute_dtype)
     # Refuses a config that transformers rejects, before any work.
     empty_model(dense.config, objective_of(family.architecture))
     if learned:
@@ -206,6 +207,7 @@ def run_identity(job: Job) -> dict[str, Any]:
         **{f"the text of {name}": _content(Path(name)) for name in texts if Path(name).is_file()},
         "the number of processes": job.execution.ranks.count,
         "the kind of device": job.execution.device.type,
+        "the arithmetic": str(job.execution.dtype),
         **{
             f"the version of {name}": versions[name] for name in ("sp3llm", "torch", "transformers")
         },

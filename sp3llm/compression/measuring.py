@@ -10,7 +10,7 @@ from torch import Tensor
 from sp3llm.compression.projection import HeadMoments, norm_of
 from sp3llm.compression.statistics import Moments, MomentSum, SiteSlots, pack, unpack
 from sp3llm.maths.moments import add_second_moment, normalise
-from sp3llm.maths.products import widen
+from sp3llm.maths.products import operand, widen
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint, head_tensors
 from sp3llm.models.families import Family, Group
@@ -221,7 +221,7 @@ def _measure_layer(
     is_square = families.is_square(family, run.dense.config)
     if is_square:
         outputs = MomentSum.of(run.shape.num_attention_heads, run.shape.head_dim, execution)
-        probes[family.writers[0]] = lambda _, a: outputs.add(widen(a))
+        probes[family.writers[0]] = lambda _, a: outputs.add(operand(a))
     streams = [(stream, probes)] + ([(evaluated, {})] if evaluated else [])
     run_layer(model, index, tensors, streams)
     at_sites = [total.over(execution.ranks) for total in at_sites]
@@ -253,7 +253,8 @@ def _moment_probe(run: _DensePass, total: MomentSum) -> Probe:
     is_normalised = run.moments == "normalised"
 
     def probe(_: slice, x: Tensor) -> None:
-        total.add(normalise(x, eps, run.family.centred) if is_normalised else widen(x))
+        x = operand(x)
+        total.add(normalise(x, eps, run.family.centred).to(x.dtype) if is_normalised else x)
 
     return probe
 
@@ -368,9 +369,9 @@ def _add_gradients(
     width, sequence = gradients.shape[-1], run.calibration.shape[1]
     total_DD = torch.zeros(width, width, dtype=torch.float64, device=run.execution.device)
     for window in gradients:
-        by_output = widen(window.to(run.execution.device))
-        norm_D, _ = norm_of(run.family, norm, tensors, by_output)
-        add_second_moment(total_DD, by_output * norm_D)
+        by_output = operand(window.to(run.execution.device))
+        norm_D, _ = norm_of(run.family, norm, tensors, widen(by_output))
+        add_second_moment(total_DD, (by_output * norm_D).to(by_output.dtype))
     run.execution.ranks.all_reduce_(total_DD)
     tokens = min(gradient_windows(sequence), len(run.calibration)) * sequence
     run.slots.metrics[run.slots.of_site(site)] += total_DD / tokens

@@ -17,7 +17,9 @@ from sp3llm.compression.refitter import (
 )
 from sp3llm.maths.basis import stream_scale
 from sp3llm.maths.moments import normalise
-from sp3llm.maths.refit import Fit, Gram
+from sp3llm.maths.products import operand
+from sp3llm.maths.refit import Gram
+from sp3llm.maths.ridge import Fit
 from sp3llm.models import families
 from sp3llm.models.families import Site
 from sp3llm.models.stream import Stream, probe_stream
@@ -36,7 +38,9 @@ def stream_grams(
     def add_batch(rows: slice, x: Tensor) -> None:
         centred = refitter.family.centred
         dense_n = normalise(dense_hidden[rows].to(refitter.execution.device), refitter.eps, centred)
-        add_tokens(refitter, grams, rows, normalise(x, refitter.eps, centred), dense_n)
+        # As the norm hands it on, whose weight is 1: in bfloat16, where the stream is.
+        small_n = normalise(x, refitter.eps, centred).to(operand(x).dtype)
+        add_tokens(refitter, grams, rows, small_n, dense_n)
 
     probe_stream(small_stream, add_batch, refitter.execution)
     all_reduce_grams(refitter, grams)

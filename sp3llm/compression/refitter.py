@@ -1,8 +1,10 @@
 """What every fit of the second pass needs: both models, the fit over all processes, the log."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +12,8 @@ from torch import Tensor
 
 from sp3llm.compression.projection import Projection
 from sp3llm.errors import UserError
-from sp3llm.maths.refit import (
-    RIDGES,
-    Fit,
-    Gram,
-    NotFinite,
-    add_to_gram,
-    empty_gram,
-    gram_tensors,
-    ridge_errors,
-    ridge_fit,
-)
+from sp3llm.maths.refit import Gram, NotFinite, add_to_gram, empty_gram, gram_tensors
+from sp3llm.maths.ridge import Fit, Tried, ridge_errors, ridge_fit, search_ridge
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint
 from sp3llm.models.families import Family, Group
@@ -30,6 +23,8 @@ from sp3llm.models.shapes import Shape
 from sp3llm.models.stream import LayeredModel, Stream
 from sp3llm.runtime.devices import Execution
 
+# Names of matrices without the numbers of their layers.
+_WITHOUT_NUMBERS = partial(re.compile(r"\d+").sub, "")
 # Held back from every fit to choose its ridge: one window in this many, one at least.
 _HELD_BACK = 8
 
@@ -150,18 +145,39 @@ def fit_ridge(
     prior_PQ: Tensor,
     prior_intercept_Q: Tensor | None = None,
 ) -> Fit:
-    """A ridge fit (`maths.refit.ridge_fit`) whose solves are shared out over processes.
+    """A ridge fit (`maths.ridge.ridge_fit`) whose trials are shared out over processes.
 
-    `name` is what the log calls it. The result is the same on every process.
+    `name` is what the log calls it: the ridge that the last fit of such a name found, but for its
+    numbers, is where the search begins. The result is the same on every process.
     """
-    ranks, intercept = refitter.execution.ranks, prior_intercept_Q is not None
-    own = ridge_errors(*grams, prior_PQ, intercept, ranks.share(RIDGES))
-    by_rank = ranks.all_gather(own)
-    errors = [by_rank[i % ranks.count][i // ranks.count] for i in range(len(RIDGES))]
-    fit = ridge_fit(*grams, prior_PQ, prior_intercept_Q, errors)
+    ranks, priors, dtype = (
+        refitter.execution.ranks,
+        (prior_PQ, prior_intercept_Q),
+        solves_in(refitter),
+    )
+
+    def try_all(ridges: Sequence[float]) -> Tried:
+        by_rank = ranks.all_gather(ridge_errors(*grams, *priors, ranks.share(ridges), dtype))
+        return {ridge: tried for own in by_rank for ridge, tried in own.items()}
+
+    tried = search_ridge(try_all, _last_ridge(refitter, name))
+    fit = ridge_fit(*grams, *priors, tried, dtype)
     ranks.broadcast_(fit.solution_PQ, fit.intercept_Q)
     _log(refitter, name, fit)
     return fit
+
+
+def solves_in(refitter: Refitter) -> torch.dtype:
+    """The dtype of factors: float32, where it is enough, for Grams of bfloat16 products."""
+    return torch.float32 if refitter.execution.dtype == torch.bfloat16 else torch.float64
+
+
+def _last_ridge(refitter: Refitter, name: str) -> float | None:
+    """The ridge of the last fit of the same matrix of another layer; None: there was none."""
+    for entry in reversed(refitter.log):
+        if _WITHOUT_NUMBERS(entry["name"]) == _WITHOUT_NUMBERS(name):
+            return float("inf") if entry["ridge"] is None else entry["ridge"]
+    return None
 
 
 def _log(refitter: Refitter, name: str, fit: Fit) -> None:

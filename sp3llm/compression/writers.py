@@ -14,11 +14,12 @@ from sp3llm.compression.refitter import (
     all_reduce_grams,
     empty_grams,
     fit_ridge,
+    solves_in,
 )
 from sp3llm.compression.units import cut_units, kept_rows
 from sp3llm.maths.basis import stream_scale
 from sp3llm.maths.moments import LEAST_MEAN_SQUARE
-from sp3llm.maths.products import widen
+from sp3llm.maths.products import operand, product, widen
 from sp3llm.maths.refit import Gram, restricted, schur_complement, sum_grams
 from sp3llm.maths.unit_selection import select_units
 from sp3llm.models import families
@@ -70,7 +71,7 @@ def _parallel_grams(refitter: Refitter, layer: LayerFit, prior_PK: Tensor) -> tu
     inputs: list[Tensor] = []
 
     def add_batch(rows: slice, a: Tensor) -> None:
-        inputs.append(widen(a))
+        inputs.append(operand(a))
         if len(inputs) == len(family.writers):
             missing, weight = _missing(
                 refitter, layer.dense_stream.hidden, layer.small_stream, rows
@@ -127,9 +128,11 @@ def fit_embeddings(
     grams = empty_grams(refitter, *prior_JK.shape)
 
     def add_batch(rows: slice, _: Tensor) -> None:
-        embedded = widen(table_VJ[tokens[rows].to(table_VJ.device)])
+        looked_up = table_VJ[tokens[rows].to(table_VJ.device)]
+        embedded = operand(looked_up.to(refitter.execution.dtype))
         missing, weight = _missing(refitter, dense_stream.hidden, small_stream, rows)
-        missing = missing * refitter.multiplier + embedded @ prior_JK.to(embedded)
+        wide = widen(embedded)
+        missing = missing * refitter.multiplier + wide @ prior_JK.to(wide)
         add_tokens(refitter, grams, rows, embedded, missing, weight)
 
     probe_stream(small_stream, add_batch, refitter.execution)
@@ -170,7 +173,7 @@ def fit_writer(
 
     def add_batch(rows: slice, a: Tensor) -> None:
         missing, weight = _missing(refitter, target, layer.small_stream, rows)
-        add_tokens(refitter, grams, rows, widen(a), missing, weight)
+        add_tokens(refitter, grams, rows, operand(a), missing, weight)
         if inputs is not None:
             inputs[rows] = a.to(inputs.device)
 
@@ -194,9 +197,11 @@ def _missing(
 ) -> tuple[Tensor, Tensor]:
     """What a writer has to add, `(c X_out T - X') / r`, and what each token weighs."""
     family, execution, writes_DK = refitter.family, refitter.execution, refitter.projection.writes()
-    wanted = widen(target[rows].to(execution.device))
-    scaled_DK = (stream_scale(writes_DK) * writes_DK).to(wanted)
-    missing = wanted @ scaled_DK - widen(small_stream.hidden[rows].to(execution.device))
+    wanted = operand(target[rows].to(execution.device))
+    scaled_DK = (stream_scale(writes_DK) * writes_DK).to(widen(wanted).dtype)
+    there = product(wanted.flatten(0, 1).T, scaled_DK).unflatten(0, wanted.shape[:2])
+    missing = there - widen(small_stream.hidden[rows].to(execution.device))
+    wanted = widen(wanted)
     if family.centred:
         wanted = wanted - wanted.mean(-1, keepdim=True)
     weight = 1 / wanted.square().mean(-1).clamp_min(LEAST_MEAN_SQUARE)
@@ -236,7 +241,8 @@ def _survivors(
     kept_U = None if kept_units is None else kept_units.kept(axis, layer.group.layer)
     if kept_U is None:
         method = refitter.unit_selection
-        kept_P = select_units(gram, prior_PK, keep, unit, method, _CHOICE_RIDGE)
+        dtype = solves_in(refitter)
+        kept_P = select_units(gram, prior_PK, keep, unit, method, _CHOICE_RIDGE, dtype)
         refitter.execution.ranks.broadcast_(kept_P)
         kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
     else:

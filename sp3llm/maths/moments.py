@@ -6,9 +6,9 @@ Shape suffixes: N tokens, D residual width, P columns.
 import torch
 from torch import Tensor
 
-from sp3llm.maths.products import symmetric_product, widen
+from sp3llm.maths.products import product, symmetric_product, widen
 
-# Products are taken in float32 over this many tokens and summed in float64: the error of a
+# Products are summed in float32 over this many tokens and in float64 beyond: the error of a
 # product does not grow with the number of tokens, and no float64 matrix product is needed.
 TOKENS_A_BLOCK = 4096
 # Least mean square of a token's stream that its error is relative to: a token of zeros, as padding
@@ -39,5 +39,5 @@ def column_sums(x_NP: Tensor) -> Tensor:
     """`sum_n x_n`, `(P,)`, float64. By products with ones: reductions that widen are far slower."""
     total_P = torch.zeros(x_NP.shape[1], dtype=torch.float64, device=x_NP.device)
     for block_NP in x_NP.split(TOKENS_A_BLOCK):
-        total_P += block_NP.new_ones(len(block_NP)) @ block_NP
+        total_P += product(block_NP.new_ones(len(block_NP), 1), block_NP)[0]
     return total_P

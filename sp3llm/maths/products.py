@@ -1,10 +1,12 @@
-"""Matrix products for second moments: symmetric ones, and ones for tensor cores. Tensors only.
+"""Matrix products for second moments: symmetric ones, and ones on units for bfloat16. Tensors only.
 
 Shape suffixes: N tokens, P and Q columns.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,16 +21,21 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def operand(x: Tensor) -> Tensor:
+    """As products take it: bfloat16 as it is, float16, whose range sums soon leave, as float32."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
 def symmetric_product(left_NP: Tensor, right_NP: Tensor) -> Tensor:
     """`left^T right`, `(P, P)`, where that is symmetric: only the blocks on and above the diagonal
-    are computed. In the wider of the two dtypes, float32 at least.
+    are computed. In the wider of the two dtypes, float32 at least; see `product`.
     """
     size = right_NP.shape[1]
-    wide = torch.promote_types(left_NP.dtype, right_NP.dtype)
-    product_PP = right_NP.new_empty(size, size, dtype=torch.promote_types(wide, torch.float32))
+    operands = _operands(left_NP, right_NP)
+    product_PP = right_NP.new_empty(size, size, dtype=operands.dtype)
     bounds = [size * panel // _PANELS for panel in range(_PANELS + 1)]
     for start, end in pairwise(bounds):
-        product_PP[start:end, start:] = product(left_NP[:, start:end], right_NP[:, start:])
+        product_PP[start:end, start:] = operands.product(slice(start, end), slice(start, size))
         product_PP[end:, start:end] = product_PP[start:end, end:].T
     return product_PP
 
@@ -36,14 +43,47 @@ def symmetric_product(left_NP: Tensor, right_NP: Tensor) -> Tensor:
 def product(left_NP: Tensor, right_NQ: Tensor) -> Tensor:
     """`left^T right`, `(P, Q)`, in the wider of the two dtypes, float32 at least.
 
-    On a GPU the operands go to its tensor cores as sums of bfloat16 numbers (`split_product`),
-    which is an order of magnitude faster than float32 there.
+    Two bfloat16 numbers have an exact product in float32, and GPUs and recent CPUs have units that
+    sum such products several times as fast as float32's own: bfloat16 operands go there as they
+    are. A float32 operand goes there as the sum of two bfloat16 numbers, where the other is
+    bfloat16, and on a GPU always (`split_product`). Elsewhere nothing is rounded.
     """
-    wide = torch.promote_types(left_NP.dtype, right_NQ.dtype)
-    if right_NQ.is_cuda and wide != torch.float64 and _has_mixed_products():
-        return split_product(left_NP, right_NQ, _mixed_product)
-    wide = torch.promote_types(wide, torch.float32)
-    return left_NP.to(wide).T @ right_NQ.to(wide)
+    return _operands(left_NP, right_NQ).product(slice(None), slice(None))
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """Two operands as the sums of the pieces that are multiplied."""
+
+    lefts: list[Tensor]
+    rights: list[Tensor]
+    multiply: Callable[[Tensor, Tensor], Tensor]
+    dtype: torch.dtype
+    """Of the product."""
+
+    def product(self, left_columns: slice, right_columns: slice) -> Tensor:
+        """`left^T right` of some columns of each.
+
+        Of four products of pieces the least, that of the two low ones, is left out.
+        """
+        lefts = [piece[:, left_columns].T for piece in self.lefts]
+        rights = [piece[:, right_columns] for piece in self.rights]
+        total = self.multiply(lefts[0], rights[0])
+        for low in lefts[1:]:
+            total += self.multiply(low, rights[0])
+        for low in rights[1:]:
+            total += self.multiply(lefts[0], low)
+        return total
+
+
+def _operands(left_NP: Tensor, right_NQ: Tensor) -> _Operands:
+    """How a product of the two is taken; see `product`."""
+    dtypes = {left_NP.dtype, right_NQ.dtype}
+    wide = torch.promote_types(torch.promote_types(*(left_NP.dtype, right_NQ.dtype)), torch.float32)
+    splits = torch.bfloat16 in dtypes or right_NQ.is_cuda
+    if wide == torch.float64 or not splits:
+        return _Operands([left_NP.to(wide)], [right_NQ.to(wide)], torch.mm, wide)
+    return _split(left_NP, right_NQ, _mixed_product if right_NQ.is_cuda else _product_on_cpu)
 
 
 def split_product(
@@ -52,17 +92,18 @@ def split_product(
     """`left^T right` from products of bfloat16 operands, summed in float32 by `multiply`.
 
     A float32 number is the sum of two bfloat16 numbers to 2^-17 of itself; of the four products
-    the least, 2^-16 of the first, is left out. Errors are random and average over tokens, where
-    those of a plain bfloat16 product, 2^-9, are too large for a Gram matrix that is to be
-    inverted. A bfloat16 operand is exact as it is.
+    the least, 2^-16 of the first, is left out. Errors are random and average over tokens. A
+    bfloat16 operand is exact as it is.
     """
-    lefts, rights = _pieces(left_NP), _pieces(right_NQ)
-    total = multiply(lefts[0].T, rights[0])
-    for low in lefts[1:]:
-        total += multiply(low.T, rights[0])
-    for low in rights[1:]:
-        total += multiply(lefts[0].T, low)
-    return total
+    return _split(left_NP, right_NQ, multiply).product(slice(None), slice(None))
+
+
+def _split(
+    left_NP: Tensor, right_NQ: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
+) -> _Operands:
+    lefts = _pieces(left_NP)
+    rights = lefts if right_NQ is left_NP else _pieces(right_NQ)
+    return _Operands(lefts, rights, multiply, torch.float32)
 
 
 def _pieces(x: Tensor) -> list[Tensor]:
@@ -75,11 +116,38 @@ def _pieces(x: Tensor) -> list[Tensor]:
 
 def _mixed_product(left: Tensor, right: Tensor) -> Tensor:
     """`left right` of bfloat16 matrices, float32, on a GPU."""
+    if not _has_mixed_products():
+        return left.float() @ right.float()
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
 @functools.cache
 def _has_mixed_products() -> bool:
-    """Whether this torch multiplies bfloat16 into float32 (2.8 and later do)."""
+    """Whether this torch multiplies bfloat16 into float32 on a GPU (2.8 and later do)."""
     major, minor = torch.__version__.split(".")[:2]
     return (int(major), int(minor)) >= (2, 8)
+
+
+def _product_on_cpu(left: Tensor, right: Tensor) -> Tensor:
+    """`left right` of bfloat16 matrices, float32, on a CPU, where torch has no such product of its
+    own: that of the same numbers as float32, on bfloat16's units.
+    """
+    with _bfloat16_units():
+        return left.float() @ right.float()
+
+
+@contextmanager
+def _bfloat16_units() -> Iterator[None]:
+    """Let products of float32 matrices use the CPU's units for bfloat16, where it has any: exact
+    for operands that are bfloat16 numbers.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:  # before torch 2.9
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -9,7 +9,6 @@ width that a writer reads.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +17,12 @@ from torch import Tensor
 from sp3llm.maths.moments import TOKENS_A_BLOCK
 from sp3llm.maths.products import product, symmetric_product
 
-# Relative to the mean diagonal of the Gram matrix. Infinity, plain projection, is always tried.
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # What a ridge of zero is raised to first: above float64's epsilon, below which nothing changes.
 _LEAST_RAISED_RIDGE = 1e-15
+# A solution by a float32 factor is good enough where no more than this share of the right side is
+# left: far less than bfloat16, which such solutions are rounded to, can tell. It is measured on so
+# many random combinations of the outputs, and mended by so many steps at most.
+_RESIDUAL, _PROBES, _REFINEMENTS = 1e-6, 8, 2
 
 
 class NotFinite(ArithmeticError):  # noqa: N818  (says what the numbers are)
@@ -49,24 +50,6 @@ class Gram:
     """`sum w`, scalar."""
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A solution and how it was found."""
-
-    solution_PQ: Tensor
-    """`X`, float64."""
-    intercept_Q: Tensor | None
-    """`b`, float64; None where none was asked for."""
-    ridge: float
-    """Chosen ridge, relative to the mean diagonal; infinity: the plain projection was kept."""
-    error: float
-    """Relative squared error of the choice on the held-back tokens."""
-    plain_error: float
-    """The plain projection's."""
-    raised: bool
-    """The ridge was raised above what held-back tokens chose since the matrix was singular."""
-
-
 def empty_gram(inputs: int, outputs: int, device: torch.device) -> Gram:
     """A Gram of no tokens."""
 
@@ -86,16 +69,25 @@ def empty_gram(inputs: int, outputs: int, device: torch.device) -> Gram:
 def add_to_gram(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None = None) -> None:
     """Add tokens, in place. `a` is `(..., P)`, `y` `(..., Q)`, `weight` `(...)`, all floating.
 
-    Products are float32 over blocks (float64 for float64 input), sums float64.
+    Sums over blocks of tokens are float32 (float64 for float64 input), those over blocks float64.
+    Where `a` is bfloat16, so is what is multiplied: a token's numbers, its targets among them, are
+    rounded to it once, after they were multiplied by the root of its weight. The Gram is then
+    exactly that of the rounded tokens, positive semidefinite like any other; against the Gram of
+    the tokens as they were it has, beside noise that averages out, a millionth of its diagonal
+    more.
     """
     a_NP, y_NQ = a_NP.reshape(-1, a_NP.shape[-1]), y_NQ.reshape(-1, y_NQ.shape[-1])
     weights = None if weight_N is None else weight_N.reshape(-1).split(TOKENS_A_BLOCK)
     blocks = zip(a_NP.split(TOKENS_A_BLOCK), y_NQ.split(TOKENS_A_BLOCK), strict=True)
     for index, (block_NP, block_NQ) in enumerate(blocks):
+        weight_N = None if weights is None else weights[index]
+        if block_NP.dtype == torch.bfloat16:
+            _add_rounded(gram, block_NP, block_NQ, weight_N)
+            continue
         weighted_NP, squares_N = block_NP, block_NQ.square().sum(1)
-        weight_N = torch.ones_like(squares_N)
-        if weights is not None:
-            weight_N = weights[index]
+        if weight_N is None:
+            weight_N = torch.ones_like(squares_N)
+        else:
             weighted_NP = block_NP * weight_N[:, None]
         gram.inputs_PP.add_(symmetric_product(weighted_NP, block_NP))
         gram.cross_PQ.add_(product(weighted_NP, block_NQ))
@@ -103,6 +95,22 @@ def add_to_gram(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None 
         gram.target_sum_Q.add_(weight_N @ block_NQ)
         gram.energy.add_((weight_N * squares_N).sum(dtype=torch.float64))
         gram.weight.add_(weight_N.sum(dtype=torch.float64))
+
+
+def _add_rounded(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None) -> None:
+    """Add a block of tokens of which products are taken in bfloat16; see `add_to_gram`."""
+    if weight_N is None:
+        root_N = a_NP.new_ones(len(a_NP), dtype=torch.float32)
+    else:
+        root_N = weight_N.float().sqrt()
+        a_NP, y_NQ = a_NP * root_N[:, None], y_NQ * root_N[:, None]
+    a_NP, y_NQ = a_NP.bfloat16(), y_NQ.bfloat16()
+    gram.inputs_PP.add_(symmetric_product(a_NP, a_NP))
+    gram.cross_PQ.add_(product(a_NP, y_NQ))
+    gram.input_sum_P.add_(product(root_N[:, None], a_NP)[0])
+    gram.target_sum_Q.add_(product(root_N[:, None], y_NQ)[0])
+    gram.energy.add_(y_NQ.float().square().sum(dtype=torch.float64))
+    gram.weight.add_(root_N.square().sum(dtype=torch.float64))
 
 
 def gram_tensors(gram: Gram) -> tuple[Tensor, ...]:
@@ -165,12 +173,8 @@ def ridged_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]
 
     Raises NotFinite if `gram_PP` holds NaN or infinity, which no ridge makes positive definite.
     """
-    _check_finite(gram_PP)
-    diagonal_P = gram_PP.diagonal()
-    scale = diagonal_P.mean()
-    if not torch.isfinite(scale):  # of finite numbers the sum can overflow, the mean cannot
-        scale = (diagonal_P / len(diagonal_P)).sum()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    check_finite(gram_PP)
+    scale = _mean_diagonal(gram_PP)
     # In columns, as LAPACK has it: in rows it would be copied there and back.
     factor_PP = torch.empty_like(gram_PP).mT
     info = torch.empty((), dtype=torch.int32, device=gram_PP.device)
@@ -182,6 +186,15 @@ def ridged_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]
             return factor_PP, scale, ridge
         ridge = max(10 * ridge, _LEAST_RAISED_RIDGE)
     raise NotFinite("No finite ridge makes the Gram matrix positive definite.")
+
+
+def _mean_diagonal(gram_PP: Tensor) -> Tensor:
+    """The mean of a Gram matrix's diagonal; 1 for one of zeros."""
+    diagonal_P = gram_PP.diagonal()
+    scale = diagonal_P.mean()
+    if not torch.isfinite(scale):  # of finite numbers the sum can overflow, the mean cannot
+        scale = (diagonal_P / len(diagonal_P)).sum()
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def solve_(factor_PP: Tensor, right_PQ: Tensor) -> Tensor:
@@ -202,13 +215,18 @@ def solve_towards(factor_PP: Tensor, penalty: float, cross_PQ: Tensor, prior_PQ:
 
 
 def ridge_solution(
-    gram: Gram, prior_PQ: Tensor, ridge: float, intercept: bool
+    gram: Gram,
+    prior_PQ: Tensor,
+    ridge: float,
+    intercept: bool,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor | None, float]:
     """`argmin_X sum w |y - a X - b|^2 + lambda |X - prior|^2`, `b` unpenalised, by Cholesky.
 
     `lambda` is `ridge` times the mean diagonal of `sum w a a^T` (centred if there is an
     intercept). Where the matrix is not positive definite to working precision the ridge is raised
-    tenfold until it is.
+    tenfold until it is. The factor is float64; or, with `dtype` float32, that, where what it leaves
+    of the equation shows that it is good enough (`_by_float32_factor`).
 
     Returns `X`, `b` (None without intercept) and the ridge used. Raises NotFinite if the Gram's
     matrix of the inputs holds NaN or infinity.
@@ -218,69 +236,64 @@ def ridge_solution(
         mean_P, mean_Q = gram.input_sum_P / gram.weight, gram.target_sum_Q / gram.weight
         inputs_PP = torch.addr(inputs_PP, gram.input_sum_P, mean_P, alpha=-1)
         cross_PQ = torch.addr(cross_PQ, gram.input_sum_P, mean_Q, alpha=-1)
-    factor_PP, scale, ridge = ridged_factor(inputs_PP, ridge)
-    solution_PQ = solve_towards(factor_PP, ridge * scale.item(), cross_PQ, prior_PQ)
+    solution_PQ = None
+    if dtype == torch.float32:
+        solution_PQ = _by_float32_factor(inputs_PP, cross_PQ, prior_PQ, ridge)
+    if solution_PQ is None:
+        factor_PP, scale, ridge = ridged_factor(inputs_PP, ridge)
+        solution_PQ = solve_towards(factor_PP, ridge * scale.item(), cross_PQ, prior_PQ)
     return solution_PQ, mean_Q - mean_P @ solution_PQ if intercept else None, ridge
 
 
-def _check_finite(*matrices: Tensor) -> None:
+def _by_float32_factor(
+    inputs_PP: Tensor, cross_PQ: Tensor, prior_PQ: Tensor, ridge: float
+) -> Tensor | None:
+    """`solve_towards` by a Cholesky factor in float32, refined until what is left of the equation
+    is small; None: it is not, or there is no such factor.
+    """
+    factor_PP, scale = float32_factor(inputs_PP, ridge)
+    if factor_PP is None:
+        return None
+    penalty = ridge * scale.item()
+    right_PQ = torch.add(cross_PQ, prior_PQ, alpha=penalty)
+    outputs = right_PQ.shape[1]
+    generator = torch.Generator().manual_seed(outputs)
+    signs_QS = torch.randint(2, (outputs, min(_PROBES, outputs)), generator=generator) * 2 - 1
+    signs_QS = signs_QS.to(right_PQ)
+    wanted = (right_PQ @ signs_QS).norm()
+
+    def left_of(solution_PQ: Tensor, right_PQ: Tensor) -> Tensor:
+        return right_PQ - inputs_PP @ solution_PQ - penalty * solution_PQ
+
+    solution_PQ = solve_(factor_PP, right_PQ.float()).double()
+    for _ in range(_REFINEMENTS + 1):
+        left = left_of(solution_PQ @ signs_QS, right_PQ @ signs_QS).norm()
+        if left <= _RESIDUAL * wanted:
+            return solution_PQ
+        if not torch.isfinite(left):
+            return None
+        solution_PQ += solve_(factor_PP, left_of(solution_PQ, right_PQ).float()).double()
+    return None
+
+
+def float32_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor | None, Tensor]:
+    """What `ridged_factor` returns but for the ridge, which is never raised, in float32; no factor
+    where float32 does not find the matrix positive definite.
+    """
+    check_finite(gram_PP)
+    scale = _mean_diagonal(gram_PP)
+    factor_PP = gram_PP.float()
+    factor_PP.diagonal().add_((ridge * scale).float())
+    factor_PP, info = torch.linalg.cholesky_ex(factor_PP)
+    return (factor_PP if info.item() == 0 else None), scale
+
+
+def check_finite(*matrices: Tensor) -> None:
     """Raises NotFinite if one of them holds NaN or infinity."""
     # A sum is finite only if all are; finite values whose sum overflows are looked at.
     for matrix in matrices:
         if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
             raise NotFinite("A Gram matrix holds NaN or infinity.")
-
-
-def ridge_errors(
-    fitting: Gram,
-    held_back: Gram,
-    prior_PQ: Tensor,
-    intercept: bool,
-    ridges: Sequence[float] = RIDGES,
-) -> list[tuple[float, float]]:
-    """For every ridge: the ridge used, and the fit's relative squared error on held-back tokens.
-
-    Raises NotFinite if a Gram holds NaN or infinity.
-    """
-    for gram in (fitting, held_back):
-        _check_finite(gram.inputs_PP, gram.cross_PQ)
-    errors = []
-    for ridge in ridges:
-        solution_PQ, intercept_Q, used = ridge_solution(fitting, prior_PQ, ridge, intercept)
-        errors.append((used, squared_error(held_back, solution_PQ, intercept_Q)))
-    return errors
-
-
-def ridge_fit(
-    fitting: Gram,
-    held_back: Gram,
-    prior_PQ: Tensor,
-    prior_intercept_Q: Tensor | None = None,
-    errors: Sequence[tuple[float, float]] | None = None,
-) -> Fit:
-    """Fit towards a prior, the ridge chosen on held-back tokens, then on all tokens together.
-
-    A fixed ridge is not safe: with few tokens a small one doubles the error of the plain
-    projection, with many a large one loses the gain. The grid ends in infinity, the prior itself,
-    so the fit never does worse on the held-back tokens than plain projection. An intercept is
-    fitted where `prior_intercept_Q` is given. `errors` are those of `ridge_errors`, where several
-    processes shared them out.
-
-    `fitting` takes in `held_back`, in place, once the ridge is chosen.
-    """
-    intercept = prior_intercept_Q is not None
-    if errors is None:
-        errors = ridge_errors(fitting, held_back, prior_PQ, intercept)
-    plain_error = squared_error(held_back, prior_PQ, prior_intercept_Q)
-    best, best_error = float("inf"), plain_error
-    for used, error in errors:
-        if error < best_error:
-            best, best_error = used, error
-    if best == float("inf"):
-        return Fit(prior_PQ, prior_intercept_Q, best, best_error, plain_error, False)
-    both = add_gram_(fitting, held_back)
-    solution_PQ, intercept_Q, used = ridge_solution(both, prior_PQ, best, intercept)
-    return Fit(solution_PQ, intercept_Q, used, best_error, plain_error, used > best)
 
 
 def restricted(gram: Gram, kept_P: Tensor) -> Gram:

@@ -16,6 +16,7 @@ from sp3llm.options.choices import (
     EXPORTS,
     MASKS,
     MOMENTS,
+    PRECISIONS,
     STREAMS,
     TIES,
     TURNS,
@@ -152,6 +153,12 @@ class CompressConfig:
         default="auto",
         shown="as in the checkpoint",
         choices=DTYPES,
+    )
+    compute_dtype: str = option(
+        "dtype of the arithmetic; auto is that of the weights on a GPU and, for bfloat16 weights, "
+        "on a CPU with units for it; else float32",
+        default="auto",
+        choices=PRECISIONS,
     )
     export_as: str = option(
         "stock class of the result: as the original's, as a Llama where that computes exactly the "

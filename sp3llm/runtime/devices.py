@@ -71,18 +71,47 @@ def arithmetic_of(dense: torch.dtype, small: torch.dtype) -> torch.dtype:
     return torch.promote_types(dense, small)
 
 
+# What `torch.cpu.get_capabilities` calls units that multiply bfloat16 numbers: of Intel and AMD,
+# and of Arm.
+_BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+
+
+def has_bfloat16_units() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices faster than float32 ones, as torch has it; a
+    torch before 2.10, which cannot tell, counts as no.
+    """
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(unit) for unit in _BFLOAT16_UNITS)
+
+
+def compute_dtype(asked: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Resolve `--compute-dtype` for weights of `dtype`, the wider of checkpoint's and export's.
+
+    `auto`: on an accelerator that dtype; on a CPU bfloat16 for bfloat16 weights where it has units
+    for it, float64 for float64 weights, and else float32.
+    """
+    if asked != "auto":
+        return getattr(torch, asked)
+    as_stored = torch.float64
+    if device.type != "cpu" or (dtype == torch.bfloat16 and has_bfloat16_units()):
+        as_stored = dtype
+    return dtype if dtype == as_stored else torch.float32
+
+
 def resolve_execution(
     device: str,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
     max_memory: Mapping[str, int] | None = None,
+    asked: str = "auto",
 ) -> Execution:
     """Resolve `--device` (`auto`: a GPU, if there is one) and the arithmetic that goes with it.
 
-    `dtype` is the wider of the dense checkpoint's and the export's. On a CPU everything runs in
-    float32 (float64 for float64 weights), on an accelerator in that dtype. TF32 is never used.
-    `max_memory` caps what torch may take of a GPU, in bytes; where it names some, the first of
-    those is the one.
+    `dtype` is the wider of the dense checkpoint's and the export's; see `compute_dtype`, whose
+    `asked` it is. TF32 is never used. `max_memory` caps what torch may take of a GPU, in bytes;
+    where it names some, the first of those is the one.
 
     Raises UserError if there is no such device.
     """
@@ -103,8 +132,7 @@ def resolve_execution(
     if most is not None:
         total = torch.cuda.get_device_properties(resolved).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), resolved)
-    on_cpu = resolved.type == "cpu" and dtype != torch.float64
-    return Execution(resolved, torch.float32 if on_cpu else dtype, ranks or Ranks())
+    return Execution(resolved, compute_dtype(asked, dtype, resolved), ranks or Ranks())
 
 
 def idle_gpus_line(execution: Execution, module: str) -> str | None:

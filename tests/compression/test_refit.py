@@ -10,12 +10,12 @@ from sp3llm.maths.refit import (
     add_to_gram,
     empty_gram,
     restricted,
-    ridge_fit,
     ridge_solution,
     schur_complement,
     squared_error,
     sum_grams,
 )
+from sp3llm.maths.ridge import ridge_fit
 from sp3llm.maths.unit_selection import select_units
 from sp3llm.models.head import backward_head
 from sp3llm.models.objectives.causal_lm import CAUSAL_LM

@@ -5,11 +5,11 @@ import torch
 
 from sp3llm.maths.refit import (
     NotFinite,
-    ridge_fit,
     ridge_solution,
     ridged_factor,
     schur_complement,
 )
+from sp3llm.maths.ridge import ridge_fit
 from sp3llm.maths.unit_selection import select_units
 from tests.compression.test_refit import gram_of, normal
 

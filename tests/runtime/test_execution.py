@@ -11,7 +11,7 @@ import torch
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.errors import UserError
 from sp3llm.maths.products import split_product, symmetric_product
-from sp3llm.runtime.devices import Execution, idle_gpus_line
+from sp3llm.runtime.devices import Execution, compute_dtype, idle_gpus_line
 from sp3llm.runtime.memory import memory_limits
 from sp3llm.runtime.placement import BytesNeeded, place_streams
 from sp3llm.runtime.prefetch import prefetch
@@ -169,3 +169,31 @@ def test_disk_streams_give_the_same_bits(variant, tokens, tmp_path):
     assert torch.equal(found[0].total(), expected[0].total())
     for local_windows, other in zip(found[0].metrics_DD, expected[0].metrics_DD, strict=True):
         assert torch.equal(local_windows, other)
+
+
+@pytest.mark.parametrize(
+    ("asked", "weights", "device", "has_units", "expected"),
+    [
+        ("auto", torch.bfloat16, "cpu", True, torch.bfloat16),
+        ("auto", torch.bfloat16, "cpu", False, torch.float32),
+        ("auto", torch.float16, "cpu", True, torch.float32),
+        ("auto", torch.float32, "cpu", True, torch.float32),
+        ("auto", torch.float64, "cpu", True, torch.float64),
+        ("auto", torch.bfloat16, "cuda", False, torch.bfloat16),
+        ("auto", torch.float16, "cuda", False, torch.float16),
+        ("float32", torch.bfloat16, "cuda", True, torch.float32),
+        ("float32", torch.bfloat16, "cpu", True, torch.float32),
+        ("bfloat16", torch.float32, "cpu", False, torch.bfloat16),
+    ],
+)
+def test_the_arithmetic_is_what_weights_and_device_make_fast(
+    asked, weights, device, has_units, expected, monkeypatch
+):
+    units = {"avx512_bf16": has_units, "avx512_f": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    assert compute_dtype(asked, weights, torch.device(device)) == expected
+
+
+def test_a_torch_that_cannot_tell_what_the_cpu_has_gets_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert compute_dtype("auto", torch.bfloat16, torch.device("cpu")) == torch.float32
