@@ -1,7 +1,7 @@
 """What the basis is made from: second moments of the dense stream, and what errors in it cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from sp3llm.compression.projection import HeadMoments
 from sp3llm.errors import UserError
 from sp3llm.maths.moments import add_second_moment, column_sums
 from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.journal import Saved
 from sp3llm.runtime.processes import Ranks
 
 
@@ -25,10 +26,103 @@ class Moments:
     """Mean second moment of what the head reads."""
     heads: tuple[HeadMoments, ...] = ()
     """Of every layer, where the width is heads times head size."""
+    fisher: "Fisher | None" = None
+    """What the loss's gradients say of errors; None where they were not taken."""
+    curves: Mapping[str, Tensor] = field(default_factory=dict)
+    """By the axis that a writer reads, what all layers' writers lose with some of their units,
+    after a refit: rows of the number of units, falling, and nats a token, `(points, 2)`."""
 
     def total(self) -> Tensor:
         """Sum over all sites, `(D, D)`."""
         return sum(self.sites_DD[1:], self.sites_DD[0].clone())
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Fisher information of the stream, mean over tokens: an error with second moment `E` costs
+    `tr(A E) / 2` nats a token.
+    """
+
+    sites_DD: tuple[Tensor, ...]
+    """For errors of the normalised stream at the sites, seen by these only; summed over
+    neighbouring sites as `Moments.sites_DD` are."""
+    head_DD: Tensor
+    """That of the final norm alone."""
+    behind_DD: tuple[Tensor, ...]
+    """For errors of the stream behind a writer, relative to its root mean square there, which all
+    that follows sees; mean over neighbouring writers, in the order of the stream."""
+
+    def behind(self, writer: int, writers: int) -> Tensor:
+        """For a writer by its number among all `writers`."""
+        return self.behind_DD[writer * len(self.behind_DD) // writers]
+
+
+@dataclass(frozen=True)
+class FisherSums:
+    """Running sums of what `Fisher` has, added to in place."""
+
+    sites_DD: list[Tensor]
+    head_DD: Tensor
+    behind_DD: list[Tensor]
+    sites: int
+
+    @staticmethod
+    def of(sites: int, most: int, width: int, execution: Execution) -> "FisherSums":
+        """Zeros, for so many read sites, the head's among them; otherwise as `SiteSlots.of`."""
+
+        def zeros(count: int) -> list[Tensor]:
+            return [
+                torch.zeros(width, width, dtype=torch.float64, device=execution.device)
+                for _ in range(count)
+            ]
+
+        return FisherSums(zeros(min(most, sites)), zeros(1)[0], zeros(min(most, sites - 1)), sites)
+
+    def add_site(self, site: int, metric_DD: Tensor) -> None:
+        """Add a site's metric."""
+        self.sites_DD[site * len(self.sites_DD) // self.sites] += metric_DD
+
+    def add_behind(self, writer: int, metric_DD: Tensor) -> None:
+        """Add the metric behind a writer, by its number among all writers, as many as sites before
+        the head's.
+        """
+        writers, slots = self.sites - 1, len(self.behind_DD)
+        slot = writer * slots // writers
+        members = sum(other * slots // writers == slot for other in range(writers))
+        self.behind_DD[slot] += metric_DD / members
+
+    def finished(self) -> Fisher:
+        """The sums as they are now."""
+        return Fisher(tuple(self.sites_DD), self.head_DD, tuple(self.behind_DD))
+
+    def pack(self) -> dict[str, Tensor]:
+        """As named tensors; `restore` is the inverse."""
+        return _pack_fisher(self.finished())
+
+    def restore(self, named: Mapping[str, Tensor]) -> None:
+        """Set the sums to those that `pack` has named."""
+        for name, mine in self.pack().items():
+            mine.copy_(named[name])
+
+    def restore_from(self, saved: Saved | None) -> bool:
+        """Set the sums to those of a step of the journal; whether there is one."""
+        if saved is not None:
+            self.restore(saved.tensors)
+        return saved is not None
+
+    def check_finite(self) -> None:
+        """Raises UserError if anything overflowed."""
+        if not all(torch.isfinite(metric_DD).all() for metric_DD in self.pack().values()):
+            raise UserError(
+                "The gradients of the loss hold NaN or infinity: use --basis readers and a shape "
+                "by hand, or --dtype float32."
+            )
+
+
+def _pack_fisher(fisher: Fisher) -> dict[str, Tensor]:
+    named = {"fisher.head": fisher.head_DD}
+    named |= {f"fisher.sites.{i}": tensor for i, tensor in enumerate(fisher.sites_DD)}
+    return named | {f"fisher.behind.{i}": tensor for i, tensor in enumerate(fisher.behind_DD)}
 
 
 @dataclass
@@ -110,11 +204,6 @@ class SiteSlots:
                 "The second moments of the stream do not fit float32: its activations are extreme; "
                 "use --moments normalised, or a checkpoint in float64."
             )
-        if not all(torch.isfinite(metric_DD).all() for metric_DD in self.metrics):
-            raise UserError(
-                "The gradients of the loss hold NaN or infinity: use --basis readers, or --dtype "
-                "float32."
-            )
 
 
 def pack(moments: Moments) -> dict[str, Tensor]:
@@ -124,6 +213,9 @@ def pack(moments: Moments) -> dict[str, Tensor]:
         named |= {f"{name}.{i}": tensor for i, tensor in enumerate(getattr(moments, name))}
     for layer, head in enumerate(moments.heads):
         named |= {f"heads.{layer}.{name}": tensor for name, tensor in vars(head).items()}
+    if moments.fisher is not None:
+        named |= _pack_fisher(moments.fisher)
+    named |= {f"curves.{axis}": tensor for axis, tensor in moments.curves.items()}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -146,4 +238,14 @@ def unpack(named: Mapping[str, Tensor], execution: Execution) -> Moments:
     heads = tuple(HeadMoments(**under(f"heads.{layer}")) for layer in sorted(layers))
     head_DD = named.get("head")
     head_DD = None if head_DD is None else head_DD.to(execution.device, copy=True)
-    return Moments(listed("sites_DD"), listed("metrics_DD"), head_DD, heads)
+    fisher = None
+    if "fisher.head" in named:
+        fisher = Fisher(listed("fisher.sites"), under("fisher")["head"], listed("fisher.behind"))
+    return Moments(
+        sites_DD=listed("sites_DD"),
+        metrics_DD=listed("metrics_DD"),
+        head_DD=head_DD,
+        heads=heads,
+        fisher=fisher,
+        curves=under("curves"),
+    )

@@ -28,6 +28,16 @@ def normalise(x_ND: Tensor, eps: float, centred: bool = False) -> Tensor:
     return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps)
 
 
+def root_mean_square(x_ND: Tensor, centred: bool = False) -> Tensor:
+    """The scale at which a norm reads a token, `(..., 1)`, at least float32: `sqrt(mean(x^2))`, for
+    a LayerNorm (`centred`) of what is left without the mean over channels; never zero.
+    """
+    x_ND = widen(x_ND)
+    if centred:
+        x_ND = x_ND - x_ND.mean(-1, keepdim=True)
+    return x_ND.square().mean(-1, keepdim=True).clamp_min(LEAST_MEAN_SQUARE).sqrt()
+
+
 def add_second_moment(total_DD: Tensor, x_ND: Tensor) -> None:
     """Add `sum_n x_n x_n^T` to the float64 `total_DD`, in place. `x_ND` is `(..., D)`, float."""
     rows_ND = x_ND.reshape(-1, x_ND.shape[-1])

@@ -66,6 +66,21 @@ def empty_gram(inputs: int, outputs: int, device: torch.device) -> Gram:
     )
 
 
+def gram_of_writer(square_PP: Tensor, weight_PQ: Tensor) -> Gram:
+    """The Gram of inputs with the second moment `square` and what a writer makes of them, which so
+    is its least-squares solution; inputs are taken as free of a mean.
+    """
+    cross_PQ = square_PP @ weight_PQ
+    return Gram(
+        square_PP,
+        cross_PQ,
+        torch.zeros_like(square_PP[0]),
+        torch.zeros_like(weight_PQ[0]),
+        (cross_PQ * weight_PQ).sum(),
+        torch.ones_like(square_PP[0, 0]),
+    )
+
+
 def add_to_gram(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None = None) -> None:
     """Add tokens, in place. `a` is `(..., P)`, `y` `(..., Q)`, `weight` `(...)`, all floating.
 

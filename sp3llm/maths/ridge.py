@@ -88,7 +88,7 @@ def ridge_errors(
     """
     for gram in (fitting, held_back):
         check_finite(gram.inputs_PP, gram.cross_PQ)
-    sketch_QS = _sketch(prior_PQ)
+    sketch_QS = sketch_of(prior_PQ)
     if sketch_QS is not None:
         fitting, held_back = (_of_outputs(gram, sketch_QS) for gram in (fitting, held_back))
         prior_PQ = prior_PQ @ sketch_QS
@@ -102,14 +102,16 @@ def ridge_errors(
     return tried
 
 
-def _sketch(prior_PQ: Tensor) -> Tensor | None:
-    """Random signs that combine the outputs, `(Q, S)`; None: there are few of them anyway."""
-    outputs = prior_PQ.shape[1]
+def sketch_of(matrix_PQ: Tensor) -> Tensor | None:
+    """Random signs that combine a matrix's columns such that squares of rows stay what they are in
+    the mean, `(Q, S)`, in its dtype; None: there are few columns anyway.
+    """
+    outputs = matrix_PQ.shape[1]
     if outputs <= _SKETCH:
         return None
     generator = torch.Generator().manual_seed(_SKETCH_SEED)
     signs_QS = torch.randint(2, (outputs, _SKETCH), generator=generator) * 2.0 - 1
-    return (signs_QS / math.sqrt(_SKETCH)).to(prior_PQ)
+    return (signs_QS / math.sqrt(_SKETCH)).to(matrix_PQ)
 
 
 def _of_outputs(gram: Gram, sketch_QS: Tensor) -> Gram:

@@ -13,6 +13,22 @@ Probe = Callable[[slice, Tensor], None]
 """Called with the rows of a batch and what a module is called with there: for a norm the stream at
 its read site, `(windows, tokens, D)`."""
 
+
+def both_probes(one: Mapping[str, Probe], two: Mapping[str, Probe]) -> dict[str, Probe]:
+    """The probes of both, one after the other where both have one of a module."""
+
+    def of(name: str) -> Probe:
+        there = [probes[name] for probes in (one, two) if name in probes]
+
+        def probe(rows: slice, x: Tensor) -> None:
+            for each in there:
+                each(rows, x)
+
+        return probe
+
+    return {name: of(name) for name in {**one, **two}}
+
+
 ValueCounts = dict[str, int | None]
 """By submodule of a layer: the length of the tuple it returns; None: it returns a bare tensor."""
 
@@ -175,6 +191,21 @@ def outputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
     handles = [m.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for m in modules]
     try:
         yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def inputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the modules are called with, in the order they run."""
+    inputs: list[Tensor] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        for module in modules
+    ]
+    try:
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()

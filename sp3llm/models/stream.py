@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError
+from sp3llm.maths.moments import root_mean_square
 from sp3llm.models.families import Family
 from sp3llm.models.hooks import (
     Probe,
     Recorder,
     bypassed,
+    inputs_of,
     materialized,
     outputs_of,
     probed,
@@ -76,6 +78,9 @@ class LayerPart:
 
 
 WHOLE_LAYER = LayerPart()
+
+OUTPUT = "the layer's output"
+"""In place of a module's name: a probe of `run_layer` that sees what the layer returns."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def run_layer(
     `tensors` by their names on disk, placed for that long.
 
     Each stream comes with probes by module name, relative to the layer, which see that module's
-    input.
+    input; one by the name `OUTPUT` sees the layer's.
 
     Raises UserError, naming the layer, if its output holds NaN or infinity.
     """
@@ -167,13 +172,16 @@ def run_layer(
             hidden = stream.hidden
             for rows in _batches(hidden, execution):
                 batch = hidden[rows].to(execution.device)
+                inner = {name: probe for name, probe in probes.items() if name != OUTPUT}
                 with (
-                    probed(layer, rows, probes, part.stop_before),
+                    probed(layer, rows, inner, part.stop_before),
                     zeroed_blocks(layer, batch, part.zeroed),
                 ):
                     output = layer(batch, **stream.calls[len(batch)][index])
                     output = output[0] if isinstance(output, tuple) else output
                     hidden[rows] = output.to(hidden.device)
+                    if OUTPUT in probes:
+                        probes[OUTPUT](rows, output)
             if part.stop_before is None:
                 _check_finite(hidden, f"layer {index}")
     trim_memory()
@@ -208,36 +216,57 @@ def probe_stream(stream: Stream, probe: Probe, execution: Execution) -> None:
         probe(rows, stream.hidden[rows].to(execution.device))
 
 
+@dataclass(frozen=True)
+class LayerGradients:
+    """Gradients of a loss in one layer, each `(windows, tokens, D)`, where the stream is."""
+
+    below: Tensor
+    """By the layer's input."""
+    by_norm: list[Tensor]
+    """By the output of each norm."""
+    behind: list[Tensor]
+    """By the stream behind each writer, times that stream's root mean square there: what an error
+    costs that is relative to the stream, as the next norm will read it."""
+
+
 def backward_layer(
     model: LayeredModel,
     index: int,
     tensors: Mapping[str, Tensor],
     stream: Stream,
     upstream: Tensor,
-    norms: list[str],
-) -> tuple[Tensor, list[Tensor]]:
+) -> LayerGradients:
     """Carry a loss's gradient by the output of layer `index` down to its input, which `stream` is.
 
     `upstream` is that gradient, `(windows, tokens, D)` like the stream, and `tensors` are the
     layer's weights by their names on disk.
-
-    Returns the gradient by the layer's input and, for each norm named, by the norm's output.
     """
-    layer, execution = model.layer(index), model.execution
-    below = torch.empty_like(stream.hidden)
-    by_norm = [torch.empty_like(stream.hidden) for _ in norms]
-    with materialized(model.module, fuse_experts(model.family, index, tensors), execution):
+    layer, family, execution = model.layer(index), model.family, model.execution
+    norms = [layer.get_submodule(site.norm) for site in family.sites]
+
+    def stores(count: int) -> list[Tensor]:
+        return [torch.empty_like(stream.hidden) for _ in range(count)]
+
+    found = LayerGradients(stores(1)[0], stores(len(norms)), stores(len(norms)))
+    with materialized(model.module, fuse_experts(family, index, tensors), execution):
         for row in range(len(stream.hidden)):
             rows = slice(row, row + 1)
             batch = stream.hidden[rows].to(execution.device).requires_grad_()
-            with outputs_of(*(layer.get_submodule(norm) for norm in norms)) as normalised:
+            with inputs_of(*norms[1:]) as between, outputs_of(*norms) as normalised:
                 output = layer(batch, **stream.calls[1][index])
             output = output[0] if isinstance(output, tuple) else output
             upper = upstream[rows].to(execution.device)
-            gradients = torch.autograd.grad(output, [batch, *normalised], upper)
-            for store, gradient in zip((below, *by_norm), gradients, strict=True):
-                store[rows] = gradient.reshape(batch.shape).to(store.device)
-    return below, by_norm
+            # Where blocks are parallel a norm reads the layer's input, and behind each is the end.
+            between = [output if x is batch else x for x in between]
+            wanted = [batch, *normalised, *(x for x in between if x is not output)]
+            gradients = list(torch.autograd.grad(output, wanted, upper))
+            for store in (found.below, *found.by_norm):
+                store[rows] = gradients.pop(0).reshape(batch.shape).to(store.device)
+            for store, x in zip(found.behind, [*between, output], strict=True):
+                gradient = upper if x is output else gradients.pop(0)
+                relative = gradient * root_mean_square(x.detach(), family.centred)
+                store[rows] = relative.reshape(batch.shape).to(store.device)
+    return found
 
 
 def _check_finite(hidden: Tensor, where: str) -> None:

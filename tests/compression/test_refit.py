@@ -283,12 +283,10 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
     for index in (2, 1, 0):
         names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
         at = type(stream)(inputs[index], stream.calls)
-        norms = [site.norm for site in family.sites]
-        upstream, gradients = backward_layer(
-            shell, index, checkpoint.read(names), at, upstream, norms
-        )
-        for norm, gradient in zip(norms, gradients, strict=True):
-            streamed[f"model.layers.{index}.{norm}"] = gradient
+        found = backward_layer(shell, index, checkpoint.read(names), at, upstream)
+        upstream = found.below
+        for site, gradient in zip(family.sites, found.by_norm, strict=True):
+            streamed[f"model.layers.{index}.{site.norm}"] = gradient
 
     seen = {}
     for name in streamed:

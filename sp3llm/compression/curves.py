@@ -1,0 +1,148 @@
+"""What writers lose with fewer inputs, in nats a token, measured in the pass over the dense model.
+
+A writer that some of its inputs are taken from is refitted on the others. What it then misses of
+its own output follows from the second moment of its inputs alone, and what that costs from the
+Fisher information of the stream behind it (`compression.gradients`): one greedy pass of
+`maths.unit_selection.drop_units` gives the whole curve of units against nats. Curves of all layers
+add up, since every layer keeps the same number.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sp3llm.compression.dense_pass import DensePass
+from sp3llm.compression.projecting import unit_sizes
+from sp3llm.compression.units import gated_writers
+from sp3llm.maths.moments import add_second_moment, root_mean_square
+from sp3llm.maths.products import operand
+from sp3llm.maths.refit import gram_of_writer, ridged_factor
+from sp3llm.maths.ridge import sketch_of
+from sp3llm.maths.unit_selection import drop_units
+from sp3llm.models import families
+from sp3llm.models.families import Group
+from sp3llm.models.hooks import Probe, both_probes
+from sp3llm.models.stream import OUTPUT
+
+# Tokens that the second moment of a writer's inputs is taken on, for each of the inputs.
+_TOKENS_AN_INPUT = 8
+# Relative to the mean diagonal: of the inputs' second moment, as units are chosen by in the refit;
+# and of the Fisher information, which is of fewer tokens than a wide stream has channels.
+_INPUT_RIDGE, _FISHER_RIDGE = 1e-4, 1e-6
+
+
+@dataclass
+class WriterInputs:
+    """Running second moments of what a layer's writers read, each token relative to the stream
+    behind the writer; of the first of the calibration windows.
+    """
+
+    squares_PP: dict[int, Tensor]
+    """By writer; of those that have curves."""
+    windows: int
+    """How many of this process's windows are looked at."""
+    tokens: int = 0
+    """Seen of each writer so far, all of them together."""
+    waiting: dict[int, Tensor] = field(default_factory=dict)
+    """By writer: what it reads in the batch that is running."""
+
+    @staticmethod
+    def of(run: DensePass, group: Group) -> "WriterInputs":
+        """Of no tokens yet."""
+        sizes = families.axis_sizes(run.family, run.dense.config)
+        widths = {
+            number: sizes[axis]
+            for number, (_, axis) in enumerate(gated_writers(run.family, group))
+            if axis in run.least_units
+        }
+        squares_PP = {
+            number: torch.zeros(width, width, dtype=torch.float64, device=run.execution.device)
+            for number, width in widths.items()
+        }
+        tokens = _TOKENS_AN_INPUT * max(widths.values(), default=0)
+        windows = len(run.first_windows(-(-tokens // run.calibration.shape[1])))
+        return WriterInputs(squares_PP, windows)
+
+
+def writer_probes(run: DensePass, inputs: WriterInputs) -> dict[str, Probe]:
+    """Probes of `models.stream.run_layer` that add what the writers of a layer read to `inputs`."""
+    family = run.family
+    behind = [OUTPUT] * len(family.writers)
+    if not families.is_parallel(family, run.dense.config):
+        behind = [*(site.norm for site in family.sites[1:]), OUTPUT]
+
+    def reads(number: int) -> Probe:
+        def probe(rows: slice, a: Tensor) -> None:
+            if rows.start < inputs.windows:
+                inputs.waiting[number] = a[: inputs.windows - rows.start]
+
+        return probe
+
+    def ends(number: int) -> Probe:
+        def probe(_: slice, x: Tensor) -> None:
+            if number in inputs.waiting:
+                a = operand(inputs.waiting.pop(number))
+                x = x.reshape(-1, *a.shape[1:2], x.shape[-1])[: len(a)]
+                relative = a / root_mean_square(x, family.centred)
+                add_second_moment(inputs.squares_PP[number], relative.to(a.dtype))
+                inputs.tokens += a.shape[0] * a.shape[1]
+
+        return probe
+
+    probes: dict[str, Probe] = {}
+    for number in inputs.squares_PP:
+        for pair in ({behind[number]: ends(number)}, {family.writers[number]: reads(number)}):
+            probes = both_probes(probes, pair)
+    return probes
+
+
+def add_curves(
+    run: DensePass,
+    layer: tuple[int, Group, Mapping[str, Tensor]],
+    inputs: WriterInputs,
+    curves: dict[str, Tensor],
+) -> None:
+    """Add what the writers of a layer lose, given by its number, group and weights, to the curves
+    of all layers, by axis (`statistics.Moments.curves`).
+    """
+    (index, group, tensors), family, ranks = layer, run.family, run.execution.ranks
+    multiplier = families.residual_multiplier(family, run.dense.config)
+    writers, fisher = gated_writers(family, group), run.fisher.finished()
+    for number, square_PP in inputs.squares_PP.items():
+        tokens = square_PP.new_tensor([inputs.tokens / len(inputs.squares_PP)])
+        ranks.all_reduce_(square_PP, tokens)
+        writer, axis = writers[number]
+        place = index * len(family.writers) + number
+        metric_DD = fisher.behind(place, len(family.writers) * len(run.layers))
+        weight_DP = multiplier * tensors[f"{group.prefix}{writer}.weight"].to(metric_DD)
+        curve = _curve(run, axis, square_PP / tokens, _in_nats(metric_DD, weight_DP))
+        ranks.broadcast_(curve)
+        before = curves.get(axis)
+        curves[axis] = curve if before is None else _sum(before, curve)
+
+
+def _in_nats(metric_DD: Tensor, weight_DP: Tensor) -> Tensor:
+    """A writer's matrix, `(P, S)`, whose outputs are such that half the square of an error in them
+    is what it costs; where there are many, random combinations of them.
+    """
+    root_DD, _, _ = ridged_factor(metric_DD, _FISHER_RIDGE)
+    sketch_DS = sketch_of(root_DD)
+    return weight_DP.T @ (root_DD if sketch_DS is None else root_DD @ sketch_DS)
+
+
+def _curve(run: DensePass, axis: str, square_PP: Tensor, weight_PS: Tensor) -> Tensor:
+    """Units and nats, `(points, 2)`, of one writer, from all of its units down."""
+    unit = unit_sizes(run.shape, axis)[axis]
+    gram = gram_of_writer(square_PP, weight_PS)
+    dtype = torch.float32 if run.execution.dtype == torch.bfloat16 else torch.float64
+    rounds = drop_units(gram, weight_PS, run.least_units[axis], unit, _INPUT_RIDGE, dtype)
+    points = [(len(square_PP) // unit, 0.0)]
+    points += [(len(kept_U), grown / 2) for kept_U, grown in rounds]
+    return square_PP.new_tensor(points)
+
+
+def _sum(one: Tensor, two: Tensor) -> Tensor:
+    """Two curves of the same numbers of units, added up."""
+    return torch.stack([one[:, 0], one[:, 1] + two[:, 1]], 1)

@@ -1,0 +1,79 @@
+"""One pass over the dense model: what it is asked for, and what it adds up."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.progress import Progress
+from torch import Tensor
+
+from sp3llm.compression.statistics import FisherSums, SiteSlots
+from sp3llm.models import families
+from sp3llm.models.checkpoint import Checkpoint
+from sp3llm.models.families import Family, Group
+from sp3llm.models.objectives.catalogue import objective_of
+from sp3llm.models.objectives.schema import Objective
+from sp3llm.models.shapes import Shape
+from sp3llm.models.stream import LayeredModel
+from sp3llm.planning.needs import gradient_windows
+from sp3llm.runtime.devices import Execution
+from sp3llm.runtime.journal import Journal
+
+
+@dataclass(frozen=True)
+class DensePass:
+    """What `measuring.measure_dense` is asked for, and what it adds up."""
+
+    dense: Checkpoint
+    family: Family
+    calibration: Tensor
+    evaluation: Tensor | None
+    moments: str
+    basis: str
+    least_units: Mapping[str, int]
+    """By the axis that a writer reads: the fewest of its units, neurons or KV groups, that any
+    shape to choose from keeps; nothing where there is nothing to predict."""
+    execution: Execution
+    progress: Progress | None
+    journal: Journal
+    slots: SiteSlots
+    """Moments and metrics of all sites so far, added to in place."""
+    fisher: FisherSums
+    """What the loss's gradients say so far, added to in place."""
+
+    @property
+    def layers(self) -> list[Group]:
+        """Groups of all layers."""
+        return families.groups(self.family, self.dense.config)[1:-1]
+
+    @property
+    def shape(self) -> Shape:
+        """The dense model's."""
+        return Shape.of(self.family, self.dense.config)
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the loss's gradients are taken."""
+        return self.basis == "gradient" or bool(self.least_units)
+
+    def model(self) -> LayeredModel:
+        """The dense model, without weights."""
+        return LayeredModel.of(self.dense.config, self.family, self.objective, self.execution)
+
+    @property
+    def objective(self) -> Objective:
+        """What the model is for."""
+        return objective_of(self.family.architecture)
+
+    def embeddings(self) -> Mapping[str, Tensor]:
+        """The dense model's embedding tables."""
+        group = families.groups(self.family, self.dense.config)[0]
+        return self.dense.read(group.parameters)
+
+    def first_windows(self, count: int) -> list[int]:
+        """Which of the first `count` calibration windows are this process's: its own first ones."""
+        local_windows = self.execution.local_windows(*self.calibration.shape)
+        return local_windows[local_windows < count].tolist()
+
+    def traced_windows(self) -> list[int]:
+        """Which windows of this process loss gradients are taken on."""
+        return self.first_windows(gradient_windows(self.calibration.shape[1]))

@@ -1,0 +1,114 @@
+"""What errors in the dense model cost: the Fisher information of its stream, from loss gradients.
+
+Labels are drawn from the model itself, so that `A = E[g g^T]`, `g` the gradient of a token's loss
+by the stream, is the stream's Fisher information: an error with second moment `E` costs `tr(A E)
+/ 2` nats a token, to second order, errors of different tokens and places taken as independent.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sp3llm.compression.dense_pass import DensePass
+from sp3llm.compression.projection import norm_of
+from sp3llm.maths.moments import add_second_moment
+from sp3llm.maths.products import operand, widen
+from sp3llm.models.checkpoint import head_tensors
+from sp3llm.models.stream import Stream, backward_layer, open_stream, run_layer
+from sp3llm.planning.needs import gradient_windows
+from sp3llm.runtime.prefetch import prefetch
+from sp3llm.runtime.progress import tracked
+
+
+def measure_gradients(run: DensePass) -> None:
+    """Fill `run.fisher`: forward over a few windows, whose every layer's input is kept, and back.
+
+    What the journal has from a run before is not done again.
+    """
+    if run.fisher.restore_from(run.journal.latest("fisher")):
+        return
+    family, journal, layers, sums = run.family, run.journal, run.layers, run.fisher
+    inputs, calls = _traced_inputs(run)
+    model, windows, sites = run.model(), run.traced_windows(), len(family.sites)
+    before = journal.latest("gradient")
+    if before is None:
+        head = head_tensors(run.dense, family)
+        final = Stream(inputs[-1], calls)
+        upstream, at_norm = run.objective.loss_gradients(model, head, final, windows)
+        total_DD = _site_metric(run, at_norm, family.final_norm, head)
+        sums.head_DD.add_(total_DD)
+        sums.add_site(sites * len(layers), total_DD)
+        start = 0
+    else:
+        start, upstream = before.step, before.tensors["upstream"]
+        sums.restore(before.tensors)
+    downwards = list(enumerate(layers))[::-1]
+    sources = prefetch(
+        downwards[start:], lambda pair: run.dense.read(pair[1].parameters), run.execution.device
+    )
+    bar = tracked(run.progress, "dense model, loss gradients", sources, start, len(layers))
+    for done, ((index, group), tensors) in enumerate(bar, start + 1):
+        found = backward_layer(model, index, tensors, Stream(inputs[index], calls), upstream)
+        upstream = found.below
+        for number, (gradients, site) in enumerate(zip(found.by_norm, family.sites, strict=True)):
+            total_DD = _site_metric(run, gradients, f"{group.prefix}{site.norm}", tensors)
+            sums.add_site(index * sites + number, total_DD)
+        for number, gradients in enumerate(found.behind):
+            sums.add_behind(index * sites + number, _mean_square(run, gradients))
+        if journal.due():
+            journal.save("gradient", done, {**sums.pack(), "upstream": upstream})
+    sums.check_finite()
+    journal.save("fisher", 0, sums.pack())
+    journal.drop("gradient", "input")
+
+
+def _traced_inputs(run: DensePass) -> tuple[list[Tensor], Mapping[int, list]]:
+    """Every layer's input for the windows traced, and behind them what the head reads; and what
+    layers are called with.
+    """
+    journal, layers, model = run.journal, run.layers, run.model()
+    kept = journal.leading("input")
+    inputs = [journal.kept("input", index) for index in range(kept)]
+    tokens = run.calibration[run.traced_windows()]
+    stream = open_stream(model, run.embeddings(), tokens, inputs[-1] if inputs else None)
+    if not inputs:
+        inputs.append(journal.keep("input", 0, stream.hidden))
+    start = len(inputs) - 1
+    sources = prefetch(
+        layers[start:], lambda group: run.dense.read(group.parameters), run.execution.device
+    )
+    bar = tracked(run.progress, "dense model, a little text", sources, start, len(layers))
+    for index, (_, tensors) in enumerate(bar, start):
+        run_layer(model, index, tensors, [(stream, {})])
+        inputs.append(journal.keep("input", index + 1, stream.hidden))
+    return inputs, stream.calls
+
+
+def _site_metric(
+    run: DensePass, gradients: Tensor, norm: str, tensors: Mapping[str, Tensor]
+) -> Tensor:
+    """A site's mean `g g^T`, from gradients by the norm's output, `(windows, tokens, D)`: those by
+    its input, normalised, are the norm's weight times that.
+    """
+    norm_D, _ = norm_of(run.family, norm, tensors, _SCALE.to(run.execution.device))
+    return _mean_square(run, gradients, norm_D)
+
+
+# Of the dtype that gradients are scaled in.
+_SCALE = torch.empty(0, dtype=torch.float32)
+
+
+def _mean_square(run: DensePass, gradients: Tensor, scale_D: Tensor | None = None) -> Tensor:
+    """Mean `g g^T` of gradients, `(windows, tokens, D)`, each channel times its scale, over all
+    processes and the tokens that are traced; `(D, D)`, float64.
+    """
+    width, sequence = gradients.shape[-1], run.calibration.shape[1]
+    total_DD = torch.zeros(width, width, dtype=torch.float64, device=run.execution.device)
+    for window in gradients:
+        scaled = operand(window.to(run.execution.device))
+        if scale_D is not None:
+            scaled = (scaled * scale_D.to(widen(scaled))).to(scaled.dtype)
+        add_second_moment(total_DD, scaled)
+    run.execution.ranks.all_reduce_(total_DD)
+    return total_DD / (min(gradient_windows(sequence), len(run.calibration)) * sequence)
