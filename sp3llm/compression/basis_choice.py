@@ -183,31 +183,52 @@ def _embedding_basis(setting: _Setting, basis_DK: Tensor) -> Tensor:
     end and `A` the table's own moment, free of the mean over the vocabulary, which no softmax
     sees.
     """
-    dense, family, shape, like = setting.dense, setting.family, setting.shape, basis_DK
-    config = dense.config
-    width = families.axis_sizes(family, config)[families.EMBEDDING]
+    shape, like = setting.shape, basis_DK
+    width = families.axis_sizes(setting.family, setting.dense.config)[families.EMBEDDING]
     if shape.word_embed_proj_dim == width:
         return torch.eye(width, dtype=like.dtype, device=like.device)
-    tensors = head_tensors(dense, family)
-    table_VE = tensors[f"{family.head}.weight"].to(like)
-    into, out = (f"{module}.weight" for module in family.projections)
-    into_ED = torch.eye(width, dtype=like.dtype, device=like.device)
-    out_ED = into_ED
-    if families.has_projections(family, config):
-        into_ED, out_ED = dense.read([into])[into].to(like).T, tensors[out].to(like)
-    counts_V = torch.bincount(setting.tokens.flatten(), minlength=len(table_VE)).to(like)
-    looked_up_EE = table_VE.T @ (counts_V[:, None] * table_VE)
-    taken_EE = into_ED @ basis_DK @ basis_DK.T @ into_ED.T
-    norm_D, bias_D = norm_of(family, family.final_norm, tensors, like)
-    read_ED = out_ED * norm_D
-    given_EE = read_ED @ setting.moments.head_DD.to(like) @ read_ED.T
-    if bias_D is not None:
-        given_EE = given_EE + torch.outer(out_ED @ bias_D, out_ED @ bias_D)
-    centred_VE = table_VE - table_VE.mean(0)
+    roles = table_roles(setting.dense, setting.family, setting.moments, setting.tokens)
+    taken_EE = roles.into_ED @ basis_DK @ basis_DK.T @ roles.into_ED.T
+    centred_VE = roles.table_VE - roles.table_VE.mean(0)
     scored_EE = centred_VE.T @ centred_VE
-    pairs = [(taken_EE, looked_up_EE), (scored_EE, given_EE)]
+    pairs = [(taken_EE, roles.looked_up_EE), (scored_EE, roles.given_EE)]
     metrics_EE = tuple(a_EE / (a_EE * c_EE).sum() for a_EE, c_EE in pairs)
     moments_EE = tuple(c_EE for _, c_EE in pairs)
     # Both of these lie in what the table spans, where nothing needs to be given up.
-    start_EE = eigenbasis(looked_up_EE / looked_up_EE.trace() + scored_EE / scored_EE.trace())[1]
+    spans = (roles.looked_up_EE, scored_EE)
+    start_EE = eigenbasis(sum(square_EE / square_EE.trace() for square_EE in spans))[1]
     return metric_basis(moments_EE, metrics_EE, start_EE, shape.word_embed_proj_dim)
+
+
+@dataclass(frozen=True)
+class TableRoles:
+    """An embedding table that has a width of its own, in its two roles; float64."""
+
+    table_VE: Tensor
+    looked_up_EE: Tensor
+    """Second moment, summed over the calibration text, of the embeddings that it looks up."""
+    into_ED: Tensor
+    """The projection from them into the stream."""
+    read_ED: Tensor
+    """That from the normalised stream to what the table scores, the final norm folded in."""
+    given_EE: Tensor
+    """Mean second moment of what the table scores."""
+
+
+def table_roles(dense: Checkpoint, family: Family, moments: Moments, tokens: Tensor) -> TableRoles:
+    """The roles of a table whose family has projections, from the calibration windows `tokens`."""
+    tensors, like = head_tensors(dense, family), moments.head_DD
+    table_VE = tensors[f"{family.head}.weight"].to(like)
+    into, out = (f"{module}.weight" for module in family.projections)
+    into_ED = torch.eye(table_VE.shape[1], dtype=like.dtype, device=like.device)
+    out_ED = into_ED
+    if families.has_projections(family, dense.config):
+        into_ED, out_ED = dense.read([into])[into].to(like).T, tensors[out].to(like)
+    counts_V = torch.bincount(tokens.flatten(), minlength=len(table_VE)).to(like)
+    norm_D, bias_D = norm_of(family, family.final_norm, tensors, like)
+    read_ED = out_ED * norm_D
+    given_EE = read_ED @ moments.head_DD @ read_ED.T
+    if bias_D is not None:
+        given_EE = given_EE + torch.outer(out_ED @ bias_D, out_ED @ bias_D)
+    looked_up_EE = table_VE.T @ (counts_V[:, None] * table_VE)
+    return TableRoles(table_VE, looked_up_EE, into_ED, read_ED, given_EE)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from sp3llm.compression.dense_pass import DensePass
 from sp3llm.compression.projecting import unit_sizes
+from sp3llm.compression.projection import HeadMoments
 from sp3llm.compression.units import gated_writers
+from sp3llm.maths.heads import query_key_errors, value_output_errors
 from sp3llm.maths.moments import add_second_moment, root_mean_square
 from sp3llm.maths.products import operand
 from sp3llm.maths.refit import gram_of_writer, ridged_factor
@@ -56,6 +58,7 @@ class WriterInputs:
             number: sizes[axis]
             for number, (_, axis) in enumerate(gated_writers(run.family, group))
             if axis in run.least_units
+            or (axis == families.QUERY and families.HEAD_DIM in run.least_units)
         }
         squares_PP = {
             number: torch.zeros(width, width, dtype=torch.float64, device=run.execution.device)
@@ -102,10 +105,12 @@ def add_curves(
     run: DensePass,
     layer: tuple[int, Group, Mapping[str, Tensor]],
     inputs: WriterInputs,
+    heads: list[HeadMoments],
     curves: dict[str, Tensor],
 ) -> None:
     """Add what the writers of a layer lose, given by its number, group and weights, to the curves
-    of all layers, by axis (`statistics.Moments.curves`).
+    of all layers, by axis (`statistics.Moments.curves`). `heads` are its attention's moments, where
+    the width is heads times head size.
     """
     (index, group, tensors), family, ranks = layer, run.family, run.execution.ranks
     multiplier = families.residual_multiplier(family, run.dense.config)
@@ -113,14 +118,21 @@ def add_curves(
     for number, square_PP in inputs.squares_PP.items():
         tokens = square_PP.new_tensor([inputs.tokens / len(inputs.squares_PP)])
         ranks.all_reduce_(square_PP, tokens)
+        square_PP /= tokens
         writer, axis = writers[number]
         place = index * len(family.writers) + number
         metric_DD = fisher.behind(place, len(family.writers) * len(run.layers))
         weight_DP = multiplier * tensors[f"{group.prefix}{writer}.weight"].to(metric_DD)
-        curve = _curve(run, axis, square_PP / tokens, _in_nats(metric_DD, weight_DP))
-        ranks.broadcast_(curve)
-        before = curves.get(axis)
-        curves[axis] = curve if before is None else _sum(before, curve)
+        weight_PS = _in_nats(metric_DD, weight_DP)
+        found = {}
+        if axis in run.least_units:
+            found[axis] = _unit_curve(run, axis, square_PP, weight_PS)
+        if axis == families.QUERY and families.HEAD_DIM in run.least_units:
+            found[families.HEAD_DIM] = _head_size_curve(run, square_PP, weight_PS, heads[0])
+        for name, curve in found.items():
+            ranks.broadcast_(curve)
+            before = curves.get(name)
+            curves[name] = curve if before is None else _sum(before, curve)
 
 
 def _in_nats(metric_DD: Tensor, weight_DP: Tensor) -> Tensor:
@@ -132,7 +144,28 @@ def _in_nats(metric_DD: Tensor, weight_DP: Tensor) -> Tensor:
     return weight_DP.T @ (root_DD if sketch_DS is None else root_DD @ sketch_DS)
 
 
-def _curve(run: DensePass, axis: str, square_PP: Tensor, weight_PS: Tensor) -> Tensor:
+def _head_size_curve(
+    run: DensePass, square_PP: Tensor, weight_PS: Tensor, moments: HeadMoments
+) -> Tensor:
+    """Dimensions of a head and nats, of one layer whose heads are projected (`maths.heads`).
+
+    Of values the error is known. One in the scores moves weight among the values that a query
+    sees: by as much, relative to what it could move, as the error's mean square, or all of it.
+    """
+    heads, full = moments.mean_HE.shape
+    blocks_HEE = (
+        square_PP.reshape(heads, full, heads, full).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    )
+    writer_HSE = weight_PS.T.reshape(-1, heads, full).permute(1, 0, 2)
+    values_HE = value_output_errors(blocks_HEE, writer_HSE)
+    scores_HE = query_key_errors(moments.query_HEE, moments.key_HEE) / full
+    whole_H1 = ((writer_HSE @ blocks_HEE) * writer_HSE).sum((1, 2))[:, None]
+    lost_E = (values_HE + scores_HE.clamp_max(1) * whole_H1).sum(0) / 2
+    left_E = torch.arange(full, 0, -1).to(lost_E)
+    return torch.stack([left_E, lost_E], 1)
+
+
+def _unit_curve(run: DensePass, axis: str, square_PP: Tensor, weight_PS: Tensor) -> Tensor:
     """Units and nats, `(points, 2)`, of one writer, from all of its units down."""
     unit = unit_sizes(run.shape, axis)[axis]
     gram = gram_of_writer(square_PP, weight_PS)

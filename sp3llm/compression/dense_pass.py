@@ -31,7 +31,8 @@ class DensePass:
     basis: str
     least_units: Mapping[str, int]
     """By the axis that a writer reads: the fewest of its units, neurons or KV groups, that any
-    shape to choose from keeps; nothing where there is nothing to predict."""
+    shape to choose from keeps, and by `HEAD_DIM` the smallest head; only of axes along which the
+    shapes differ."""
     execution: Execution
     progress: Progress | None
     journal: Journal

@@ -167,12 +167,12 @@ def _measure_layer(
         probes[family.writers[0]] = lambda _, a: outputs.add(operand(a))
     probes = both_probes(probes, writer_probes(run, inputs))
     run_layer(model, index, tensors, [(stream, probes)] + ([(evaluated, {})] if evaluated else []))
-    add_curves(run, layer, inputs, curves)
     at_sites = [total.over(execution.ranks) for total in at_sites]
     heads = []
     if is_square:
         summed = outputs.over(execution.ranks)
         heads.append(_head_moments(family, group, tensors, at_sites[0], summed))
+    add_curves(run, layer, inputs, heads, curves)
     for number, (site, total) in enumerate(zip(group.sites, at_sites, strict=True)):
         readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
         norm = f"{group.prefix}{site.norm}"

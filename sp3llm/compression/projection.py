@@ -185,7 +185,7 @@ def head_reader(
     out = family.projections[1] if family.projections else ""
     matrix_ED = tensors.get(f"{out}.weight")
     if projection.embedding_EJ is not None:
-        name, matrix_FD = out, _unembedding(tensors[f"{family.head}.weight"], projection)
+        name, matrix_FD = out, unembedding(tensors[f"{family.head}.weight"], projection)
         if matrix_ED is not None:
             matrix_FD = matrix_FD @ matrix_ED.to(matrix_FD)
     else:
@@ -195,7 +195,7 @@ def head_reader(
     return name, matrix_FD * weight_D, None if bias_D is None else matrix_FD @ bias_D
 
 
-def _unembedding(table_VE: Tensor, projection: Projection) -> Tensor:
+def unembedding(table_VE: Tensor, projection: Projection) -> Tensor:
     """The matrix that takes the vector which a table scores from the table's old coordinates to
     the kept ones, `(J, E)`: by least squares over all scores, free of their mean, which no softmax
     sees.

@@ -81,23 +81,40 @@ class FinishedGroup:
 
 
 @dataclass(frozen=True)
-class LayerFit:
-    """One layer while it is fitted: its weights, both models, and their streams in front of it."""
+class DenseLayer:
+    """One layer of the dense model, and its stream in front of it."""
 
     index: int
     """Its number among the layers."""
     group: Group
     source: Mapping[str, Tensor]
-    """Dense weights, as they are on disk."""
+    """Its weights, as they are on disk."""
+    model: LayeredModel
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """One layer while it is fitted: its weights, both models, and their streams in front of it."""
+
+    dense: DenseLayer
     cut: Mapping[str, Tensor]
     """Dense weights with attention cut, still in the coordinates of the dense stream."""
     tensors: dict[str, Tensor]
     """The small model's weights: projected ones that fitted ones take the place of."""
-    dense_model: LayeredModel
     small_models: list[LayeredModel]
     """Small models whose first 0, 1, ... writers have their inputs cut already."""
-    dense_stream: Stream
     small_stream: Stream
+
+    @property
+    def index(self) -> int:
+        """Its number among the layers."""
+        return self.dense.index
+
+    @property
+    def group(self) -> Group:
+        """The layer's parameters, in the dense model."""
+        return self.dense.group
 
     def name(self, module: str) -> str:
         """The full name of a module of the layer."""

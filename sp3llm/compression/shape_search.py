@@ -1,7 +1,14 @@
-"""Choose a shape: by trial refits of a few candidates on a little of the calibration text."""
+"""Choose a shape: predict what every candidate loses, and try the few that matter.
 
+The pass over the dense model says what each axis loses (`compression.predicting`), for all
+candidates at once. What it cannot say is how much of that later layers mend, which is another share
+for the stream than for units: a few trials, refits on a little of the calibration text side by side
+beside one dense stream, set the two scales (`planning.search`), and have the last word on
+themselves.
+"""
+
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.compression.job import Job, refitter_of, same_basis_for_all
@@ -13,108 +20,152 @@ if TYPE_CHECKING:
     from sp3llm.compression.projection import Projection
     from sp3llm.compression.statistics import Moments
     from sp3llm.models.shapes import Shape
+    from sp3llm.planning.search import Losses
     from sp3llm.runtime.journal import Journal
 
-# A trial sees this many windows, this long at most.
-_TRIAL_WINDOWS = 24
+# A trial sees windows this long at most.
 _TRIAL_TOKENS = 512
-# Of them one in so many is kept from every fit and tells how much the shape loses, and of the
-# others one in so many chooses the ridges.
-_UNSEEN_SHARE, _HELD_BACK_SHARE = 4, 6
+# It fits on so many tokens for each input of the widest matrix, and on so many windows at least; so
+# many more choose the ridges, and so many tell what the shape loses.
+_TOKENS_AN_INPUT, _FEWEST_FITTED = 4, 15
+_HELD_BACK, _UNSEEN = 3, 6
 # What the journal knows the losses of trials as.
 _TRIALS = "trials"
 
 
 @dataclass(frozen=True)
-class _Trials:
-    """Trial refits, and what they found out so far."""
+class _Search:
+    """What is known of the candidates so far."""
 
     job: Job
     moments: "Moments"
     calibration: "Tensor"
     """All calibration windows, `(windows, tokens)`, which bases are made from."""
-    windows: "Tensor"
-    """Those that trials see, `(windows, tokens)`."""
-    held_from: int
-    """First of them that is held back to choose ridges."""
-    unseen_from: int
-    """First of them that no fit sees."""
     journal: "Journal"
     losses: "dict[Shape, float]"
-    """Nats a token, by shape; those of an earlier run among them."""
+    """Nats a token, by shape that was tried; those of an earlier run among them."""
     projections: "dict[tuple, Projection]" = field(default_factory=dict)
     """By all sizes that a projection depends on: shapes that differ in the FFN share one."""
+
+
+def least_units(job: Job) -> dict[str, int]:
+    """Along which axes the candidates differ, and how few units any of them keeps there, for
+    `measuring.measure_dense`; nothing where there is nothing to choose.
+    """
+    from sp3llm.models import families
+    from sp3llm.models.shapes import Shape
+
+    if len(job.shapes) == 1 or job.settings.mask == "learned":
+        return {}
+    dense = Shape.of(job.family, job.dense.config)
+    fewest = {
+        axis: min(getattr(shape, size) for shape in job.shapes)
+        for axis, size in (
+            (families.FFN, "intermediate_size"),
+            (families.QUERY, "num_key_value_heads"),
+            (families.HEAD_DIM, "head_dim"),
+        )
+        if any(getattr(shape, size) != getattr(dense, size) for shape in job.shapes)
+    }
+    if job.family.experts is not None:  # theirs are not cut
+        fewest.pop(families.FFN, None)
+    return fewest
 
 
 def choose_shape(
     job: Job, moments: "Moments", tokens: "Tensor", journal: "Journal", progress: "Progress"
 ) -> tuple["Shape", list[dict[str, Any]]]:
-    """The shape that loses least among those within the budget, and what was tried.
+    """The shape that loses least among those within the budget, and what was predicted and tried.
 
-    Each trial is a refit of the whole model on a few of the calibration windows `tokens`,
-    `(windows, tokens)`, scored on others that no fit of the trial saw. Tied and untied shapes are
-    searched by themselves. Losses that `journal` has from a run before are not found out again.
+    Trials are refits of the whole model on a few of the calibration windows `tokens`, `(windows,
+    tokens)`, scored on others that no fit of the trial saw. Losses that `journal` has from a run
+    before are not found out again.
     """
-    from sp3llm.planning.search import row_of, search
+    from sp3llm.models.shapes import Shape
+    from sp3llm.planning.search import choose, expected, shapes_to_try
 
     if len(job.shapes) == 1:
         return job.shapes[0], []
-    trials = _begin(job, moments, tokens, journal)
-    bar = progress.add_task("search for the shape", total=None)
-
-    def loss_of(shape: "Shape") -> float:
-        loss = _loss(trials, shape)
-        progress.advance(bar)
-        return loss
-
-    losses: dict[Shape, float] = {}
-    row = partial(row_of, job.family, job.dense.config)
-    for tied in (True, False):
-        alike = [shape for shape in job.shapes if shape.tie_word_embeddings == tied]
-        if alike:
-            losses |= search(alike, loss_of, row)[1]
-    best = min(losses, key=losses.__getitem__)
-    progress.update(bar, total=len(losses))
-    return best, [{**asdict(shape), "trial_loss": loss} for shape, loss in losses.items()]
-
-
-def _begin(job: Job, moments: "Moments", tokens: "Tensor", journal: "Journal") -> _Trials:
-    """No trials yet, but for those of a run before."""
-    from sp3llm.models.shapes import Shape
-
-    windows = tokens[:_TRIAL_WINDOWS, :_TRIAL_TOKENS]
-    unseen_from = len(windows) - max(1, len(windows) // _UNSEEN_SHARE)
-    held_from = unseen_from - max(1, unseen_from // _HELD_BACK_SHARE)
     before = journal.latest(_TRIALS)
     tried = [] if before is None else before.facts["losses"]
     losses = {Shape(**sizes): loss for sizes, loss in tried}
-    return _Trials(job, moments, tokens, windows, held_from, unseen_from, journal, losses)
+    found = _Search(job, moments, tokens, journal, losses)
+    bar = progress.add_task("search for the shape", total=None)
+    predicted = _predictions(found)
+    while wanted := shapes_to_try(predicted, found.losses):
+        _try(found, wanted)
+        progress.advance(bar, len(wanted))
+    best = choose(predicted, found.losses)
+    progress.update(bar, total=len(found.losses), completed=len(found.losses))
+    estimates = expected(predicted, found.losses)
+    return best, [
+        {**asdict(shape), "predicted_loss": estimates[shape], "trial_loss": losses.get(shape)}
+        for shape in job.shapes
+    ]
 
 
-def _loss(trials: _Trials, shape: "Shape") -> float:
-    """What a shape loses, nats a token; found out once."""
-    from sp3llm.compression.building import trial_loss
+def _predictions(found: _Search) -> "dict[Shape, Losses]":
+    """What every candidate loses, before any scale; the same on every process."""
+    from sp3llm.compression.predicting import predicted_losses
 
-    if shape not in trials.losses:
-        projection = _projection(trials, shape)
-        refitter = refitter_of(trials.job, shape, projection, trials.held_from, trials.unseen_from)
-        trials.losses[shape] = trial_loss(refitter, trials.windows)
-        losses = [[asdict(tried), loss] for tried, loss in trials.losses.items()]
-        trials.journal.save(_TRIALS, len(losses), facts={"losses": losses})
-    return trials.losses[shape]
+    job = found.job
+
+    def predict() -> "dict[Shape, Losses]":
+        return {
+            shape: predicted_losses(
+                *(job.dense, job.family, found.moments, shape),
+                *(_projection(found, shape), found.calibration),
+            )
+            for shape in job.shapes
+        }
+
+    predicted = predict()  # by all: a projection is sent from the first to the others
+    return job.execution.ranks.from_first(lambda: predicted)
 
 
-def _projection(trials: _Trials, shape: "Shape") -> "Projection":
+def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
+    """Find out what shapes lose, side by side."""
+    from sp3llm.compression.building import trial_losses
+
+    job, windows = found.job, found.calibration[:, :_TRIAL_TOKENS]
+    fitted, held = _shares(job, *windows.shape)
+    windows = windows[: fitted + held + _UNSEEN]
+    refitters = [
+        refitter_of(job, shape, _projection(found, shape), fitted, fitted + held)
+        for shape in shapes
+    ]
+    found.losses.update(zip(shapes, trial_losses(refitters, windows), strict=True))
+    losses = [[asdict(shape), loss] for shape, loss in found.losses.items()]
+    found.journal.save(_TRIALS, len(losses), facts={"losses": losses})
+
+
+def _shares(job: Job, windows: int, length: int) -> tuple[int, int]:
+    """How many windows, of the `windows` there are of `length` tokens, trials are fitted on, and
+    how many choose the ridges; what is left tells what they lose.
+    """
+    from sp3llm.models import families
+
+    sizes = families.axis_sizes(job.family, job.dense.config)
+    widest = max(sizes[families.FFN], sizes[families.QUERY])
+    wanted = max(_FEWEST_FITTED, -(-_TOKENS_AN_INPUT * widest // length))
+    if windows >= wanted + _HELD_BACK + _UNSEEN:
+        return wanted, _HELD_BACK
+    unseen = max(1, windows // 4)
+    held = max(1, (windows - unseen) // 6)
+    return windows - unseen - held, held
+
+
+def _projection(found: _Search, shape: "Shape") -> "Projection":
     """The projection of a shape, made once for all shapes of its widths."""
     from sp3llm.compression.basis_choice import choose_basis
 
-    job, moments = trials.job, trials.moments
+    job, moments = found.job, found.moments
     sizes = (shape.hidden_size, shape.word_embed_proj_dim, shape.tie_word_embeddings)
     if moments.heads:  # the projection cuts heads too
         sizes += (shape.num_key_value_heads, shape.head_dim)
-    if sizes not in trials.projections:
+    if sizes not in found.projections:
         basis = choose_basis(
-            job.dense, job.family, moments, shape, trials.calibration, job.settings.turn
+            job.dense, job.family, moments, shape, found.calibration, job.settings.turn
         )
-        trials.projections[sizes] = same_basis_for_all(job, basis)[1]
-    return trials.projections[sizes]
+        found.projections[sizes] = same_basis_for_all(job, basis)[1]
+    return found.projections[sizes]

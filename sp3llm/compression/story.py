@@ -7,8 +7,8 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 3. stream the dense model over calibration text, layer by layer, and sum the second moments of the
    normalised residual stream; held-out text goes along for the perplexity before;
 4. take one global basis of the stream;
-5. choose the shape that loses least, by trial refits on a little of the text; or with `--mask
-   learned` let gates learn what to keep, and the shape with it;
+5. choose the shape that loses least, as predicted from the pass and checked by trial refits on a
+   little of the text; or with `--mask learned` let gates learn what to keep, and the shape with it;
 6. layer by layer beside the dense model: fold the norms, rotate, cut, refit what is left in closed
    form, write it;
 7. stream the result over the held-out text for the perplexity after;
@@ -32,7 +32,7 @@ from sp3llm.compression.afterwards import (
 )
 from sp3llm.compression.attempts import compress_resumably
 from sp3llm.compression.job import Job, Result, hub_id, prepare, with_dtype
-from sp3llm.compression.shape_search import choose_shape
+from sp3llm.compression.shape_search import choose_shape, least_units
 from sp3llm.compression.stages import build, energy_kept, final_basis, learn_mask
 from sp3llm.compression.texts import draw_windows, read_mask_windows, read_windows
 from sp3llm.options import CompressConfig, command_line
@@ -143,6 +143,7 @@ def run_stages(
         execution,
         progress,
         journal,
+        least_units(job),
     )
     if mask_windows is not None:
         mask = learn_mask(job, moments, mask_windows, journal, progress)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sp3llm.compression.projecting import rounded, unit_sizes
-from sp3llm.compression.readers import fit_readers, stream_grams
+from sp3llm.compression.readers import fit_readers
 from sp3llm.compression.refitter import (
     LayerFit,
     Refitter,
@@ -30,17 +30,16 @@ from sp3llm.models.stream import LayerPart, Stream, probe_stream, run_layer
 _CHOICE_RIDGE = 1e-4
 
 
-def fit_parallel(refitter: Refitter, layer: LayerFit) -> None:
-    """Fit a layer whose blocks read the same stream, and send both streams through it.
+def fit_parallel(refitter: Refitter, layer: LayerFit, site_grams: tuple[Gram, Gram]) -> None:
+    """Fit a layer whose blocks read the same stream, and send the small stream through it; the
+    dense one has gone through it, and `site_grams` are from before.
 
     All its writers are fitted in one regression, their inputs side by side: one after the other,
     the first would chase what the second is there for (docs/design.md 3.7).
     """
     family = refitter.family
-    site_grams = stream_grams(refitter, layer.dense_stream.hidden, layer.small_stream)
     for site in family.sites:
         fit_readers(refitter, layer, site, site_grams)
-    run_layer(layer.dense_model, layer.index, layer.source, [(layer.dense_stream, {})])
     names = [layer.name(writer) for writer in family.writers]
     priors = [layer.tensors[f"{name}.weight"].T.double() for name in names]
     biases = [f"{name}.bias" for name in names if f"{name}.bias" in layer.tensors]
@@ -73,9 +72,8 @@ def _parallel_grams(refitter: Refitter, layer: LayerFit, prior_PK: Tensor) -> tu
     def add_batch(rows: slice, a: Tensor) -> None:
         inputs.append(operand(a))
         if len(inputs) == len(family.writers):
-            missing, weight = _missing(
-                refitter, layer.dense_stream.hidden, layer.small_stream, rows
-            )
+            target = layer.dense.stream.hidden
+            missing, weight = _missing(refitter, target, layer.small_stream, rows)
             add_tokens(refitter, grams, rows, torch.cat(inputs, -1), missing, weight)
             inputs.clear()
 

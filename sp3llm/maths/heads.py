@@ -94,6 +94,30 @@ def value_output_projection(
     return map_EP, new_writer_RP, constant_R
 
 
+def query_key_errors(query_second_moment_EE: Tensor, key_covariance_EE: Tensor) -> Tensor:
+    """`E|q^T k - q'^T k'|^2` of `query_key_projection`, by how many dimensions are left out, none
+    first: `(..., E)`.
+    """
+    product_EE = _root(query_second_moment_EE).mT @ _root(key_covariance_EE)
+    return _tails(torch.linalg.svdvals(product_EE))
+
+
+def value_output_errors(output_second_moment_EE: Tensor, writer_RE: Tensor) -> Tensor:
+    """`E|W a - W' V^T a|^2` of `value_output_projection`, by how many dimensions are left out, none
+    first: `(..., E)`.
+    """
+    written_RE = writer_RE.to(output_second_moment_EE) @ _root(output_second_moment_EE)
+    values = torch.linalg.svdvals(written_RE)
+    full = writer_RE.shape[-1]
+    return _tails(torch.nn.functional.pad(values, (0, full - values.shape[-1])))
+
+
+def _tails(values_E: Tensor) -> Tensor:
+    """Sums of the squares of the last 0, 1, ... of falling values, `(..., E)`."""
+    sums_E = values_E.square().flip(-1).cumsum(-1)
+    return torch.cat([torch.zeros_like(sums_E[..., :1]), sums_E[..., :-1]], -1)
+
+
 def project_heads(rows_QD: Tensor, map_GEP: Tensor) -> Tensor:
     """The weight `(H E, D)` or bias `(H E,)` of queries, keys or values, each head's through its
     map: `(H P, D)` or `(H P,)`, float64.

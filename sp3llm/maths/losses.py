@@ -40,6 +40,14 @@ def label_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return torch.cat(losses).double()
 
 
+def distribution_divergences(logits_NV: Tensor, dense_NV: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of each distribution from the dense one, `(N,)`, float64, in
+    nats, where the logits, of any floating dtype, are. Logarithms are taken in float32.
+    """
+    log_NV, dense_log_NV = (widen(one).log_softmax(-1) for one in (logits_NV, dense_NV))
+    return (dense_log_NV.exp() * (dense_log_NV - log_NV)).sum(-1, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class TopLogits:
     """A teacher's distribution at a temperature: its largest entries, and how much the others

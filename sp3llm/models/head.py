@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError
-from sp3llm.maths.losses import label_losses, tokens_at_once
+from sp3llm.maths.losses import distribution_divergences, label_losses, tokens_at_once
 from sp3llm.models.hooks import (
     Injector,
     materialized,
@@ -80,6 +81,49 @@ def token_losses(
             "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
         )
     return losses
+
+
+@dataclass(frozen=True)
+class End:
+    """A streamed model behind its last layer."""
+
+    model: LayeredModel
+    head: Mapping[str, Tensor]
+    """The final norm's weight and the head's, as for `token_losses`."""
+    stream: Stream
+    """After the last layer."""
+
+
+@torch.no_grad()
+def token_divergences(small: End, dense: End) -> Tensor:
+    """Kullback-Leibler divergence, at every token of the windows that both streams are of, of the
+    small model's distribution over the next one from the dense model's, `(windows, tokens)`,
+    float64, in nats.
+    """
+    execution = dense.model.execution
+    windows, tokens = dense.stream.hidden.shape[:2]
+    found = torch.empty((windows, tokens), dtype=torch.float64)
+    step = tokens_at_once(dense.model.module.config.vocab_size)
+    with ExitStack() as stack:
+        for end in (small, dense):
+            by_module = _by_module(end.model, end.head)
+            stack.enter_context(materialized(end.model.module, by_module, execution))
+        for row in range(windows):
+            for start in range(0, tokens, step):
+                logits = []
+                for end in (small, dense):
+                    piece = end.stream.hidden[row : row + 1, start : start + step]
+                    piece = piece.to(execution.device)
+                    with _from_layers_on(end.model, piece):
+                        output = end.model.module(inputs_embeds=piece, use_cache=False)
+                    logits.append(output.logits[0])
+                divergences = distribution_divergences(*logits).cpu()
+                found[row, start : start + len(divergences)] = divergences
+    if not torch.isfinite(found).all():
+        raise UserError(
+            "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
+        )
+    return found
 
 
 def backward_head(

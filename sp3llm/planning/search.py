@@ -1,26 +1,17 @@
-"""Which candidate loses least: the walk over their grid."""
+"""Which candidate loses least: which are worth a trial, and what trials say of the others."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sp3llm.models.families import Family, is_square
+from sp3llm.models.families import Family
 from sp3llm.models.shapes import Shape
 
-
-def row_of(family: Family, config: Mapping[str, Any], shape: Shape) -> int:
-    """The number of the row of candidates that a shape is in; neighbouring rows differ by one step
-    of the KV groups, or, where the width is heads times head size, of the embedding width, with
-    shapes of whole heads and untied ones in rows of their own.
-    """
-    if not is_square(family, config):
-        return -shape.num_key_value_heads
-    dense = Shape.of(family, config)
-    if shape.head_dim == dense.head_dim:
-        return -1
-    if not shape.tie_word_embeddings:
-        return 0
-    return (dense.word_embed_proj_dim or 0) - (shape.word_embed_proj_dim or 0)
+_MOST_TRIALS = 4
+# How strongly scales are drawn towards each other, against one trial, and how small a share of the
+# common one each is at least: errors of trials cannot make a part of a loss a gain.
+_DRAWN, _LEAST_SHARE = 0.1, 0.1
 
 
 def learnable(family: Family, config: Mapping[str, Any], shapes: list[Shape]) -> list[Shape]:
@@ -60,34 +51,75 @@ def nearest(shapes: list[Shape], sizes: Mapping[str, float]) -> Shape:
     return min(shapes, key=distance)
 
 
-def search(
-    shapes: list[Shape], loss_of: Callable[[Shape], float], row_of: Callable[[Shape], int]
-) -> tuple[Shape, dict[Shape, float]]:
-    """Walk from the first candidate to the neighbour that loses least until none loses less.
+@dataclass(frozen=True)
+class Losses:
+    """What a candidate loses as predicted axis by axis, nats a token, before any scale."""
 
-    Neighbours differ by one step of width (the FFN takes up the remainder) or by one row (of KV
-    groups, of the embedding width), so a handful of trials is enough where the loss has one
-    valley.
+    stream: float
+    """By the narrower stream, and by a narrower table of embeddings."""
+    units: float
+    """By fewer FFN neurons and KV groups, and by smaller heads."""
 
-    Returns the best shape and every loss found out.
+
+def shapes_to_try(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> list[Shape]:
+    """Which candidates are worth a trial next; none: what is known is enough.
+
+    At first those of three mixes that promise most: the best, and the best of those that lose more
+    and less of it by the stream. Then whatever the scales that these have set promise more of than
+    the best of them, while there are trials left.
     """
-    numbers = sorted({row_of(shape) for shape in shapes})
-    rows = [[shape for shape in shapes if row_of(shape) == number] for number in numbers]
-    losses: dict[Shape, float] = {}
+    promised = expected(predicted, tried)
+    best = min(promised, key=promised.__getitem__)
+    if not tried:
+        at = predicted[best].stream
+        more = [shape for shape in predicted if predicted[shape].stream > at]
+        less = [shape for shape in predicted if predicted[shape].stream < at]
+        sides = [min(side, key=promised.__getitem__) for side in (more, less) if side]
+        return [best, *sides]
+    if best in tried or len(tried) >= _MOST_TRIALS:
+        return []
+    return [best]
 
-    def loss(shape: Shape) -> float:
-        if shape not in losses:
-            losses[shape] = loss_of(shape)
-        return losses[shape]
 
-    best = shapes[0]
-    while True:
-        row = numbers.index(row_of(best))
-        column = rows[row].index(best)
-        steps = [(row, column + 1), (row + 1, column), (row, column - 1), (row - 1, column)]
-        steps = [(i, j) for i, j in steps if 0 <= i < len(rows) and j >= 0]
-        around = [rows[i][j] for i, j in steps if j < len(rows[i])]
-        better = min([best, *around], key=loss)
-        if better == best:
-            return best, losses
-        best = better
+def choose(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> Shape:
+    """The candidate that loses least, of those that were tried."""
+    return min(tried, key=tried.__getitem__) if tried else min(predicted, key=_total(predicted))
+
+
+def expected(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> dict[Shape, float]:
+    """What each candidate will lose, nats a token: the prediction, the scales of both its parts
+    set by the trials.
+
+    The scales minimise the squared relative errors of the predictions of what was tried; where
+    trials leave a mix of them open, it is that of one scale for both.
+    """
+    scale_stream, scale_units = _scales(
+        [(predicted[shape], loss) for shape, loss in tried.items() if loss > 0]
+    )
+    return {
+        shape: scale_stream * losses.stream + scale_units * losses.units
+        for shape, losses in predicted.items()
+    }
+
+
+def _scales(known: Sequence[tuple[Losses, float]]) -> tuple[float, float]:
+    """Of stream and units, from predictions and what came out; 1 where nothing is known."""
+    known = [(losses, loss) for losses, loss in known if losses.stream + losses.units > 0]
+    if not known:
+        return 1.0, 1.0
+    common = math.exp(
+        sum(math.log(loss / (losses.stream + losses.units)) for losses, loss in known) / len(known)
+    )
+    # Least squares over (stream, units) with both scales drawn towards the common one.
+    rows = [(losses.stream / loss, losses.units / loss, 1.0) for losses, loss in known]
+    rows += [(_DRAWN / common, 0.0, _DRAWN), (0.0, _DRAWN / common, _DRAWN)]
+    ss, su, uu = (sum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+    st, ut = (sum(row[i] * row[2] for row in rows) for i in (0, 1))
+    det = ss * uu - su * su
+    stream, units = (st * uu - ut * su) / det, (ut * ss - st * su) / det
+    least = _LEAST_SHARE * common
+    return max(stream, least), max(units, least)
+
+
+def _total(predicted: Mapping[Shape, Losses]) -> Callable[[Shape], float]:
+    return lambda shape: predicted[shape].stream + predicted[shape].units

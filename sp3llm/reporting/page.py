@@ -11,6 +11,7 @@ from sp3llm.reporting.layers import layer_plots
 from sp3llm.reporting.plots import parts_plot, spectrum_plot
 from sp3llm.reporting.record import Record, Trial
 from sp3llm.reporting.tables import (
+    best_known,
     part_rows,
     quantization_rows,
     recovery_rows,
@@ -127,26 +128,27 @@ def _spectrum(record: Record, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trial_rows(trials: Sequence[Trial]) -> list[list[str]]:
-    """The table of shapes tried in the search, its head first, best first; or nothing."""
+    """The table of shapes considered in the search, its head first, best first; or nothing."""
     if not trials:
         return []
-    trials = sorted(trials, key=lambda trial: trial.trial_loss)
+    trials = sorted(trials, key=best_known)
     shown = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
     for key in ("head_dim", "word_embed_proj_dim", "tie_word_embeddings"):
         if len({getattr(trial, key) for trial in trials}) > 1:
             shown.append(key)
-    best = trials[0].trial_loss
-    return [
-        [*shown, "loss", "over the best"],
-        *(
-            [
-                *(plain(getattr(trial, key)) for key in shown),
-                f"{trial.trial_loss:.4f}",
-                f"{trial.trial_loss - best:+.4f}",
-            ]
-            for trial in trials
-        ),
+    figures = [
+        (name, [getattr(trial, key) for trial in trials])
+        for name, key in (("predicted", "predicted_loss"), ("tried", "trial_loss"))
     ]
+    figures = [(name, losses) for name, losses in figures if any(x is not None for x in losses)]
+    rows = [
+        [
+            *(plain(getattr(trial, key)) for key in shown),
+            *("" if losses[i] is None else f"{losses[i]:.4f}" for _, losses in figures),
+        ]
+        for i, trial in enumerate(trials)
+    ]
+    return [[*shown, *(name for name, _ in figures)], *rows]
 
 
 def _scores(record: Record) -> dict[str, Any]:

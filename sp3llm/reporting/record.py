@@ -87,10 +87,14 @@ class Excess:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial(Shape):
-    """A shape that the search tried."""
+    """A shape that the search considered."""
 
-    trial_loss: float
-    """Of the model refitted to it on a little calibration text, on text that no fit saw."""
+    trial_loss: float | None = None
+    """Of the model refitted to it on a little calibration text, on text that no fit saw, nats a
+    token more than the dense model; None: it was not tried. Before the search predicted, the loss
+    itself."""
+    predicted_loss: float | None = None
+    """The same, as the dense model's measurements predict it, their scale set by the trials."""
     other: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -321,7 +325,7 @@ class Record:
     perplexity: float
     excess_log_perplexity: Excess
     trials: tuple[Trial, ...]
-    """In the order of the search; none where there was nothing to choose."""
+    """Of all candidates; none where there was nothing to choose."""
     fits: tuple[Fit, ...]
     """In the order of the model; none without a refit."""
     eigenvalues: tuple[float, ...]

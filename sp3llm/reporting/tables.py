@@ -8,7 +8,7 @@ from rich.text import Text
 
 from sp3llm.reporting.formatting import cell, figure, human_bytes
 from sp3llm.reporting.plans import changed_sizes
-from sp3llm.reporting.record import QuantizationEntry, Record, RecoveryEntry, TextSet
+from sp3llm.reporting.record import QuantizationEntry, Record, RecoveryEntry, TextSet, Trial
 from sp3llm.runtime.progress import human_time
 
 
@@ -55,12 +55,17 @@ def _tie(record: Record) -> list[tuple[str, str, str]]:
         return []
     is_tied = record.plan.shape.tie_word_embeddings
     chosen, other = ("tied", "untied") if is_tied else ("untied", "tied")
-    tied = [t.trial_loss for t in record.trials if t.tie_word_embeddings]
-    untied = [t.trial_loss for t in record.trials if not t.tie_word_embeddings]
+    found = [(t.tie_word_embeddings, best_known(t)) for t in record.trials]
+    tied, untied = ([loss for is_one, loss in found if is_one == side] for side in (True, False))
     if tied and untied:
         difference = abs(min(tied) - min(untied))
-        chosen += f" ({other} would lose {difference:.4f} more in trials)"
+        chosen += f" ({other} would lose {difference:.4f} more in the search)"
     return [("embeddings and head", "tied", chosen)]
+
+
+def best_known(trial: Trial) -> float:
+    """What a candidate loses as far as is known: as tried, or as predicted."""
+    return trial.predicted_loss if trial.trial_loss is None else trial.trial_loss
 
 
 def part_rows(record: Record) -> list[Part]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sp3llm.maths.losses import label_losses, language_model_loss
 from sp3llm.maths.paired import perplexity
-from sp3llm.models.head import backward_head, token_losses
+from sp3llm.models.head import backward_head, token_divergences, token_losses
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.text import windows
 
@@ -62,6 +62,7 @@ CAUSAL_LM = Objective(
     scored=_scored,
     learning_loss=_learning_loss,
     losses=token_losses,
+    divergences=token_divergences,
     loss_gradients=backward_head,
     losses_in_memory=window_losses,
     merit=perplexity,

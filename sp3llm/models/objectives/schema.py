@@ -41,6 +41,9 @@ class Objective:
     losses: Callable[..., Any]
     """Losses of a streamed model behind its last layer, `(model, head, stream, batch)`, float64, in
     nats, a row a window: the independent units of every standard error."""
+    divergences: Callable[..., Any]
+    """How far what a streamed model says is from what the dense one does, `(small, dense)`, each
+    behind its last layer (`models.head.End`): float64, in nats, a row a window."""
     loss_gradients: Callable[..., Any]
     """Gradients of the loss on labels drawn from the model itself, `(model, head, stream,
     windows)`: by the stream behind the last layer, and by the output of the final norm."""
