@@ -149,7 +149,7 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
         window_length(family, dense.config, settings.seq_len),
         dense_dtype.itemsize,
     )
-    kept = needs_of(family, dense.config, shapes[0], workload).kept
+    kept = needs_of(family, dense.config, shapes[0], workload, limits.export_as).kept
     check_disk(out, largest * dtype.itemsize + kept - held_by_run(out))
     max_memory = memory_limits(settings.max_memory)
     arithmetic = arithmetic_of(dense_dtype, dtype)

@@ -15,6 +15,7 @@ from sp3llm.models.families import (
     is_square,
     setting,
 )
+from sp3llm.models.served import export_of
 from sp3llm.models.shapes import Shape, resized_config
 
 GRADIENT_TOKENS = 8192
@@ -116,8 +117,16 @@ class _Widths:
     """Of all dense query heads together."""
 
 
-def needs_of(family: Family, config: Mapping[str, Any], shape: Shape, workload: Workload) -> Needs:
-    """Estimate the memory and disk of `sp3llm compress` for a model that is cut to `shape`."""
+def needs_of(
+    family: Family,
+    config: Mapping[str, Any],
+    shape: Shape,
+    workload: Workload,
+    export_as: str = "same",
+) -> Needs:
+    """Estimate the memory and disk of `sp3llm compress` for a model that is cut to `shape` and
+    written as `export_as` says (`models.served.export_of`).
+    """
     dense = Shape.of(family, config)
     widths = _Widths(
         dense=dense.hidden_size,
@@ -126,7 +135,8 @@ def needs_of(family: Family, config: Mapping[str, Any], shape: Shape, workload: 
         heads=dense.num_attention_heads * dense.head_dim,
     )
     measuring, building = _channels(family, widths, workload)
-    small_parameters = count_parameters(family, resized_config(family, config, shape))
+    export = export_of(family, resized_config(family, config, shape), export_as)
+    small_parameters = count_parameters(export.family, export.config)
     small_bytes = small_parameters * workload.weight_itemsize
     # Between layers of the building pass the dense and the small stream are all there is to save.
     saved = measuring if measuring > building else workload.samples * (widths.dense + widths.small)

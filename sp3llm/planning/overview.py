@@ -72,11 +72,11 @@ def overview_of(settings: PlanConfig) -> Overview:
     shapes = candidates(family, config, limits)
     seq_len = window_length(family, config, settings.seq_len)
     workload = Workload(settings.samples, settings.eval_samples, seq_len, itemsize)
-    needs = needs_of(family, config, shapes[0], workload)
+    needs = needs_of(family, config, shapes[0], workload, limits.export_as)
     recovery_needs = None
     if settings.recover:
         recovery_needs = recovery_needs_of(
-            family, config, shapes[0], settings.recovery, seq_len, itemsize
+            family, config, shapes[0], settings.recovery, seq_len, itemsize, limits.export_as
         )
     costs = [cost_within(family, config, limits, shape) for shape in shapes]
     return Overview(

@@ -18,6 +18,7 @@ from sp3llm.models.families import (
     setting,
 )
 from sp3llm.models.families.counts import linear_modules
+from sp3llm.models.served import export_of
 from sp3llm.models.shapes import Shape, resized_config
 from sp3llm.options import RecoverConfig
 
@@ -87,34 +88,37 @@ def recovery_needs_of(
     settings: RecoverConfig,
     seq_len: int,
     itemsize: int,
+    export_as: str = "same",
 ) -> RecoveryNeeds:
-    """Estimate the device memory of `sp3llm recover` for a model cut to `shape`.
+    """Estimate the device memory of `sp3llm recover` for a model cut to `shape` and written as
+    `export_as` says (`models.served.export_of`): biases that were added as zeros are trained too.
 
     `itemsize` is that of the checkpoints' weights. With adapters the model's own weights stay in
     it; otherwise they are float32, and autocast keeps copies in bfloat16 for the backward pass.
     """
-    small = resized_config(family, config, shape)
+    export = export_of(family, resized_config(family, config, shape), export_as)
+    written, small = export.family, export.config
     tokens = micro_batch_of(settings, seq_len) * seq_len
-    parameters = count_parameters(family, small)
+    parameters = count_parameters(written, small)
     if settings.lora is None:
         trained, weights = parameters, (_FLOAT32 + _BFLOAT16) * parameters
     else:
-        trained = adapter_parameters(family, small, settings.lora)
+        trained = adapter_parameters(written, small, settings.lora)
         weights = itemsize * parameters + _FLOAT32 * trained
     teacher = teacher_bytes(family, config, settings.teacher_dtype, itemsize)
     if settings.teacher_memory is not None:
         teacher = min(teacher, int(settings.teacher_memory * 1e9))
     if settings.teacher_logits is not None:
         teacher = 0
-    layers = setting(family, small, "num_hidden_layers")
-    a_layer = _layer_activations(family, small)
-    kept = _FLOAT32 * axis_sizes(family, small)[RESIDUAL]  # the stream as it enters a layer
+    layers = setting(written, small, "num_hidden_layers")
+    a_layer = _layer_activations(written, small)
+    kept = _FLOAT32 * axis_sizes(written, small)[RESIDUAL]  # the stream as it enters a layer
     if settings.gradient_checkpointing:
         # The layer that is computed again, and its gradients.
         activations = tokens * (layers * kept + 2 * a_layer)
     else:
         activations = tokens * (layers + 1) * a_layer
-    logits = _LOGITS * _FLOAT32 * tokens * axis_sizes(family, small)[VOCAB]
+    logits = _LOGITS * _FLOAT32 * tokens * axis_sizes(written, small)[VOCAB]
     optimizer = 3 * _FLOAT32 * trained  # the gradient and AdamW's two moments
     needed = teacher + weights + optimizer + activations + logits
     return RecoveryNeeds(

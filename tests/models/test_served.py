@@ -17,8 +17,11 @@ from sp3llm.models.families import (
 from sp3llm.models.families.sizes import layer_table
 from sp3llm.models.served import check_export, export_of, is_served
 from sp3llm.models.shapes import Shape, cost_of, resized_config
+from sp3llm.options import RecoverConfig
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits, cost_within, plan_of
+from sp3llm.planning.needs import Workload, needs_of
+from sp3llm.planning.recovery_needs import recovery_needs_of
 from tests.conftest import (
     TINY,
     disk_tensors,
@@ -173,3 +176,19 @@ def test_plans_count_the_zeros(export_as):
     assert any(
         export_of(QWEN2, resized_config(QWEN2, config, shape), "auto").added for shape in shapes
     )
+
+
+def test_needs_count_the_zeros():
+    """Three layers' biases of 40: on disk in float32, and trained, with all that AdamW keeps."""
+    config = tiny_model("qwen2", **NO_WINDOWS).config.to_dict()
+    shape = Shape.of(QWEN2, config).with_width(40)
+    workload = Workload(samples=4, eval_samples=4, seq_len=32, weight_itemsize=4)
+    same, auto = (needs_of(QWEN2, config, shape, workload, name) for name in ("same", "auto"))
+    assert auto.disk - same.disk == auto.kept - same.kept == 3 * 40 * 4
+    settings = RecoverConfig(model="small", batch=2)
+    same, auto = (
+        recovery_needs_of(QWEN2, config, shape, settings, 32, 4, name) for name in ("same", "auto")
+    )
+    assert auto.weights - same.weights == 3 * 40 * (4 + 2)
+    assert auto.optimizer - same.optimizer == 3 * 40 * 12
+    assert (auto.teacher, auto.activations) == (same.teacher, same.activations)
