@@ -92,9 +92,7 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
         job.dense_dtype.itemsize,
         job.execution.dtype.itemsize,
     )
-    needs = needs_of(
-        job.family, job.dense.config, job.shapes[0], workload, job.limits.export_as
-    )
+    needs = needs_of(job.family, job.dense.config, job.shapes[0], workload, job.limits.export_as)
     before = journal.latest(_BATCH)
     found = {} if before is None else before.facts
     known = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]

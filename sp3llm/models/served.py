@@ -1,9 +1,9 @@
 """The class that a compressed model is written as: its own, or one that servers load.
 
-vLLM's class of some families takes `hidden_size // num_attention_heads` for the head size, whatever
-config.json says, and cannot load a model whose width alone was cut. Where another stock class
-computes the same from the same weights, the model is written as that (docs/deploy.md). Imports no
-torch.
+vLLM and llama.cpp take `hidden_size // num_attention_heads` for the head size of some families,
+whatever config.json says, and cannot load a model whose width alone was cut. Where another stock
+class computes the same from the same weights, the model is written as that (docs/deploy.md).
+Imports no torch.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ class Export:
 def export_of(family: Family, config: Mapping[str, Any], export_as: str) -> Export:
     """What a compressed model of a family and its `config.json` is written as.
 
-    `export_as` is `same`, which keeps the class, `auto`, which changes it where servers could not
+    `export_as` is `same`, which keeps the class, `auto`, which changes it where a server could not
     load it and another class computes exactly the same, or the `model_type` of that class.
 
     Raises UserError where the class asked for is not exact.
@@ -58,7 +58,7 @@ def export_of(family: Family, config: Mapping[str, Any], export_as: str) -> Expo
     check_export(family, config, export_as)
     keeps = export_as in ("same", family.model_type)
     if export_as == "auto":
-        keeps = is_served(family, config) or _obstacle(family, config) is not None
+        keeps = not refused_by(family, config) or _obstacle(family, config) is not None
     if keeps or family.served_as is None:
         return Export(family, dict(config))
     served_as = family.served_as
@@ -93,15 +93,15 @@ def check_export(family: Family, config: Mapping[str, Any], export_as: str) -> N
         )
 
 
-def is_served(family: Family, config: Mapping[str, Any]) -> bool:
-    """Whether servers load the family's class at the sizes of that `config.json`."""
+def refused_by(family: Family, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of `SERVERS` that do not load the family's class at the sizes of that `config.json`."""
     sizes = axis_sizes(family, config)
-    return is_served_at(family, sizes[RESIDUAL], sizes[QUERY])
+    return refused_at(family, sizes[RESIDUAL], sizes[QUERY])
 
 
-def is_served_at(family: Family, hidden_size: int, query_size: int) -> bool:
+def refused_at(family: Family, hidden_size: int, query_size: int) -> tuple[str, ...]:
     """The same of a width, and of the rows of all heads' queries."""
-    return not family.served_square or hidden_size == query_size
+    return family.square_in if hidden_size != query_size else ()
 
 
 def _obstacle(family: Family, config: Mapping[str, Any]) -> str | None:

@@ -162,8 +162,8 @@ class CompressConfig:
     )
     export_as: str = option(
         "stock class of the result: as the original's, as a Llama where that computes exactly the "
-        "same, or, auto, as a Llama only where vLLM could not load the original's class at the new "
-        "width (Qwen2)",
+        "same, or, auto, as a Llama only where vLLM and llama.cpp could not load the original's "
+        "class at the new width (Qwen2)",
         default="auto",
         choices=EXPORTS,
     )

@@ -51,7 +51,7 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
     Returns None in every process but the first.
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
-    from sp3llm.models.served import is_served
+    from sp3llm.models.served import refused_by
     from sp3llm.recovery.checkpoints import claim, locked
     from sp3llm.reporting.recovery import closing_table, next_steps
     from sp3llm.runtime.folders import empty_folder
@@ -77,8 +77,8 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
         result, entry = _write(run, state, started, progress, say)
         empty_folder(run.work)  # its lock is held until here
     console.print(closing_table(result.name, entry))
-    served = is_served(run.pair.family, run.pair.small.config)
-    say(next_steps(result.out, result.architecture, served, entry))
+    refusing = refused_by(run.pair.family, run.pair.small.config)
+    say(next_steps(result.out, result.architecture, refusing, entry))
     return result
 
 

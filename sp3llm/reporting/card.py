@@ -7,7 +7,7 @@ from typing import Any
 from sp3llm.reporting import quantization, recovery
 from sp3llm.reporting.metadata import carried_metadata, compressed_metadata
 from sp3llm.reporting.record import Record
-from sp3llm.reporting.serving import loads_in_servers
+from sp3llm.reporting.serving import servers_refusing
 from sp3llm.reporting.tables import (
     markdown_table,
     part_rows,
@@ -79,8 +79,11 @@ def _introduction(record: Record, carried: dict[str, Any]) -> str:
             f"{record.dense_architecture}, which computes the same: the biases that\nthis one has "
             "in addition were written as zeros"
         )
-    elif not loads_in_servers(record.architecture, record.plan.shape):
-        loads = "but not with vLLM, whose\nclass takes the width over the heads for the head size"
+    elif refusing := servers_refusing(record.architecture, record.plan.shape):
+        loads = (
+            f"but not with\n{' and '.join(refusing)}, where this class takes the width over the "
+            "heads for the head size"
+        )
     return f"""
 # {record.model}, compressed to {100 * record.plan.keep_params:.1f} % of its parameters
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from sp3llm.reporting.record import Record
-from sp3llm.reporting.serving import loading_lines, loads_in_servers
+from sp3llm.reporting.serving import loading_lines, servers_refusing
 from sp3llm.reporting.tables import held_out_line, resources_line, rows, terminal_table
 
 
@@ -18,11 +18,11 @@ def next_steps(out: Path, record: Record, has_page: bool) -> str:
         if raised
         else ""
     )
-    is_served = loads_in_servers(record.architecture, record.plan.shape)
+    refusing = servers_refusing(record.architecture, record.plan.shape)
     page = ", report.html" if has_page else ""
     return warning + (
         f"Written to {out} (stock {record.architecture}; README.md{page}; the record is "
-        f"sp3llm.json). Next:\n{loading_lines(out, is_served)}"
+        f"sp3llm.json). Next:\n{loading_lines(out, record.architecture, refusing)}"
     )
 
 

@@ -1,5 +1,6 @@
 """What a recovery tells its user: the closing table, the next steps, a section of the card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def closing_table(model: str, entry: RecoveryEntry) -> Table:
     )
 
 
-def next_steps(out: Path, architecture: str, is_served: bool, entry: RecoveryEntry) -> str:
-    """What was written to `out`, and what to do with it; `is_served`: servers load it."""
+def next_steps(out: Path, architecture: str, refusing: Sequence[str], entry: RecoveryEntry) -> str:
+    """What was written to `out`, and what to do with it; `refusing`: servers that do not."""
     warning = (
         "No step was better than none on the text kept for stopping; the weights are as they were: "
         "a smaller --lr or more text would help.\n"
@@ -36,7 +37,7 @@ def next_steps(out: Path, architecture: str, is_served: bool, entry: RecoveryEnt
     )
     return warning + (
         f"Written to {out} (stock {architecture}; the record is sp3llm.json). Next:\n"
-        f"{loading_lines(out, is_served)}"
+        f"{loading_lines(out, architecture, refusing)}"
     )
 
 

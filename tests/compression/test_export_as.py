@@ -103,8 +103,11 @@ def test_it_is_said_in_every_place(outputs):
     assert QWEN2 in model_card(record, {})
     folder = outputs[False, "auto"]
     assert f"vllm serve {folder}" in next_steps(folder, record, has_page=False)
-    assert "vllm" not in next_steps(folder, same, has_page=False)
-    assert "not with vLLM" in model_card(same, {})
+    assert "not in vLLM" not in next_steps(folder, record, has_page=False)
+    steps = next_steps(folder, same, has_page=False)
+    assert "vllm serve" not in steps
+    assert f"not in vLLM and llama.cpp, where {QWEN2} takes the width over the heads" in steps
+    assert "not with\nvLLM and llama.cpp" in model_card(same, {})
 
 
 def test_tokenizer_and_chat_template_stay(outputs):

@@ -1,5 +1,7 @@
 """What a model is written as: the same, counted, and left alone where no other class is exact."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -15,13 +17,14 @@ from sp3llm.models.families import (
     parameter_shapes,
 )
 from sp3llm.models.families.sizes import layer_table
-from sp3llm.models.served import check_export, export_of, is_served
+from sp3llm.models.served import check_export, export_of, refused_at, refused_by
 from sp3llm.models.shapes import Shape, cost_of, resized_config
 from sp3llm.options import RecoverConfig
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits, cost_within, plan_of
 from sp3llm.planning.needs import Workload, needs_of
 from sp3llm.planning.recovery_needs import recovery_needs_of
+from sp3llm.reporting.serving import loading_lines, servers_refusing
 from tests.conftest import (
     TINY,
     disk_tensors,
@@ -105,11 +108,35 @@ def test_zeros_are_named_group_by_group():
     assert export.zeros()[0] == export.zeros()[-1] == {}
 
 
+def test_who_loads_which_class_cut():
+    """As it was found by running them (eval/results/served-classes.md)."""
+    both, gguf = ("vLLM", "llama.cpp"), ("llama.cpp",)
+    refusing = {"qwen2": both, "qwen2_moe": both, "phi3": gguf, "granite": gguf}
+    for family in FAMILIES.values():
+        assert refused_at(family, 200, 256) == refusing.get(family.model_type, ())
+        assert refused_at(family, 256, 256) == ()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "serves", "line"),
+    [
+        ("GraniteForCausalLM", True, "not in llama.cpp, where GraniteForCausalLM takes the width"),
+        ("Qwen2MoeForCausalLM", False, "not in vLLM and llama.cpp, where Qwen2MoeForCausalLM"),
+        ("LlamaForCausalLM", True, None),
+    ],
+)
+def test_next_steps_are_ones_that_work(architecture, serves, line):
+    shape = Shape(200, 448, 8, 2, 32)
+    lines = loading_lines(Path("small"), architecture, servers_refusing(architecture, shape))
+    assert ("  vllm serve small" in lines.splitlines()) == serves
+    assert (line in lines) if line else ("not in" not in lines)
+
+
 def test_auto_changes_the_class_where_servers_need_it():
     square = tiny_model("qwen2", **NO_WINDOWS).config.to_dict()
     narrow = narrow_qwen2()
-    assert is_served(QWEN2, square)
-    assert not is_served(QWEN2, narrow)
+    assert refused_by(QWEN2, square) == ()
+    assert refused_by(QWEN2, narrow) == ("vLLM", "llama.cpp")
     assert export_of(QWEN2, square, "auto").family is QWEN2
     assert export_of(QWEN2, square, "llama").family.model_type == "llama"
     same = export_of(QWEN2, narrow, "same")

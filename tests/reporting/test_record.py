@@ -111,7 +111,7 @@ def test_a_recovery_of_version_1_is_shown(tmp_path):
         assert str(entry.excess_log_perplexity) in text
         assert "5 steps, stopped early, best after 0, 5,924,576 parameters trained" in text
     assert model_card(record, {}).count("## Recovered") == 1
-    assert "No step was better" in recovery.next_steps(tmp_path, record.architecture, True, entry)
+    assert "No step was better" in recovery.next_steps(tmp_path, record.architecture, (), entry)
 
 
 def test_a_quantization_of_version_1_is_shown(tmp_path):

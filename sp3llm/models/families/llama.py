@@ -7,8 +7,10 @@ from sp3llm.models.families.schema import (
     FFN,
     HEAD_DIM,
     KEY_VALUE,
+    LLAMA_CPP,
     QUERY,
     RESIDUAL,
+    SERVERS,
     VOCAB,
     Axes,
     Family,
@@ -98,7 +100,7 @@ QWEN2 = replace(
     },
     layer={**LLAMA_LAYER, **QKV_BIAS},
     optional={},
-    served_square=True,
+    square_in=SERVERS,
     served_as=ServedAs(
         model_type="llama",
         config={"attention_bias": True, "mlp_bias": False},
@@ -123,7 +125,7 @@ QWEN3 = replace(
         "self_attn.k_norm.weight": (HEAD_DIM,),
     },
     optional={"attention_bias": _ATTENTION_BIAS},
-    served_square=False,
+    square_in=(),
     served_as=None,
 )
 
@@ -153,6 +155,7 @@ GRANITE = replace(
     architecture="GraniteForCausalLM",
     defaults={**LLAMA.defaults, "residual_multiplier": 1.0},
     residual_multiplier="residual_multiplier",
+    square_in=(LLAMA_CPP,),
 )
 SMOLLM3 = replace(
     LLAMA,
@@ -197,4 +200,5 @@ PHI3 = replace(
         Site("post_attention_layernorm", ("mlp.gate_up_proj",), "mlp"),
     ),
     square_rope_types=("longrope", "su", "yarn"),
+    square_in=(LLAMA_CPP,),
 )

@@ -17,6 +17,7 @@ from sp3llm.models.families.schema import (
     FFN,
     ONE,
     RESIDUAL,
+    SERVERS,
     SHARED_FFN,
     Axes,
     Experts,
@@ -130,7 +131,7 @@ QWEN2_MOE = replace(
         "qkv_bias": True,
     },
     optional={"qkv_bias": QKV_BIAS},
-    served_square=True,
+    square_in=SERVERS,
     experts=replace(
         QWEN3_MOE.experts,
         number=("num_experts",),

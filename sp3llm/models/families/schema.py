@@ -21,6 +21,9 @@ EXPERT_FFN = "moe_intermediate_size"
 SHARED_FFN = "shared_expert_intermediate_size"
 ONE = "1"
 
+VLLM, LLAMA_CPP = SERVERS = ("vLLM", "llama.cpp")
+"""What a model is served with, by the name to print."""
+
 EACH = "{expert}"
 """Stands in a name for the number of an expert, which makes the name one of every expert."""
 
@@ -137,8 +140,9 @@ class Family:
     square_rope_types: tuple[str, ...] = ()
     """RoPE types under which the class demands that too, since it derives the head size, and with
     it the length of the factors it expects, from width and heads."""
-    served_square: bool = False
-    """The class that servers (vLLM) have for it demands that, though the stock class does not."""
+    square_in: tuple[str, ...] = ()
+    """Servers of `SERVERS` whose class for it demands that, though the stock class does not
+    (eval/results/served-classes.md)."""
     served_as: ServedAs | None = None
     """What is written instead where servers could not load the class; None: there is nothing."""
     rotary: bool = True
