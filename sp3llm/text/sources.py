@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sp3llm.errors import UserError, reason
-from sp3llm.text.files import data_suffix, read_file, split_column
+from sp3llm.text.files import data_suffix, is_file, read_file, split_column
 from sp3llm.text.rows import Render, plain_render, text_of
 from sp3llm.text.split import content_hash, part_of
 from sp3llm.text.stdlib import stdlib_documents
@@ -73,13 +73,14 @@ def resolve_source(name: str) -> TextSource:
     path = Path(file)
     suffix = data_suffix(path)
     if suffix in (".txt", ".jsonl", ".parquet"):
-        if not path.is_file():
+        if not is_file(file):
             raise UserError(
-                f"Calibration or evaluation text '{file}' does not exist: name a file that does."
+                f"Calibration or evaluation text '{file}' does not exist, or is no file: name a "
+                "file that does."
             )
         join = "\n\n" if suffix == ".txt" else "eos"
         return TextSource(name=name, licence="unknown", join=join, path=file, column=column)
-    if path.is_file():
+    if is_file(name):
         raise UserError(
             f"Expected a .txt, .jsonl or .parquet file (plain or .gz) of text, found '{name}': "
             "convert it to one of them."
@@ -185,6 +186,15 @@ def _articles(rows: Iterable[str], start: str) -> Iterator[str]:
         article.append(row)
     if article:
         yield "".join(article)
+
+
+def local_files(names: str) -> dict[str, Path]:
+    """The local files among the sets of a comma-separated list, by how the list names them.
+
+    Raises UserError as `resolve_source` does.
+    """
+    sources = {name: resolve_source(name) for name in split_names(names)}
+    return {name: Path(source.path) for name, source in sources.items() if source.path}
 
 
 def default_evaluation(calib: str) -> str:

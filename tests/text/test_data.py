@@ -432,6 +432,33 @@ def test_file_that_cannot_be_read_is_refused_by_name(name, tmp_path):
     assert "xpected UTF-8 text" in message or "Expected JSON in line 2" in message
 
 
+@pytest.mark.parametrize("name", ["set.jsonl", "set.txt", "set.jsonl.gz"])
+def test_a_line_that_is_no_utf8_is_named(name, tmp_path):
+    path = tmp_path / name
+    content = b'{"text": "one"}\n' * 300 + '{"text": "Grüße"}\n'.encode("latin-1")
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert f"UTF-8 text in line 301 of '{path}'" in refusal(documents_of, str(path))
+
+
+def test_a_line_too_deep_to_read_is_named(tmp_path):
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"text": "one"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    assert f"line 2 of '{path}'" in refusal(documents_of, str(path))
+
+
+def test_suffixes_may_be_capitals(tmp_path):
+    write_jsonl(tmp_path / "set.JSONL", [{"text": "one"}])
+    (tmp_path / "set.Txt.GZ").write_bytes(gzip.compress(b"one\n"))
+    for name in ("set.JSONL", "set.Txt.GZ"):
+        assert documents_of(str(tmp_path / name)) == ["one"]
+
+
+def test_a_name_longer_than_any_files_is_of_none(tmp_path):
+    assert "does not exist" in refusal(resolve_source, str(tmp_path / f"{'x' * 5000}.jsonl"))
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "is no file" in refusal(resolve_source, str(tmp_path / "folder.jsonl"))
+
+
 TURNS = [("user", "How much is 3 + 4?"), ("assistant", "7")]
 CHATS = {
     "openai": {"id": "a", "messages": [{"role": r, "content": c} for r, c in TURNS]},
@@ -443,6 +470,13 @@ CHATS = {
     },
     "prompt": {"prompt": TURNS[0][1], "completion": TURNS[1][1], "source": "b"},
     "alpaca": {"instruction": "How much is", "input": "3 + 4?", "output": "7"},
+    "parts": {
+        "messages": [{"role": r, "content": [{"type": "text", "text": c}]} for r, c in TURNS]
+    },
+    "trl": {
+        "prompt": [{"role": TURNS[0][0], "content": TURNS[0][1]}],
+        "completion": [{"role": TURNS[1][0], "content": TURNS[1][1]}],
+    },
 }
 
 
@@ -466,6 +500,40 @@ def test_conversations_go_through_the_chat_template(tokenizer, tmp_path):
     assert "<user>How much is" in chatting.decode(windows.tokens[0])
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [],
+        [{"content": "no role"}],
+        [{"role": "assistant", "content": None, "tool_calls": [{}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+    ],
+)
+def test_a_conversation_without_text_is_named_by_its_line(turns, tmp_path):
+    path = write_jsonl(tmp_path / "chats.jsonl", [CHATS["openai"], {"messages": turns}])
+    assert f"column 'messages' of line 2 of '{path}'" in refusal(documents_of, path)
+
+
+def test_further_input_that_is_no_text_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "set.jsonl", [{**CHATS["alpaca"], "input": 5}])
+    assert f"line 1 of '{path}'" in refusal(documents_of, path)
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_line(tokenizer, tmp_path):
+    from copy import deepcopy
+
+    chatting = deepcopy(tokenizer)
+    chatting.chat_template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('No tools.') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    tool = {"messages": [{"role": "tool", "content": "x"}]}
+    path = write_jsonl(tmp_path / "chats.jsonl", [CHATS["openai"], tool])
+    message = refusal(calibration_windows, path, chatting, 1, 8, 0)
+    assert f"the conversation in line 2 of '{path}'" in message
+    assert "No tools" in message
+
+
 def test_a_column_can_be_named(tmp_path):
     rows = [{"question_text": "one", "answer_text": "two"}]
     path = write_jsonl(tmp_path / "set.jsonl", rows)
@@ -476,7 +544,16 @@ def test_a_column_can_be_named(tmp_path):
 
 @pytest.mark.parametrize(
     "row",
-    [{"id": "conv_1"}, {"uuid": "x", "turns": [["a"]]}, {"url": "http://a", "score": 3}],
+    [
+        {"id": "conv_1"},
+        {"uuid": "x", "turns": [["a"]]},
+        {"url": "http://a", "score": 3},
+        {"key": "doc-1"},
+        {"name": "doc-1", "length": 3},
+        {"docId": "doc-1", "input_ids": [1, 2]},
+        {"file.name": "a.txt"},
+        {"lang": "en", "dialogs": [["a"]]},
+    ],
 )
 def test_identifiers_are_no_text(row, tmp_path):
     assert "Expected a column that is clearly the text" in refusal(
