@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 # What the stock classes read beside weights and config. Everything else in a folder is somebody
 # else's: training state, scores, adapters, what other tools keep of weights in other formats.
@@ -14,6 +16,16 @@ _CARRIED = (
 )
 _TEMPLATE_FOLDERS = ("chat_templates", "additional_chat_templates")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+# What config.json says of files that are not carried along: code of its own, where a stock class
+# serves, and another name of the weights' file, which are written under the usual one.
+_OF_OTHER_FILES = ("auto_map", "transformers_weights")
+
+
+def carried_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` without what it says of files that are not carried along: a result that names
+    them does not load.
+    """
+    return {key: value for key, value in config.items() if key not in _OF_OTHER_FILES}
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from sp3llm.models.companions import carried_config
 from sp3llm.models.families import (
     EMBEDDING,
     FFN,
@@ -113,12 +114,11 @@ def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> d
     The file is carried over key by key rather than written anew, so that RoPE scaling, sliding
     windows and whatever else a tool reads there stay as their author wrote them. Sizes that the
     class would derive from the width where they are not stated are always stated. The stock class
-    is named as transformers spells it, and `auto_map`, which names code that is not carried along,
-    goes: the stock class needs none.
+    is named as transformers spells it, and what names files that are not carried along goes.
     """
     dense = asdict(Shape.of(family, config))
     derived = ("head_dim", "word_embed_proj_dim")
-    resized = {key: value for key, value in config.items() if key != "auto_map"}
+    resized = carried_config(config)
     if "architectures" in config:
         resized["architectures"] = [family.architecture]
     for name, size in asdict(shape).items():

@@ -93,7 +93,9 @@ def load_quantized(
     from transformers import GenerationConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = {**model.checkpoint.config, "quantization_config": dict(stock)}
+    from sp3llm.models.companions import carried_config
+
+    config = {**carried_config(model.checkpoint.config), "quantization_config": dict(stock)}
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))
     with _told(folder):
         quantized = (

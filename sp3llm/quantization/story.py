@@ -386,7 +386,7 @@ def _finish(
     small: Source, dense: Source, record: Record, stock: Mapping[str, Any], folder: Path
 ) -> None:
     """Everything of the output but its weights; `config.json` last."""
-    from sp3llm.models.companions import copy_companions
+    from sp3llm.models.companions import carried_config, copy_companions
     from sp3llm.reporting.card import write_card
     from sp3llm.runtime.files import write_json
 
@@ -395,5 +395,5 @@ def _finish(
     if (small.checkpoint.folder / "README.md").is_file():  # the licence that it carries
         shutil.copyfile(small.checkpoint.folder / "README.md", folder / "README.md")
     write_card(folder, record, dense.checkpoint.folder)
-    config = {**small.checkpoint.config, "quantization_config": dict(stock)}
+    config = {**carried_config(small.checkpoint.config), "quantization_config": dict(stock)}
     write_json(folder / "config.json", config, allow_nan=True)

@@ -124,7 +124,7 @@ def write_result(
     the recovery.
     """
     from sp3llm.models.basis_file import BASIS
-    from sp3llm.models.companions import copy_companions
+    from sp3llm.models.companions import carried_config, copy_companions
     from sp3llm.reporting.card import write_card
     from sp3llm.runtime.files import write_json
 
@@ -143,7 +143,7 @@ def write_result(
     else:
         card = _tuned_card(settings, pair, entry)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    write_json(folder / "config.json", dict(pair.small.config), allow_nan=True)
+    write_json(folder / "config.json", carried_config(pair.small.config), allow_nan=True)
     return entry
 
 
