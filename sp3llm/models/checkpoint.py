@@ -22,6 +22,7 @@ from sp3llm.models import families
 from sp3llm.models.families import Family, is_tied, parameter_shapes
 from sp3llm.models.source import ADAPTER, adapter_base, read_config
 from sp3llm.runtime.files import file_hash
+from sp3llm.runtime.git_lfs import is_pointer, pointer_found
 
 # What bitsandbytes, GPTQ, AWQ, compressed-tensors and float8 checkpoints keep beside or in place of
 # weights; not all of them say so in their config.json.
@@ -124,9 +125,10 @@ def _check_no_adapter(folder: Path) -> None:
 def _check_left_over_quantization(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise UserError where a config says quantized, and no tensor is."""
     details = config.get("quantization_config")
-    if not details:
+    if details is None:
         return
-    method = details.get("quant_method") if isinstance(details, dict) else details
+    stated = details.get("quant_method") if isinstance(details, dict) else details
+    method = stated or "of no method"
     files, _ = _locate_tensors(folder, config)
     dtypes = {_shape_and_dtype(path, name)[1] for name, path in files.items()}
     if dtypes <= set(_FLOATS) and not any(name.endswith(_QUANTIZED) for name in files):
@@ -165,7 +167,7 @@ def _locate_tensors(
 
     All tensors of the shards count, as they do there, not only those that the index names.
     """
-    named = config.get("transformers_weights")
+    named = _named_weights(folder, config)
     for candidate in (named,) if named else _WEIGHTS:
         path = folder / candidate
         if not path.is_file():
@@ -181,8 +183,53 @@ def _locate_tensors(
         return files, {name: shard for name, shard in weight_map.items() if name not in files}
     raise UserError(
         f"Expected weights in '{folder}' ({named or 'model.safetensors, pytorch_model.bin'}, or "
-        "shards with an index), found none: name a folder that holds the model's weights."
+        f"shards with an index), found {_other_weights(folder)}."
     )
+
+
+def _named_weights(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The file that a config names for the weights; None where it leaves it at the usual ones.
+
+    Raises UserError where it is none that transformers would take.
+    """
+    named = config.get("transformers_weights")
+    if named is None:
+        return None
+    inside = isinstance(named, str) and folder.resolve() in (folder / named).resolve().parents
+    if not inside:
+        raise UserError(
+            f"Expected transformers_weights in config.json to name a file in '{folder}', found "
+            f"{named!r}: mend it, or take it out."
+        )
+    return named
+
+
+# Files that hold weights which the stock classes do not look for, and what to do about each.
+_ELSEWHERE = (
+    ("adapter_model.*", "an adapter", "merge it into its base model first, and name the merged"),
+    ("*.gguf", "a GGUF file", "name the folder of the model that it was converted from"),
+    ("*.onnx", "an ONNX file", "name the folder of the model that it was exported from"),
+    ("*.safetensors", "which no index names", "get the index, or give it the usual name"),
+    ("pytorch_model*.bin", "which no index names", "get the index, or give it the usual name"),
+    ("*.h5", "weights of TensorFlow", "save them as safetensors with transformers 4"),
+    ("*.msgpack", "weights of Flax", "save them as safetensors with transformers 4"),
+    ("*model*.pt", "weights in another format", "get the model as safetensors"),
+    ("*.pth", "weights in another format", "get the model as safetensors"),
+    ("global_step*", "a checkpoint of DeepSpeed", "gather it with its zero_to_fp32.py"),
+    ("pytorch_model_fsdp*", "a checkpoint of FSDP", "merge it with `accelerate merge-weights`"),
+)
+
+
+def _other_weights(folder: Path) -> str:
+    """What a folder without a stock model's weights holds in their place, and what to do."""
+    for name in _WEIGHTS:
+        if (folder / name).is_symlink():  # as in a hub cache whose blobs are gone
+            return f"'{name}', a link that leads nowhere: download the model again"
+    for pattern, what, remedy in _ELSEWHERE:
+        found = sorted(path for path in folder.glob(pattern) if path.name not in _WEIGHTS)
+        if found:
+            return f"'{found[0].name}' ({what}): {remedy}"
+    return "none: name a folder that holds the model's weights"
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -197,6 +244,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _damaged(shard: Path, why: str) -> UserError:
+    if is_pointer(shard):
+        return pointer_found(shard)
     return UserError(
         f"Shard '{shard}' is truncated or corrupt ({why}): get an undamaged copy of it."
     )

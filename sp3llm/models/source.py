@@ -1,6 +1,7 @@
 """Where a model comes from: a folder, the hub, or the package itself. Imports no torch."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def resolve_model(model: str | None) -> tuple[Path, str, str | None]:
     if model is None:
         return bundled_model(), "the bundled Llama", None
     folder = Path(model)
-    if folder.is_dir():
+    if os.path.isdir(model):
         return folder, folder.resolve().name, None
-    if folder.exists():
+    if os.path.exists(model):
         raise UserError(
             f"Expected a model folder or a hub id, found the file '{model}': name the folder that "
             "holds config.json and the weights."
@@ -92,7 +93,7 @@ def resolve_config(model: str | None) -> tuple[dict[str, Any], str, str | None]:
     Returns the config, the name to show, and a line to print if another repository was taken.
     Raises UserError as `resolve_model` does.
     """
-    if model is None or Path(model).exists() or model.count("/") != 1:
+    if model is None or os.path.exists(model) or model.count("/") != 1:
         folder, name, note = resolve_model(model)
         return read_config(folder), name, note
     name, note = _hub_name(model)
@@ -121,7 +122,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        if (folder / ADAPTER).is_file():
+        if (folder / ADAPTER).is_file() or any(folder.glob("adapter_model.*")):
             raise UserError(
                 f"'{folder}' holds an adapter for {adapter_base(folder)}, and no model: merge it "
                 "first (`merge_and_unload` and `save_pretrained` of peft), and name the merged one."
@@ -130,6 +131,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"'{folder}' is in Meta's own format (params.json, consolidated.*.pth): name the "
                 "Hugging Face version of the model, usually called the same with -hf."
+            )
+        # Where training keeps its checkpoints, or a hub cache its revisions.
+        below = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
+        if below:
+            raise UserError(
+                f"Expected config.json in '{folder}', found it in '{min(below).parent}': name the "
+                "folder that is meant."
             )
         raise UserError(
             f"Expected config.json in '{folder}', found none: name the folder of a Hugging Face "

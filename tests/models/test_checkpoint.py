@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from sp3llm.errors import UserError
 from sp3llm.models.checkpoint import open_model
 from sp3llm.models.companions import copy_companions
+from sp3llm.models.families import is_square
 from sp3llm.models.objectives.causal_lm import CAUSAL_LM
 from sp3llm.models.shapes import Shape, resized_config
 from sp3llm.models.source import _HUB_PATTERNS, _NOT_FETCHED
@@ -167,6 +169,111 @@ def test_what_a_checkpoint_is_instead_is_said(folder):
         open_model(folder)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_pointer_of_git_lfs_is_told_from_damage(name, folder):
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(POINTER)
+    with pytest.raises(UserError, match=rf"'{folder / name}', found a pointer .*git lfs pull"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model-00001-of-00002.safetensors", "which no index names"),
+        ("model.fp16.safetensors", "which no index names"),
+        ("adapter_model.safetensors", "an adapter"),
+        ("tiny.Q4_K_M.gguf", "a GGUF file"),
+        ("model.onnx", "an ONNX file"),
+        ("tf_model.h5", "TensorFlow"),
+        ("consolidated.00.pth", "another format"),
+        ("global_step10", "DeepSpeed"),
+        ("pytorch_model_fsdp_0", "FSDP"),
+    ],
+)
+def test_what_lies_in_place_of_weights_is_named(name, said, folder):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError, match=rf"found '{name}' \([^)]*{said}"):
+        open_model(folder)
+
+
+def test_weights_that_are_a_link_to_nowhere_are_told_as_such(folder):
+    (folder / "model.safetensors").rename(folder / "training_args.bin")
+    with pytest.raises(UserError, match="found none: name a folder"):
+        open_model(folder)
+    (folder / "model.safetensors").symlink_to(folder / "blobs" / "gone")
+    with pytest.raises(UserError, match=r"'model.safetensors', a link that leads nowhere"):
+        open_model(folder)
+
+
+def test_a_folder_of_models_says_where_one_is(tmp_path):
+    for name in ("run/checkpoint-5", "cache/snapshots/abc"):
+        tiny_model("llama", torch.float32).save_pretrained(tmp_path / name)
+    for folder, below in (("run", "run/checkpoint-5"), ("cache", "cache/snapshots/abc")):
+        with pytest.raises(UserError, match=rf"found it in '{tmp_path / below}'"):
+            open_model(tmp_path / folder)
+
+
+def test_weights_of_an_adapter_alone_are_an_adapter(folder):
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"holds an adapter .*merge it first"):
+        open_model(folder)
+
+
+# --------------------------------------------------------------------------- config.json
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("hidden_size", value) for value in ("64", 64.0, -64, 0, [64], True)),
+        *(("num_hidden_layers", value) for value in ("2", True, 1e9, 0)),
+        *(("num_key_value_heads", value) for value in ("2", 0)),
+        *(("max_position_embeddings", "64"), ("vocab_size", -1), ("head_dim", 0)),
+    ],
+)
+def test_a_size_that_is_none_is_refused_by_its_key(key, value, folder):
+    edit_config(folder, **{key: value})
+    found = re.escape(json.dumps(value))
+    with pytest.raises(UserError, match=rf"^Expected {key} in config.json .*found {found}:"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("value", [["llama"], 3, {"llama": 1}])
+def test_a_model_type_that_is_no_name_is_refused(value, folder):
+    edit_config(folder, model_type=value)
+    with pytest.raises(UserError, match="supported family"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_rope_that_is_no_object_is_refused(key, folder):
+    edit_config(folder, **{"rope_parameters": None, key: "linear"})
+    checkpoint, family = open_model(folder)
+    assert not is_square(family, checkpoint.config)
+    with pytest.raises(UserError, match=r"config.json that transformers accepts"):
+        empty_model(checkpoint.config, CAUSAL_LM)
+
+
+def test_an_empty_quantization_config_that_stock_stumbles_over_is_refused(folder):
+    edit_config(folder, quantization_config={})
+    with pytest.raises(ValueError, match="quant_method"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(UserError, match="take quantization_config out"):
+        open_model(folder)
+
+
+def test_json_too_deep_to_read_is_refused(folder):
+    (folder / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(UserError, match="is not JSON"):
+        open_model(folder)
+
+
 # --------------------------------------------------------------------------- dtypes
 
 
@@ -211,6 +318,13 @@ def test_the_stock_class_is_named_and_no_code_beside_it(folder):
     assert resized["architectures"] == ["LlamaForCausalLM"]
     assert "auto_map" not in resized
     assert resized["some_limit"] == float("inf")
+
+
+@pytest.mark.parametrize("name", [3, "../other.safetensors", "/etc/hostname"])
+def test_weights_that_a_config_names_elsewhere_are_refused(name, folder):
+    edit_config(folder, transformers_weights=name)
+    with pytest.raises(UserError, match=r"Expected transformers_weights in config.json to name"):
+        open_model(folder)
 
 
 def test_companions_are_what_stock_classes_read(tmp_path):
