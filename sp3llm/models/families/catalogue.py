@@ -55,6 +55,12 @@ REFUSED: Mapping[str, str] = {
     "olmo3": _POST_NORM,
 }
 
+# Sizes of which a model may have none: without experts the layers are dense ones.
+_MAY_BE_NONE = {
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
+}
+
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a `config.json`.
@@ -64,12 +70,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """
     model_type = config.get("model_type")
     supported = ", ".join(sorted(FAMILIES))
-    if model_type in REFUSED:
+    if isinstance(model_type, str) and model_type in REFUSED:
         raise UserError(
             f"Model family '{model_type}' cannot be compressed into a stock model: "
             f"{REFUSED[model_type]}; supported families are {supported}."
         )
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"Expected a model of a supported family ({supported}), found model_type "
             f"'{model_type}' in config.json: choose a model of a supported family."
@@ -83,6 +89,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"Expected architecture {family.architecture}, found {architecture} in "
             "config.json: choose the causal language model of this family."
         )
+    _check_sizes(family, config)
     for key, (value, why) in family.unsupported.items():
         present = setting(family, config, key)
         if present != value:
@@ -105,3 +112,20 @@ def family_of(config: Mapping[str, Any]) -> Family:
             "unquantized checkpoint it was made from, and quantize the compressed model instead."
         )
     return family
+
+
+def _check_sizes(family: Family, config: Mapping[str, Any]) -> None:
+    """Raise UserError where a size is no whole number, or one that no model can have: nothing that
+    is counted with it would be right.
+    """
+    for key, default in family.defaults.items():
+        is_size = default is None or (isinstance(default, int) and not isinstance(default, bool))
+        stated = config.get(key)
+        if not is_size or stated is None:
+            continue
+        least = 0 if key in _MAY_BE_NONE else 1
+        if isinstance(stated, bool) or not isinstance(stated, int) or stated < least:
+            raise UserError(
+                f"Expected {key} in config.json to be a whole number of at least {least}, found "
+                f"{json.dumps(stated)}: get an undamaged copy of the checkpoint, or mend it."
+            )

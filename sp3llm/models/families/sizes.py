@@ -57,6 +57,7 @@ def is_square(family: Family, config: Mapping[str, Any]) -> bool:
     from the other: always (`Family.square`), or with the RoPE that the config asks for.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, Mapping) else {}  # the class refuses anything else
     rope_type = rope.get("rope_type") or rope.get("type")  # the second is how old files say it
     return family.square or rope_type in family.square_rope_types
 
