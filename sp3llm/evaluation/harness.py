@@ -236,16 +236,24 @@ def _score_one(scoring: _Scoring, model: _Model, loaded: Mapping[str, Any]) -> S
 def _load(scoring: _Scoring, model: _Model) -> Any:
     """The model as lm-eval's `HFLM`.
 
-    Raises UserError if it does not load, or has no chat template where one is asked for.
+    Raises UserError if it does not load whole, or has no chat template where one is asked for.
     """
     import torch
     from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    from sp3llm.models.stock import check_found
 
     try:
+        # Without its weights first: lm-eval does not ask for what was found of them.
+        _, info = AutoModelForCausalLM.from_pretrained(
+            model.pretrained, device_map="meta", output_loading_info=True
+        )
+        check_found(model.name, info)
         lm = HFLM(
             **scoring.model_args(model), device=str(scoring.device), batch_size=scoring.batch_size
         )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # transformers raises many kinds
         raise model.unloadable(error) from error

@@ -67,6 +67,7 @@ def load(model: str, dtype: str, device: torch.device) -> Subject:
 
     from sp3llm.models.families import family_of
     from sp3llm.models.source import read_config, resolve_model
+    from sp3llm.models.stock import check_found
 
     folder, name, _ = resolve_model(model)
     config = read_config(folder)
@@ -75,11 +76,14 @@ def load(model: str, dtype: str, device: torch.device) -> Subject:
     except UserError:  # speed can be measured all the same; the table says that nothing is promised
         family = None
     try:
-        stock = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        stock, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
         )
+        check_found(name, info)
         stock = stock.to(device).eval()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # transformers raises many kinds
         raise UserError(

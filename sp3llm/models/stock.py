@@ -80,6 +80,20 @@ def fuse_experts(family: Family, index: int, tensors: Mapping[str, Tensor]) -> M
     return by_class
 
 
+def check_found(name: str, loading_info: Mapping[str, Any]) -> None:
+    """Raise UserError where transformers drew weights that the files of model `name` lack, by its
+    `output_loading_info`: it says so in its log alone, and goes on.
+    """
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise UserError(
+            f"Expected weights of the whole model in '{name}', found none for '{missing[0]}'"
+            f"{others}, which transformers would draw at random: get a complete copy of the "
+            "checkpoint."
+        )
+
+
 # Config keys of dropout, and of noise that routers train with.
 _DROPOUT = (
     *("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop"),

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from sp3llm.compression.story import compress
@@ -26,6 +27,7 @@ from sp3llm.evaluation.selection import (
     read_preset,
     shipped,
 )
+from sp3llm.evaluation.speed_run import load
 from sp3llm.models.objectives.causal_lm import window_losses
 from sp3llm.models.source import bundled_model
 from sp3llm.options import CompressConfig, ScoreConfig
@@ -33,7 +35,8 @@ from sp3llm.text.split import part_of
 from sp3llm.text.stdlib import stdlib_documents
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.text.windows import unbroken_windows
-from tests.helpers import QUIET
+from tests.conftest import save_model, tiny_model
+from tests.helpers import QUIET, weights
 
 QUESTIONS = 24
 NOTHING = {"tasks": {}, "groups": {}}
@@ -365,6 +368,18 @@ def test_tokenizer_without_a_chat_template_is_refused(few_tasks, tmp_path):
     )
     with pytest.raises(UserError, match="chat template"):
         score(settings, QUIET)
+
+
+def test_a_model_that_lacks_weights_is_not_scored_with_random_ones(few_tasks, tmp_path):
+    """Stock draws them, and says so in a log that nobody sees."""
+    save_model(tiny_model("llama", torch.float32, vocab_size=4096), tmp_path, tokenizer=True)
+    whole = weights(tmp_path)
+    del whole["lm_head.weight"]
+    save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"found none for 'lm_head.weight'.*at random"):
+        score(ScoreConfig(str(tmp_path), few_tasks[0], output=tmp_path / "scores"), QUIET)
+    with pytest.raises(UserError, match=r"found none for 'lm_head.weight'.*at random"):
+        load(str(tmp_path), "float32", torch.device("cpu"))
 
 
 @pytest.mark.slow
