@@ -124,6 +124,7 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
     if evaluated is not None:
         own_losses = run.objective.losses(model, head, evaluated, tokens)
         losses = execution.ranks.all_gather_rows(own_losses, local_evaluation, len(run.evaluation))
+        run.objective.merit(losses)  # refuses now what has none, not when all work is done
     measured = Moments(
         sites_DD=tuple(run.slots.sums),
         metrics_DD=_metrics(run),

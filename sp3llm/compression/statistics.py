@@ -198,11 +198,17 @@ class SiteSlots:
                 total_DD.copy_(named[f"{name}.{index}"])
 
     def check_finite(self) -> None:
-        """Raises UserError if anything overflowed."""
+        """Raises UserError if anything overflowed, or there is nothing to find a basis of."""
         if not all(torch.isfinite(total_DD).all() for total_DD in self.sums):
             raise UserError(
                 "The second moments of the stream do not fit float32: its activations are extreme; "
                 "use --moments normalised, or a checkpoint in float64."
+            )
+        if not any(total_DD.trace() > 0 for total_DD in self.sums):
+            raise UserError(
+                "Expected a residual stream to compress, found nothing but zeros where it is read: "
+                "its embeddings are zero, or so large that their squares overflow, so get an "
+                "undamaged copy of the checkpoint."
             )
 
 

@@ -5,11 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sp3llm.errors import UserError
 from sp3llm.maths.losses import label_losses, language_model_loss
 from sp3llm.maths.paired import perplexity
 from sp3llm.models.head import backward_head, token_divergences, token_losses
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.text import windows
+
+# Losses beyond are of no model of language; their perplexity, from some 709 on, is no float.
+_MOST_NATS = 700.0
 
 
 def _calibration_windows(*arguments: Any, **options: Any) -> windows.Windows:
@@ -31,6 +35,21 @@ def _inputs(tokens_BS: Tensor) -> dict[str, Any]:
 def _scored(logits_BSV: Tensor) -> Tensor:
     """All but the last: nothing is known of what follows it."""
     return logits_BSV[:, :-1]
+
+
+def merit(losses: Tensor) -> float:
+    """Perplexity of token losses, in nats.
+
+    Raises UserError where they have none that a number can hold.
+    """
+    mean = losses.mean().item()
+    if not mean < _MOST_NATS:  # NaN too
+        raise UserError(
+            f"Expected a loss on the held-out text that has a perplexity, found {mean:g} nats a "
+            "token, where guessing costs some 10: the weights are damaged, or not of this "
+            "config.json, so get an undamaged copy of the checkpoint."
+        )
+    return perplexity(losses)
 
 
 def _learning_loss(scored_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
@@ -65,6 +84,6 @@ CAUSAL_LM = Objective(
     divergences=token_divergences,
     loss_gradients=backward_head,
     losses_in_memory=window_losses,
-    merit=perplexity,
+    merit=merit,
     merit_name="perplexity",
 )
