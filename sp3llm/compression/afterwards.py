@@ -64,7 +64,7 @@ def recover_result(job: Job, record: Record, console: "Console") -> None:
         seed=settings.seed,
     )
     with _standing(job.out, "its recovery did not begin or end", "recover"):
-        recover(recovery, console)
+        recover(recovery, console, in_place=True)
 
 
 def quantize_result(settings: CompressConfig, out: Path, console: "Console") -> None:

@@ -107,6 +107,7 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     from sp3llm.runtime.folders import check_disk, check_not_input, check_output, held_by_run
     from sp3llm.runtime.memory import memory_limits
     from sp3llm.runtime.placement import free_memory
+    from sp3llm.text.sources import local_files
 
     folder, name, note = resolve_model(settings.model)
     if note:
@@ -134,6 +135,8 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
     check_output(out)
     check_not_input(out, folder, "the model that is compressed")
+    for text, path in local_files(_text_sets(settings)).items():
+        check_not_input(out, path, f"the text '{text}'")
     if settings.refit:
         held_back_from(settings.samples)
     if not learned and len(shapes) > 1 and settings.samples < _FEWEST_TRIAL_WINDOWS:
@@ -197,14 +200,15 @@ def run_identity(job: Job) -> dict[str, Any]:
 
     from sp3llm.models import checkpoint
     from sp3llm.runtime import machine
+    from sp3llm.text.sources import local_files
 
-    texts = f"{job.settings.calib or ''},{job.settings.eval_text or ''}".split(",")
+    texts = local_files(_text_sets(job.settings))
     versions = machine.versions()
     model = job.execution.ranks.from_first(lambda: checkpoint.identity(job.dense))
     identity = {
         **job.settings.of_result(),
         **{f"the model's {name}": content for name, content in model.items()},
-        **{f"the text of {name}": _content(Path(name)) for name in texts if Path(name).is_file()},
+        **{f"the text of {name}": _content(path) for name, path in texts.items()},
         "the number of processes": job.execution.ranks.count,
         "the kind of device": job.execution.device.type,
         "the arithmetic": str(job.execution.dtype),
@@ -255,6 +259,15 @@ def hub_id(settings: CompressConfig, name: str) -> str | None:
 def calibration_sets(settings: CompressConfig) -> str:
     """The calibration sets, the default resolved."""
     return settings.calib or ("stdlib" if settings.model is None else "wikitext2")
+
+
+def _text_sets(settings: CompressConfig) -> str:
+    """The sets that calibration and evaluation read, each once."""
+    from sp3llm.text.sources import default_evaluation, split_names
+
+    calib = calibration_sets(settings)
+    evaluation = settings.eval_text or default_evaluation(calib)
+    return ",".join(dict.fromkeys([*split_names(calib), *split_names(evaluation)]))
 
 
 def same_basis_for_all(job: Job, basis: "tuple[Tensor, Projection]") -> "tuple[Tensor, Projection]":

@@ -192,7 +192,7 @@ def _opened(folder: Path, name: str) -> Source:
 
 
 def _check_output(out: Path, to: str, small: Source, dense: Source) -> None:
-    from sp3llm.runtime.folders import check_disk, check_output
+    from sp3llm.runtime.folders import check_disk, check_not_input, check_output
 
     for model in (small, dense):
         folder = model.checkpoint.folder.resolve()
@@ -201,6 +201,7 @@ def _check_output(out: Path, to: str, small: Source, dense: Source) -> None:
                 f"Expected another --out than the model itself or a folder in it, found '{out}': "
                 "the one in full precision stays, so choose another folder."
             )
+        check_not_input(out, folder, f"'{model.name}'")
     check_output(out)
     # The dense one goes before the compressed one comes.
     check_disk(out, max(_quantized_bytes(model, to) for model in (small, dense)))

@@ -156,20 +156,36 @@ def window_length_of(settings: RecoverConfig, pair: Pair) -> int:
     )
 
 
+def _sets_to_train_and_report_on(settings: RecoverConfig, pair: Pair) -> tuple[str, str]:
+    """Both comma-separated lists of sets: as asked, or the compression's own, where known."""
+    from sp3llm.text.sources import default_evaluation
+
+    compression = pair.compression
+    calibrated = compression.calibration.sources if compression else ("wikitext2",)
+    evaluated = compression.evaluation.sources if compression else ()
+    names = settings.train or ",".join(calibrated)
+    return names, settings.eval_text or ",".join(evaluated) or default_evaluation(names)
+
+
+def text_sets(settings: RecoverConfig, pair: Pair) -> str:
+    """All sets that are read, each once."""
+    from sp3llm.text.sources import split_names
+
+    lists = (*_sets_to_train_and_report_on(settings, pair), settings.stop_text or "")
+    names = [name for names in filter(None, lists) for name in split_names(names)]
+    return ",".join(dict.fromkeys(names))
+
+
 def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
     """Windows of the three texts. What is reported on is the compression's own, where known."""
     from sp3llm.models import families
-    from sp3llm.text.sources import default_evaluation
     from sp3llm.text.tokenizer import load_tokenizer
     from sp3llm.text.windows import check_token_ids
 
     tokenizer = load_tokenizer(pair.small.folder)
     seq_len = window_length_of(settings, pair)
     compression = pair.compression
-    calibrated = compression.calibration.sources if compression else ("wikitext2",)
-    evaluated = compression.evaluation.sources if compression else ()
-    names = settings.train or ",".join(calibrated)
-    eval_names = settings.eval_text or ",".join(evaluated) or default_evaluation(names)
+    names, eval_names = _sets_to_train_and_report_on(settings, pair)
     evaluation = pair.objective.evaluation_windows(
         eval_names,
         tokenizer,

@@ -31,6 +31,7 @@ from sp3llm.recovery.inputs import (
     open_pair,
     run_identity,
     say_epochs,
+    text_sets,
     window_length_of,
 )
 from sp3llm.recovery.result import Recovery, export, measure_three, write_result
@@ -45,8 +46,11 @@ if TYPE_CHECKING:
     from sp3llm.reporting.record import RecoveryEntry
 
 
-def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
+def recover(settings: RecoverConfig, console: "Console", in_place: bool = False) -> Recovery | None:
     """Run the whole recovery; the output folder holds the recovered model when it returns.
+
+    `in_place`: the output may take the place of the model that is tuned, as where one command makes
+    both.
 
     Returns None in every process but the first.
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
@@ -59,7 +63,7 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says how it casts at every call
     started = time.monotonic()
-    run, console = _prepare(settings, console)
+    run, console = _prepare(settings, console, in_place)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
@@ -82,7 +86,7 @@ def recover(settings: RecoverConfig, console: "Console") -> Recovery | None:
     return result
 
 
-def _prepare(settings: RecoverConfig, console: "Console") -> "tuple[Run, Console]":
+def _prepare(settings: RecoverConfig, console: "Console", in_place: bool) -> "tuple[Run, Console]":
     """Find everything that could be wrong, before any work.
 
     Returns the console that goes with the process, too: only the first one speaks.
@@ -94,12 +98,19 @@ def _prepare(settings: RecoverConfig, console: "Console") -> "tuple[Run, Console
     from sp3llm.recovery.engine import engine
     from sp3llm.runtime.folders import check_disk, check_not_input, check_output
     from sp3llm.runtime.processes import Ranks
+    from sp3llm.text.sources import local_files
 
     pair = open_pair(settings, console)
     out = settings.out or Path(f"{Path(pair.name).name}-recovered")
     settings = replace(settings, out=out)
     check_output(out)
     check_not_input(out, pair.dense.folder, "the teacher")
+    if not in_place:
+        check_not_input(out, pair.small.folder, "the model that is tuned")
+    if settings.teacher_logits is not None:
+        check_not_input(out, settings.teacher_logits, "the teacher's logits")
+    for name, path in local_files(text_sets(settings, pair)).items():
+        check_not_input(out, path, f"the text '{name}'")
     check_disk(out, disk_bytes(settings, pair))
     accelerator = engine(settings, out.with_name(out.name + ".logs"))
     ranks = Ranks(accelerator.process_index, accelerator.num_processes)

@@ -761,6 +761,69 @@ def test_record_is_json_even_where_one_window_leaves_the_error_unknown(run, dens
     assert record["excess_log_perplexity"]["paired_standard_error"] is None
 
 
+def test_weights_of_another_name_are_written_under_the_usual_one(dense, model, run, tmp_path):
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    edit_json(model / "config.json", transformers_weights="other.safetensors")
+    for folder, name in ((dense, "usual"), (model, "other")):
+        run(folder, "--out", tmp_path / name)
+    usual, other = tmp_path / "usual", tmp_path / "other"
+    assert (usual / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert "transformers_weights" not in json.loads((other / "config.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained(other).config.hidden_size < 32
+
+
+def test_text_inside_the_result_that_is_replaced_is_not_lost(dense, texts, run, refused, out):
+    run(dense)
+    shutil.copy(texts[0], out / "mine.jsonl")
+    for option in ("--calib", "--eval-text"):
+        message = refused(dense, option, out / "mine.jsonl")
+        assert "mine.jsonl" in message
+        assert "which would be replaced" in message
+    assert (out / "mine.jsonl").read_bytes() == Path(texts[0]).read_bytes()
+
+
+@pytest.mark.parametrize("named", ["{}", "{}:text"])
+def test_run_is_not_continued_with_other_text(named, dense, texts, run, out, tmp_path, monkeypatch):
+    text = tmp_path / "mine.jsonl"
+    shutil.copy(texts[0], text)
+    options = ("--calib", named.format(text))
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sp3llm.models.companions.copy_companions", stop)
+        with pytest.raises(SystemExit):
+            run(dense, *options)
+    text.write_text(text.read_text().replace("calib", "other"))
+    with pytest.raises(SystemExit) as caught:
+        run(dense, *options)
+    assert caught.value.code == 2
+    run(dense, *options, "--fresh")
+    assert (out / RECORD).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "word"),
+    [
+        ("lm_head.weight", 1e6, "nats a token"),
+        ("model.norm.weight", 1e30, "nats a token"),
+        (EMBEDDINGS, 0.0, "residual stream"),
+        (EMBEDDINGS, 1e30, "residual stream"),
+    ],
+)
+def test_weights_out_of_all_bounds_are_refused(name, factor, word, model, refused):
+    """What stock computes of them is finite, and no number that a result could be told by."""
+    replace_tensor(model, name, weights(model)[name] * factor)
+    message = refused(model)
+    assert word in message
+    assert "undamaged copy" in message
+
+
+def test_model_of_a_name_longer_than_any_folders_is_refused(refused):
+    assert "no folder here" in refused("x" * 5000)
+
+
 def test_mount_point_is_refused_before_any_work(dense, refused, tmp_path, monkeypatch):
     (tmp_path / "mounted").mkdir()
     real = os.path.ismount

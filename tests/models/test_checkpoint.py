@@ -375,6 +375,12 @@ def test_a_model_is_not_compressed_into_its_own_place(tmp_path, refused):
         assert "which would be replaced" in message
     message = refused("recover", tmp_path / "dense", "--teacher", small, "--out", small)
     assert "the teacher" in message
+    message = refused("recover", small, "--teacher", tmp_path / "dense", "--out", small)
+    assert "the model that is tuned" in message
+    logits = ("--teacher-logits", tmp_path / "new" / "logits", "--out", tmp_path / "new")
+    message = refused("recover", small, "--teacher", tmp_path / "dense", *logits)
+    assert "the teacher's logits" in message
+    assert not (tmp_path / "new").exists()
     assert (small / "model.safetensors").read_bytes() == before
 
 
