@@ -211,18 +211,23 @@ def full_disk_told(what: str, then: str, kinds: tuple[type[Exception], ...] = ()
     """Turn the error that a full disk raises into one sentence that says what to do.
 
     That is an OSError with such a number, or, in a block that only writes, any of `kinds`:
-    libraries raise errors of their own without a number.
+    libraries raise errors of their own without a number. A limit on the size of a file, as some
+    file systems and `ulimit` have one, is told as such.
 
     Raises ResumableError: "`what` (why): free some disk space`then`".
     """
     try:
         yield
     except Exception as error:
-        no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        number = error.errno if isinstance(error, OSError) else None
+        no_room = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not (no_room or isinstance(error, kinds)):
             raise
         why = getattr(error, "strerror", None) or reason(error)
-        raise ResumableError(f"{what} ({why}): free some disk space{then}") from error
+        remedy = "free some disk space"
+        if number == errno.EFBIG:
+            remedy = "allow larger files (ulimit -f, the file system)"
+        raise ResumableError(f"{what} ({why}): {remedy}{then}") from error
 
 
 def empty_folder(folder: Path) -> None:
@@ -256,7 +261,10 @@ def check_not_input(out: Path, folder: Path, what: str) -> None:
 
 
 def check_output(out: Path) -> None:
-    """Raise UserError if `out` exists and is neither empty nor an earlier result of sp3llm."""
+    """Raise UserError if `out` exists and is neither empty nor an earlier result of sp3llm, or no
+    folder can have its name.
+    """
+    _check_name(out)
     if out.is_dir() and os.path.ismount(out):
         raise UserError(
             f"Expected a folder that can be renamed for --out, found the mount point '{out}': "
@@ -269,6 +277,22 @@ def check_output(out: Path) -> None:
             f"The output folder '{out}' exists and was not written by sp3llm (no {RECORD} in it): "
             "choose another --out, or empty it."
         )
+
+
+def _check_name(out: Path) -> None:
+    """Raise UserError for a name that the folder, or one of those beside it, cannot have."""
+    real = Path(os.path.realpath(out))
+    for path in (out, real, _partial(real), _earlier(real)):
+        try:
+            str(path).encode()  # safetensors takes no other paths
+            path.stat()
+        except (OSError, UnicodeEncodeError) as error:
+            number = getattr(error, "errno", None)
+            if number in (errno.ENAMETOOLONG, errno.ELOOP) or number is None:
+                raise UserError(
+                    f"Expected a name that a folder can have for --out, found {str(out)!r} "
+                    f"({getattr(error, 'strerror', None) or reason(error)}): choose another."
+                ) from error
 
 
 def _is_ours(folder: Path) -> bool:

@@ -12,6 +12,8 @@ from sp3llm.runtime import files
 from sp3llm.runtime.files import rename_durably, write_durably
 from sp3llm.runtime.folders import (
     RECORD,
+    check_not_input,
+    check_output,
     full_disk_told,
     locked_folder,
     output_folder,
@@ -104,6 +106,32 @@ def test_a_result_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
     assert [path.name for path in out.iterdir()] == [RECORD]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 250, "a\udce9b", "loop", "loop/below"])
+def test_a_name_that_no_folder_can_have_is_refused_before_any_work(name, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match=r"^Expected a name that a folder can have for --out"):
+        check_output(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+@pytest.mark.parametrize("name", ["new", "größe", "x" * 240, "new/below", "link"])
+def test_any_other_name_is_taken(name, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "later")
+    with output_folder(tmp_path / name) as partial:
+        (partial / RECORD).write_text("{}")
+    assert (tmp_path / name / RECORD).is_file()
+
+
+def test_a_file_that_is_read_may_not_lie_where_the_result_goes(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "text.jsonl").write_text("")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "out" / "text.jsonl")
+    for text in (tmp_path / "out" / "text.jsonl", tmp_path / "link.jsonl"):
+        with pytest.raises(UserError, match=r"that of the text .*which would be replaced"):
+            check_not_input(tmp_path / "out", text, "the text")
+        check_not_input(tmp_path / "out2", text, "the text")
+
+
 def test_what_fills_a_disk_is_told_from_other_errors():
     def told(error: Exception, *kinds: type[Exception]) -> None:
         with full_disk_told("Cannot write", ".", kinds):
@@ -112,6 +140,9 @@ def test_what_fills_a_disk_is_told_from_other_errors():
     full = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(ResumableError, match=r"^Cannot write \(No space left on device\): free"):
         told(full)
+    large = OSError(errno.EFBIG, "File too large")
+    with pytest.raises(ResumableError, match=r"\(File too large\): allow larger files \(ulimit -f"):
+        told(large)
     with pytest.raises(PermissionError):
         told(PermissionError(errno.EACCES, "Permission denied"))
     with pytest.raises(ResumableError, match=r"\(it is full\)"):
