@@ -1,6 +1,5 @@
 """The dense model as a teacher beside the model it teaches: whole, in few bits, or offloaded."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from sp3llm.maths.losses import divergence
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.quantization.bits import bits_config, check_installed, take_any_width
 from sp3llm.recovery.inputs import Run
+from sp3llm.runtime.memory import host_memory
 
 # Of the host's free memory, the share that an offloaded teacher may fill: the rest is for the model
 # that is trained and for what loading takes.
@@ -65,8 +65,7 @@ def _shares(device: torch.device, memory: float) -> dict[int | str, int]:
     most = int(memory * 1e9)
     if device.type == "cpu":
         return {"cpu": most}
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return {device.index or 0: most, "cpu": int(_SHARE_OF_HOST * available)}
+    return {device.index or 0: most, "cpu": int(_SHARE_OF_HOST * host_memory({}))}
 
 
 class StreamTap:

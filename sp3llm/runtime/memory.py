@@ -4,8 +4,8 @@ import ctypes
 import functools
 import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -63,28 +63,51 @@ def gpu_memory(device: torch.device, max_memory: Mapping[str, int]) -> int:
     return min(free, max_memory.get(str(device.index or 0), free))
 
 
-# What a control group may take and what it has taken, in both versions of the kernel's interface.
-_CONTROL_GROUPS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
+# Where control groups lie and what holds what one may take and has taken, in both versions of the
+# kernel's interface, by the controllers that `_OWN_GROUPS` names.
+_CONTROL_GROUPS = {
+    "": ("", "memory.max", "memory.current"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 _CONTROL_GROUP_ROOT = Path("/sys/fs/cgroup")
+# Lines `number:controllers:path`: which groups this process is in.
+_OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def host_memory(max_memory: Mapping[str, int]) -> int:
-    """Memory that can be had without swapping, by what the kernel and the control group say: of the
-    latter what is left, not what it may have in all.
+    """Memory that can be had without swapping, by what the kernel and the control groups say: of
+    the latter what is left, not what they may have in all.
     """
     import psutil
 
     free = psutil.virtual_memory().available
-    for most, taken in _CONTROL_GROUPS:
+    for most, taken in _limits():
         try:
-            limit, used = (int((_CONTROL_GROUP_ROOT / f).read_text()) for f in (most, taken))
+            limit, used = (int(path.read_text()) for path in (most, taken))
         except (OSError, ValueError):  # no such group, or no limit
             continue
         free = min(free, max(0, limit - used))
     return min(free, max_memory.get("cpu", free))
+
+
+def _limits() -> Iterator[tuple[Path, Path]]:
+    """Files of what each control group of this process, and each around it, may take and has taken:
+    the limit of a batch job or a service is on one of them, seldom on the outermost.
+    """
+    try:
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        lines = []
+    named = dict.fromkeys(_CONTROL_GROUPS, "/")  # what a container sees of its own
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        named |= dict.fromkeys(named.keys() & set(controllers.split(",")), path)
+    for controller, path in named.items():
+        below, most, taken = _CONTROL_GROUPS[controller]
+        group = PurePosixPath(path.lstrip("/"))
+        for around in (group, *group.parents):
+            folder = _CONTROL_GROUP_ROOT / below / around
+            yield folder / most, folder / taken
 
 
 def mapped_tensor(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
