@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from sp3llm import __version__
 from sp3llm.cli import bench, compress, plan, quantize, recover, report, score
@@ -51,6 +53,7 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     it. Of several processes the first one speaks; another one does where it fails by itself.
     """
     _check_system(os.name)
+    _check_working_folder()
     _print_what_the_terminal_can()
     arguments = [*(prefix or []), *(sys.argv[1:] if argv is None else argv)]
     given = vars(parser().parse_args(arguments))
@@ -63,7 +66,9 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
             print(f"sp3llm: {error}", file=sys.stderr)
         sys.exit(2)
     if threading.current_thread() is threading.main_thread():  # no other may
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in _ENDING:
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(number, _terminate)
     try:
         module.run(settings)
     except UserError as error:
@@ -72,21 +77,30 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
             print(f"sp3llm{where}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        ended = isinstance(stop, _Terminated)
+        ended = stop.number if isinstance(stop, _Terminated) else None
         goes_on = module in (compress, recover)
         after = "the same command continues where it was" if goes_on else "start anew"
         if rank == 0:
             word = "terminated" if ended else "interrupted"
             print(f"sp3llm: {word}; {after}.", file=sys.stderr)
-        sys.exit(128 + (signal.SIGTERM if ended else signal.SIGINT))
+        sys.exit(128 + (ended or signal.SIGINT))
+
+
+# What ends a run like Ctrl-C: schedulers and shutdowns send the first, a terminal that is closed
+# the second.
+_ENDING = (signal.SIGTERM, signal.SIGHUP) if os.name == "posix" else ()
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers and shutdowns send it: the end of the run, like Ctrl-C."""
+    """One of `_ENDING`: the end of the run, like Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
-def _terminate(*_: object) -> None:
-    raise _Terminated
+def _terminate(number: int, _: object) -> None:
+    raise _Terminated(number)
 
 
 def _check_system(name: str) -> None:
@@ -100,13 +114,50 @@ def _check_system(name: str) -> None:
         sys.exit(2)
 
 
+def _check_working_folder() -> None:
+    """Exit with one sentence where the shell stands in a folder that was removed: no path can be
+    told from there.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        print(
+            "sp3llm: expected a folder to work in, found that the current one was removed: change "
+            "to another.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
 def _print_what_the_terminal_can() -> None:
-    """Let characters that an output cannot encode, such as ± in ASCII, come out as others: they are
-    no reason to fail after hours of work.
+    """Let characters that an output cannot encode, such as ± in ASCII, come out as others, and let
+    what an output takes no more (a pipe whose reader has gone, a full disk under a log) be lost:
+    neither is a reason to lose hours of work.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+            if "write" in vars(stream):  # of an earlier command in this process
+                continue
+            stream.write = _going_on(stream, stream.write)
+            stream.flush = _going_on(stream, stream.flush)
+
+
+def _going_on(stream: io.TextIOWrapper, act: Callable[..., Any]) -> Callable[..., Any]:
+    """`act` of a stream, which is let go to nowhere from when it first fails."""
+
+    def attempt(*arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            if stream is sys.stdout:
+                print(f"sp3llm: going on without output ({error.strerror}).", file=sys.stderr)
+            return None
+
+    return attempt
 
 
 def _module_of(command: str) -> ModuleType:

@@ -41,6 +41,7 @@ def test_a_quiet_console_gets_none():
 
 def test_a_control_group_leaves_what_it_has_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CONTROL_GROUP_ROOT", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "none")
     whole = memory.host_memory({})
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("400000\n")
@@ -48,6 +49,31 @@ def test_a_control_group_leaves_what_it_has_not_taken(tmp_path, monkeypatch):
     assert memory.host_memory({"cpu": 1000}) == 1000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.host_memory({}) > whole / 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "limited", "files"),
+    [
+        ("0::/job.slice/job-7", "job.slice/job-7", ("memory.max", "memory.current")),
+        ("0::/job.slice/job-7", "job.slice", ("memory.max", "memory.current")),
+        (
+            "9:name=systemd:/\n4:cpu,memory:/jobs/7\n0::/",
+            "memory/jobs/7",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ),
+    ],
+)
+def test_a_limit_on_any_group_around_the_process_counts(
+    lines, limited, files, tmp_path, monkeypatch
+):
+    """Slurm and systemd put it on a group of the job's own, below the outermost."""
+    (tmp_path / "own").write_text(lines)
+    monkeypatch.setattr(memory, "_CONTROL_GROUP_ROOT", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
+    (tmp_path / limited).mkdir(parents=True)
+    for file, size in zip(files, (1_000_000, 400_000), strict=True):
+        (tmp_path / limited / file).write_text(f"{size}\n")
+    assert memory.host_memory({}) == 600_000
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -70,6 +96,62 @@ def test_other_systems_than_posix_are_told(capsys):
         cli._check_system("nt")
     assert end.value.code == 2
     assert "WSL" in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_closed_ends_a_run_like_ctrl_c(monkeypatch, capsys):
+    monkeypatch.setattr(cli.plan, "run", lambda _: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["plan"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert end.value.code == 128 + signal.SIGHUP
+    assert capsys.readouterr().err == "sp3llm: terminated; start anew.\n"
+
+
+def test_a_run_that_ignores_hangups_goes_on_ignoring_them():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit):
+            cli.main(["plan", "no/such/folder/here"])
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "full"])
+def test_output_that_goes_nowhere_is_no_reason_to_fail(kind):
+    """A pager that is quit, a log on a full disk."""
+    code = (
+        "import sys; from sp3llm import cli; cli._print_what_the_terminal_can()\n"
+        "for _ in range(3): print('x' * 100_000, flush=True)\n"
+        "sys.stderr.write('done\\n')"
+    )
+    if kind == "full":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("no /dev/full")
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stdout = os.pipe()
+        os.close(reader)
+    run = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE)
+    os.close(stdout)
+    why = "Broken pipe" if kind == "pipe" else "No space left on device"
+    said = f"sp3llm: going on without output ({why}).\ndone\n"
+    assert (run.returncode, run.stderr.decode()) == (0, said)
+
+
+def test_a_working_folder_that_is_gone_is_told(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"rmdir {gone}; {sys.executable} -m sp3llm plan"
+    found = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": found}
+    run = subprocess.run(["sh", "-c", command], cwd=gone, env=environment, capture_output=True)
+    assert run.returncode == 2
+    assert run.stderr.decode().startswith("sp3llm: expected a folder to work in")
 
 
 def test_output_in_ascii_is_no_reason_to_fail():
