@@ -199,6 +199,7 @@ def run_identity(job: Job) -> dict[str, Any]:
     import json
 
     from sp3llm.models import checkpoint
+    from sp3llm.models.companions import text_files
     from sp3llm.runtime import machine
     from sp3llm.text.sources import local_files
 
@@ -208,6 +209,7 @@ def run_identity(job: Job) -> dict[str, Any]:
     identity = {
         **job.settings.of_result(),
         **{f"the model's {name}": content for name, content in model.items()},
+        **{f"the model's {path.name}": _content(path) for path in text_files(job.folder)},
         **{f"the text of {name}": _content(path) for name, path in texts.items()},
         "the number of processes": job.execution.ranks.count,
         "the kind of device": job.execution.device.type,

@@ -34,10 +34,9 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     Of a tokenizer's config the mention of code that is not carried along is left out.
     """
     copied = []
-    for path in sorted(source.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _CARRIED):
-            shutil.copyfile(path, target / path.name)
-            copied.append(path.name)
+    for path in _carried_files(source):
+        shutil.copyfile(path, target / path.name)
+        copied.append(path.name)
     if _TOKENIZER_CONFIG in copied:
         _without_code(target / _TOKENIZER_CONFIG)
     for folder in _TEMPLATE_FOLDERS:
@@ -45,6 +44,21 @@ def copy_companions(source: Path, target: Path) -> list[str]:
             shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
             copied.append(folder)
     return copied
+
+
+def _carried_files(folder: Path) -> list[Path]:
+    """The files of a folder that go along with its weights."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return [path for path in files if any(fnmatch(path.name, pattern) for pattern in _CARRIED)]
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files of a folder that decide which tokens a text becomes: tokenizer, chat templates."""
+    templates = (path for name in _TEMPLATE_FOLDERS for path in sorted(folder.glob(f"{name}/*")))
+    return [
+        *(path for path in _carried_files(folder) if path.name != "generation_config.json"),
+        *filter(Path.is_file, templates),
+    ]
 
 
 def _without_code(path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sp3llm.errors import UserError, reason
+from sp3llm.runtime.git_lfs import is_pointer, pointer_found
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -23,6 +24,8 @@ def load_tokenizer(folder: Path) -> Any:
                 "code of its own (auto_map in tokenizer_config.json), which is not run: save it "
                 "as a PreTrainedTokenizerFast with a tokenizer.json."
             ) from error
+        for pointer in filter(is_pointer, sorted(folder.glob("tokenizer*"))):
+            raise pointer_found(pointer) from error
         raise UserError(
             f"Expected a tokenizer in '{folder}', found none that loads "
             f"({type(error).__name__}: {reason(error)}): put the model's tokenizer files there."
@@ -58,7 +61,7 @@ def _has_own_code(folder: Path) -> bool:
     """Whether a folder's tokenizer names Python code that is not of transformers."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return "AutoTokenizer" in config.get("auto_map", {})
+        return "AutoTokenizer" in (config.get("auto_map") or {})
     except (OSError, ValueError, AttributeError):
         return False
 

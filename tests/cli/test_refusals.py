@@ -492,6 +492,18 @@ def test_folder_without_tokenizer_is_refused(model, refused):
     assert str(model) in message
 
 
+def test_tokenizer_that_is_a_pointer_of_git_lfs_is_told_as_such(model, refused):
+    (model / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    message = refused(model)
+    assert "tokenizer.json" in message
+    assert "git lfs pull" in message
+
+
+def test_auto_map_of_a_tokenizer_may_be_null(model, refused):
+    edit_json(model / "tokenizer_config.json", auto_map=None)
+    assert "tokenizer" in refused(model)
+
+
 def test_tokenizer_of_another_model_is_refused(model, refused):
     edit_json(model / "config.json", vocab_size=100)
     for name in (EMBEDDINGS, "lm_head.weight"):
@@ -782,11 +794,12 @@ def test_text_inside_the_result_that_is_replaced_is_not_lost(dense, texts, run, 
     assert (out / "mine.jsonl").read_bytes() == Path(texts[0]).read_bytes()
 
 
-@pytest.mark.parametrize("named", ["{}", "{}:text"])
-def test_run_is_not_continued_with_other_text(named, dense, texts, run, out, tmp_path, monkeypatch):
-    text = tmp_path / "mine.jsonl"
+@pytest.mark.parametrize("named", ["{}", "{}:text", "tokenizer"])
+def test_run_is_not_continued_with_other_text(named, model, texts, run, out, tmp_path, monkeypatch):
+    """Of another file, or that another tokenizer makes other tokens of."""
+    dense, text = model, tmp_path / "mine.jsonl"
     shutil.copy(texts[0], text)
-    options = ("--calib", named.format(text))
+    options = ("--calib", named.format(text) if named != "tokenizer" else texts[0])
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -795,7 +808,10 @@ def test_run_is_not_continued_with_other_text(named, dense, texts, run, out, tmp
         patched.setattr("sp3llm.models.companions.copy_companions", stop)
         with pytest.raises(SystemExit):
             run(dense, *options)
-    text.write_text(text.read_text().replace("calib", "other"))
+    if named == "tokenizer":
+        edit_json(model / "tokenizer.json", post_processor=None)
+    else:
+        text.write_text(text.read_text().replace("calib", "other"))
     with pytest.raises(SystemExit) as caught:
         run(dense, *options)
     assert caught.value.code == 2
