@@ -219,8 +219,9 @@ def overflow_refused() -> Iterator[None]:
         yield
     except NotFinite as error:
         raise UserError(
-            "The activations of the compressed model hold NaN or infinity: try --dtype "
-            "bfloat16 or float32."
+            "The activations of the compressed model hold NaN or infinity, or have squares that no "
+            "float32 holds: try --dtype bfloat16 or float32 where it is float16, or an undamaged "
+            "copy of the checkpoint."
         ) from error
 
 
