@@ -129,7 +129,9 @@ def run_stages(
     from sp3llm.text.tokenizer import keep_tokenizer_class
 
     settings, dense, family, execution = job.settings, job.dense, job.family, job.execution
+    reading = progress.add_task("text, calibration and evaluation", total=1)
     calibration, evaluation = draw_windows(job, journal)
+    progress.advance(reading)
     mask_windows = None
     if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
         mask_windows = execution.ranks.from_first(lambda: read_mask_windows(job, evaluation))
