@@ -115,7 +115,7 @@ class FisherSums:
         if not all(torch.isfinite(metric_DD).all() for metric_DD in self.pack().values()):
             raise UserError(
                 "The gradients of the loss hold NaN or infinity: use --basis readers and a shape "
-                "by hand, or --dtype float32."
+                "by hand, or --dtype float32, or an undamaged copy of the checkpoint."
             )
 
 

@@ -825,7 +825,7 @@ def test_run_is_not_continued_with_other_text(named, model, texts, run, out, tmp
         ("lm_head.weight", 1e6, "nats a token"),
         ("model.norm.weight", 1e30, "nats a token"),
         (EMBEDDINGS, 0.0, "residual stream"),
-        (EMBEDDINGS, 1e30, "residual stream"),
+        (EMBEDDINGS, 1e30, "gradients of the loss"),
     ],
 )
 def test_weights_out_of_all_bounds_are_refused(name, factor, word, model, refused):
