@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sp3llm.models.objectives.schema import Objective
     from sp3llm.models.shapes import Shape
     from sp3llm.planning.limits import Limits, Plan
+    from sp3llm.planning.search import Findings
     from sp3llm.runtime.devices import Execution
     from sp3llm.runtime.processes import Ranks
     from sp3llm.text.windows import Windows
@@ -41,7 +42,8 @@ class Result:
     architecture: str
     command: str
     plan: "Plan"
-    trials: list[dict[str, Any]]
+    findings: "Findings"
+    """Of the search for the shape."""
     fits: list[dict[str, Any]]
     eigenvalues: "Tensor"
     energy_kept: float

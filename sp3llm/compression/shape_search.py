@@ -9,7 +9,7 @@ themselves.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sp3llm.compression.job import Job, refitter_of, same_basis_for_all
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sp3llm.compression.projection import Projection
     from sp3llm.compression.statistics import Moments
     from sp3llm.models.shapes import Shape
-    from sp3llm.planning.search import Losses
+    from sp3llm.planning.search import Findings, Losses
     from sp3llm.runtime.journal import Journal
 
 # A trial sees windows this long at most.
@@ -74,18 +74,18 @@ def least_units(job: Job) -> dict[str, int]:
 
 def choose_shape(
     job: Job, moments: "Moments", tokens: "Tensor", journal: "Journal", progress: "Progress"
-) -> tuple["Shape", list[dict[str, Any]]]:
-    """The shape that loses least among those within the budget, and what was predicted and tried.
+) -> tuple["Shape", "Findings"]:
+    """The shape that loses least among those within the budget, and what was found out.
 
     Trials are refits of the whole model on a few of the calibration windows `tokens`, `(windows,
     tokens)`, scored on others that no fit of the trial saw. Losses that `journal` has from a run
     before are not found out again.
     """
     from sp3llm.models.shapes import Shape
-    from sp3llm.planning.search import choose, expected, shapes_to_try
+    from sp3llm.planning.search import Findings, choose, expected, shapes_to_try
 
     if len(job.shapes) == 1:
-        return job.shapes[0], []
+        return job.shapes[0], Findings()
     before = journal.latest(_TRIALS)
     tried = [] if before is None else before.facts["losses"]
     losses = {Shape(**sizes): loss for sizes, loss in tried}
@@ -97,11 +97,7 @@ def choose_shape(
         progress.advance(bar, len(wanted))
     best = choose(predicted, found.losses)
     progress.update(bar, total=len(found.losses), completed=len(found.losses))
-    estimates = expected(predicted, found.losses)
-    return best, [
-        {**asdict(shape), "predicted_loss": estimates[shape], "trial_loss": losses.get(shape)}
-        for shape in job.shapes
-    ]
+    return best, Findings(expected(predicted, found.losses), found.losses)
 
 
 def _predictions(found: _Search) -> "dict[Shape, Losses]":

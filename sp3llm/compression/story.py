@@ -20,7 +20,7 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ from sp3llm.reporting.record import (
     Fit,
     LearnedMask,
     PartCounts,
+    Prediction,
     Record,
     TextSet,
     Trial,
@@ -121,6 +122,7 @@ def run_stages(
     from sp3llm.models.served import export_of
     from sp3llm.models.shapes import resized_config
     from sp3llm.planning.limits import plan_of
+    from sp3llm.planning.search import Findings
     from sp3llm.reporting.card import write_card
     from sp3llm.reporting.plans import plan_line
     from sp3llm.runtime.files import write_json
@@ -149,10 +151,10 @@ def run_stages(
     )
     if mask_windows is not None:
         mask = learn_mask(job, moments, mask_windows, journal, progress)
-        shape, trials = mask.shape, []
+        shape, findings = mask.shape, Findings()
     else:
         mask = None
-        shape, trials = choose_shape(job, moments, calibration.tokens, journal, progress)
+        shape, findings = choose_shape(job, moments, calibration.tokens, journal, progress)
     plan = plan_of(family, dense.config, job.limits, shape)
     progress.console.print(plan_line(job.name, plan), highlight=False, markup=False)
     small_config = resized_config(family, dense.config, shape)
@@ -174,7 +176,7 @@ def run_stages(
         architecture=export.family.architecture,
         command=command_line(settings),
         plan=plan,
-        trials=trials,
+        findings=findings,
         fits=fits,
         eigenvalues=eigenvalues,
         energy_kept=energy,
@@ -238,7 +240,13 @@ def _record(job: Job, result: Result, parameters: PartCounts, mask: LearnedMask 
         dense_perplexity=result.dense_perplexity,
         perplexity=result.perplexity,
         excess_log_perplexity=from_json(Excess, result.excess.describe()),
-        trials=tuple(from_json(Trial, trial) for trial in result.trials),
+        trials=tuple(
+            Trial(**asdict(shape), trial_loss=loss) for shape, loss in result.findings.tried.items()
+        ),
+        predictions=tuple(
+            Prediction(**asdict(shape), predicted_loss=loss)
+            for shape, loss in result.findings.predicted.items()
+        ),
         fits=tuple(from_json(Fit, fit) for fit in result.fits),
         eigenvalues=tuple(result.eigenvalues.tolist()),
         energy_kept=result.energy_kept,

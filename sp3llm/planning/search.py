@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sp3llm.models.families import Family
@@ -59,6 +59,16 @@ class Losses:
     """By the narrower stream, and by a narrower table of embeddings."""
     units: float
     """By fewer FFN neurons and KV groups, and by smaller heads."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a search found out, nats a token, by shape."""
+
+    predicted: Mapping[Shape, float] = field(default_factory=dict)
+    """Of all candidates, the scale set by the trials."""
+    tried: Mapping[Shape, float] = field(default_factory=dict)
+    """In the order of the trials."""
 
 
 def shapes_to_try(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> list[Shape]:

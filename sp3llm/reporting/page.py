@@ -1,6 +1,6 @@
 """`report.html`: everything the record knows of a compressed model, on one page without network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,15 @@ from sp3llm.models.source import read_config
 from sp3llm.reporting.formatting import human_bytes, human_count, plain
 from sp3llm.reporting.layers import layer_plots
 from sp3llm.reporting.plots import parts_plot, spectrum_plot
-from sp3llm.reporting.record import Record, Trial
+from sp3llm.reporting.record import Record
 from sp3llm.reporting.tables import (
-    best_known,
+    considered,
     part_rows,
     quantization_rows,
     recovery_rows,
     rows,
     score_rows,
+    sizes_of,
     speed_rows,
     what_was_done,
 )
@@ -58,7 +59,7 @@ def page_content(
         **_head(record),
         **_comparison(record),
         **_spectrum(record, config),
-        "trials": _trial_rows(record.trials),
+        "trials": _trial_rows(record),
         **_scores(record),
         "speed": speed_rows(record),
         "samples": record.samples,
@@ -127,28 +128,30 @@ def _spectrum(record: Record, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _trial_rows(trials: Sequence[Trial]) -> list[list[str]]:
+def _trial_rows(record: Record) -> list[list[str]]:
     """The table of shapes considered in the search, its head first, best first; or nothing."""
-    if not trials:
+    shapes = [shape for shape, _ in considered(record)]
+    if not shapes:
         return []
-    trials = sorted(trials, key=best_known)
     shown = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
     for key in ("head_dim", "word_embed_proj_dim", "tie_word_embeddings"):
-        if len({getattr(trial, key) for trial in trials}) > 1:
+        if len({getattr(shape, key) for shape in shapes}) > 1:
             shown.append(key)
-    figures = [
-        (name, [getattr(trial, key) for trial in trials])
-        for name, key in (("predicted", "predicted_loss"), ("tried", "trial_loss"))
+    figures = {
+        "predicted": {sizes_of(one): one.predicted_loss for one in record.predictions},
+        "tried": {sizes_of(one): one.trial_loss for one in record.trials},
+    }
+    figures = {name: losses for name, losses in figures.items() if losses}
+    return [
+        [*shown, *figures],
+        *(
+            [
+                *(plain(getattr(shape, key)) for key in shown),
+                *(f"{losses[shape]:.4f}" if shape in losses else "" for losses in figures.values()),
+            ]
+            for shape in shapes
+        ),
     ]
-    figures = [(name, losses) for name, losses in figures if any(x is not None for x in losses)]
-    rows = [
-        [
-            *(plain(getattr(trial, key)) for key in shown),
-            *("" if losses[i] is None else f"{losses[i]:.4f}" for _, losses in figures),
-        ]
-        for i, trial in enumerate(trials)
-    ]
-    return [[*shown, *(name for name, _ in figures)], *rows]
 
 
 def _scores(record: Record) -> dict[str, Any]:

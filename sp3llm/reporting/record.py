@@ -33,6 +33,7 @@ _SETTINGS_READ = (
 _LEFT_OUT_EMPTY = (
     "dense_architecture",
     "mask",
+    "predictions",
     "scores",
     "speed",
     "recoveries",
@@ -87,14 +88,21 @@ class Excess:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial(Shape):
+    """A shape that the search tried."""
+
+    trial_loss: float
+    """Of the model refitted to it on a little calibration text, on text that no fit saw: nats a
+    token more than the dense model, or, where there are no predictions, all of them."""
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Shape):
     """A shape that the search considered."""
 
-    trial_loss: float | None = None
-    """Of the model refitted to it on a little calibration text, on text that no fit saw, nats a
-    token more than the dense model; None: it was not tried. Before the search predicted, the loss
-    itself."""
-    predicted_loss: float | None = None
-    """The same, as the dense model's measurements predict it, their scale set by the trials."""
+    predicted_loss: float
+    """What `Trial.trial_loss` would be, as measurements of the dense model predict it and trials
+    set its scale."""
     other: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -325,7 +333,7 @@ class Record:
     perplexity: float
     excess_log_perplexity: Excess
     trials: tuple[Trial, ...]
-    """Of all candidates; none where there was nothing to choose."""
+    """In the order of the search; none where there was nothing to choose."""
     fits: tuple[Fit, ...]
     """In the order of the model; none without a refit."""
     eigenvalues: tuple[float, ...]
@@ -345,6 +353,8 @@ class Record:
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
     mask: LearnedMask | None = None
+    predictions: tuple[Prediction, ...] = ()
+    """Of all candidates, where there was something to choose."""
     parameters: PartCounts
     files_copied: tuple[str, ...] = ()
     """From the dense model's folder."""

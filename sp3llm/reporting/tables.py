@@ -1,14 +1,15 @@
 """The tables that reports, cards and terminals show, from a record."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from rich.table import Table
 from rich.text import Text
 
+from sp3llm.models.shapes import Shape
 from sp3llm.reporting.formatting import cell, figure, human_bytes
 from sp3llm.reporting.plans import changed_sizes
-from sp3llm.reporting.record import QuantizationEntry, Record, RecoveryEntry, TextSet, Trial
+from sp3llm.reporting.record import QuantizationEntry, Record, RecoveryEntry, TextSet
 from sp3llm.runtime.progress import human_time
 
 
@@ -55,7 +56,7 @@ def _tie(record: Record) -> list[tuple[str, str, str]]:
         return []
     is_tied = record.plan.shape.tie_word_embeddings
     chosen, other = ("tied", "untied") if is_tied else ("untied", "tied")
-    found = [(t.tie_word_embeddings, best_known(t)) for t in record.trials]
+    found = [(shape.tie_word_embeddings, loss) for shape, loss in considered(record)]
     tied, untied = ([loss for is_one, loss in found if is_one == side] for side in (True, False))
     if tied and untied:
         difference = abs(min(tied) - min(untied))
@@ -63,9 +64,18 @@ def _tie(record: Record) -> list[tuple[str, str, str]]:
     return [("embeddings and head", "tied", chosen)]
 
 
-def best_known(trial: Trial) -> float:
-    """What a candidate loses as far as is known: as tried, or as predicted."""
-    return trial.predicted_loss if trial.trial_loss is None else trial.trial_loss
+def considered(record: Record) -> list[tuple[Shape, float]]:
+    """Every shape that the search considered, with what it loses as far as is known: as tried, or
+    as predicted; best first.
+    """
+    found = {sizes_of(prediction): prediction.predicted_loss for prediction in record.predictions}
+    found |= {sizes_of(trial): trial.trial_loss for trial in record.trials}
+    return sorted(found.items(), key=lambda pair: pair[1])
+
+
+def sizes_of(shape: Shape) -> Shape:
+    """A shape alone, without what was found out about it."""
+    return Shape(**{field.name: getattr(shape, field.name) for field in fields(Shape)})
 
 
 def part_rows(record: Record) -> list[Part]:

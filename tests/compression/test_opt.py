@@ -148,10 +148,10 @@ def test_auto_tries_both_ties_and_says_what_the_other_costs(variant, tmp_path):
     from sp3llm.reporting.tables import rows
 
     result = compress_tiny(variant, tmp_path, keep=0.8)
-    assert {trial["tie_word_embeddings"] for trial in result.trials} == {True, False}
+    assert {shape.tie_word_embeddings for shape in result.findings.predicted} == {True, False}
     shape = result.plan.shape
-    best = min(result.trials, key=lambda trial: trial["trial_loss"])
-    assert best["tie_word_embeddings"] == shape.tie_word_embeddings
+    tried = result.findings.tried
+    assert shape == min(tried, key=tried.__getitem__)
     said = {name: after for name, _, after in rows(read_record(result.out))}["embeddings and head"]
     assert said.startswith("tied" if shape.tie_word_embeddings else "untied")
     assert "would lose" in said
