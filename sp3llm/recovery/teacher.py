@@ -18,6 +18,8 @@ from sp3llm.runtime.memory import host_memory
 # Of the host's free memory, the share that an offloaded teacher may fill: the rest is for the model
 # that is trained and for what loading takes.
 _SHARE_OF_HOST = 0.8
+# The first releases that run a model on a CPU of which a part waits on disk.
+_OFFLOAD_ON_CPU = {"accelerate": (1, 15), "transformers": (5, 14)}
 
 
 def load_teacher(
@@ -41,6 +43,8 @@ def load_teacher(
         dtype = "float32" if on_cpu else "auto"
     place: dict[str, Any] = {"device_map": {"": device}}
     if memory is not None:
+        if on_cpu:
+            _check_offloads_on_cpu()
         place = {"device_map": "auto", "max_memory": _shares(device, memory)}
         place["offload_folder"] = str(offload)
     if dtype in ("int8", "nf4"):
@@ -58,6 +62,31 @@ def load_teacher(
     if on_cpu:
         take_any_width(model)
     return model.requires_grad_(False).eval()
+
+
+def offloads_on_cpu() -> bool:
+    """Whether these libraries run a model of which a CPU's memory holds a part: older ones leave
+    its positions, or all of it, on disk.
+    """
+    import accelerate
+    import transformers
+
+    found = {"accelerate": accelerate.__version__, "transformers": transformers.__version__}
+    return all(
+        tuple(map(int, found[name].split(".")[:2])) >= least
+        for name, least in _OFFLOAD_ON_CPU.items()
+    )
+
+
+def _check_offloads_on_cpu() -> None:
+    if not offloads_on_cpu():
+        least = " and ".join(
+            f"{n} {major}.{minor}" for n, (major, minor) in _OFFLOAD_ON_CPU.items()
+        )
+        raise UserError(
+            f"--teacher-memory on a CPU needs {least}, found older ones: install these, or leave "
+            "--teacher-memory out."
+        )
 
 
 def _shares(device: torch.device, memory: float) -> dict[int | str, int]:

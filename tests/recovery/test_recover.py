@@ -36,7 +36,7 @@ from sp3llm.recovery.inputs import Pair, open_pair
 from sp3llm.recovery.result import export
 from sp3llm.recovery.story import recover
 from sp3llm.recovery.student import default_lr, load_student
-from sp3llm.recovery.teacher import StreamTap, load_teacher
+from sp3llm.recovery.teacher import StreamTap, load_teacher, offloads_on_cpu
 from sp3llm.recovery.training import _step
 from sp3llm.runtime import files
 from sp3llm.runtime.folders import RECORD
@@ -488,6 +488,13 @@ def test_a_teacher_in_fewer_bits_teaches_too(dtype, run):
     assert result.state.best_loss < result.state.held_out[0][1]
 
 
+def test_an_offload_that_these_libraries_cannot_do_is_refused(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr("sp3llm.recovery.teacher.offloads_on_cpu", lambda: False)
+    with pytest.raises(UserError, match=r"needs accelerate 1\.15 and transformers 5\.14"):
+        load_teacher(pairs("llama")[0], CAUSAL_LM, "auto", torch.device("cpu"), 1.0, tmp_path)
+
+
+@pytest.mark.skipif(not offloads_on_cpu(), reason="accelerate or transformers is too old")
 def test_an_offloaded_teacher_says_the_same(pairs, tokens, tmp_path):
     dense, _ = pairs("llama")
     cpu = torch.device("cpu")
