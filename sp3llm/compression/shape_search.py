@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _TRIAL_TOKENS = 512
 # It fits on so many tokens for each input of the widest matrix, and on so many windows at least; so
 # many more choose the ridges, and so many tell what the shape loses.
-_TOKENS_AN_INPUT, _FEWEST_FITTED = 4, 15
-_HELD_BACK, _UNSEEN = 3, 6
+_TOKENS_AN_INPUT, _FEWEST_FITTED = 4, 12
+_HELD_BACK, _UNSEEN = 2, 6
 # What the journal knows the losses of trials as.
 _TRIALS = "trials"
 

@@ -83,7 +83,12 @@ def _operands(left_NP: Tensor, right_NQ: Tensor) -> _Operands:
     splits = torch.bfloat16 in dtypes or right_NQ.is_cuda
     if wide == torch.float64 or not splits:
         return _Operands([left_NP.to(wide)], [right_NQ.to(wide)], torch.mm, wide)
-    return _split(left_NP, right_NQ, _mixed_product if right_NQ.is_cuda else _product_on_cpu)
+    if right_NQ.is_cuda:
+        return _split(left_NP, right_NQ, _mixed_product)
+    split = _split(left_NP, right_NQ, _product_on_cpu)
+    lefts = [piece.float() for piece in split.lefts]
+    rights = lefts if split.rights is split.lefts else [piece.float() for piece in split.rights]
+    return _Operands(lefts, rights, _product_on_cpu, torch.float32)
 
 
 def split_product(
@@ -129,11 +134,11 @@ def _has_mixed_products() -> bool:
 
 
 def _product_on_cpu(left: Tensor, right: Tensor) -> Tensor:
-    """`left right` of bfloat16 matrices, float32, on a CPU, where torch has no such product of its
-    own: that of the same numbers as float32, on bfloat16's units.
+    """`left right` of bfloat16 numbers that are stored as float32, on a CPU, where torch has no
+    product of its own from bfloat16 into float32.
     """
     with _bfloat16_units():
-        return left.float() @ right.float()
+        return left @ right
 
 
 @contextmanager

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError
-from sp3llm.maths.losses import distribution_divergences, label_losses, tokens_at_once
+from sp3llm.maths.losses import (
+    distribution_divergences,
+    drawn_labels,
+    label_losses,
+    tokens_at_once,
+)
 from sp3llm.models.hooks import (
     Injector,
     materialized,
@@ -150,7 +155,7 @@ def backward_head(
                 piece = stream.hidden[part].to(execution.device).requires_grad_()
                 with _from_layers_on(model, piece), outputs_of(norm) as normalised:
                     logits = module(inputs_embeds=piece, use_cache=False).logits[0].float()
-                labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+                labels = drawn_labels(logits, generator)
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                 gradients = torch.autograd.grad(loss, [piece, normalised[0]])
                 for store, gradient in zip((by_stream, by_norm), gradients, strict=True):

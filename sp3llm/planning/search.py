@@ -8,7 +8,9 @@ from typing import Any
 from sp3llm.models.families import Family
 from sp3llm.models.shapes import Shape
 
-_MOST_TRIALS = 4
+# Trials at most, and how much more than the best one a candidate may promise to lose and still be
+# worth one at first: predictions were right to a tenth (eval/NOTES.md).
+_MOST_TRIALS, _CLOSE = 4, 1.3
 # How strongly scales are drawn towards each other, against one trial, and how small a share of the
 # common one each is at least: errors of trials cannot make a part of a loss a gain.
 _DRAWN, _LEAST_SHARE = 0.1, 0.1
@@ -75,8 +77,8 @@ def shapes_to_try(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float
     """Which candidates are worth a trial next; none: what is known is enough.
 
     At first those of three mixes that promise most: the best, and the best of those that lose more
-    and less of it by the stream. Then whatever the scales that these have set promise more of than
-    the best of them, while there are trials left.
+    and less of it by the stream, unless it is far behind; none where both are. Then whatever the
+    scales that these have set promise more of than the best of them, while there are trials left.
     """
     promised = expected(predicted, tried)
     best = min(promised, key=promised.__getitem__)
@@ -85,14 +87,15 @@ def shapes_to_try(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float
         more = [shape for shape in predicted if predicted[shape].stream > at]
         less = [shape for shape in predicted if predicted[shape].stream < at]
         sides = [min(side, key=promised.__getitem__) for side in (more, less) if side]
-        return [best, *sides]
+        close = [side for side in sides if promised[side] <= _CLOSE * promised[best]]
+        return [best, *close] if close else []
     if best in tried or len(tried) >= _MOST_TRIALS:
         return []
     return [best]
 
 
 def choose(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> Shape:
-    """The candidate that loses least, of those that were tried."""
+    """The candidate that loses least, of those that were tried, if any was."""
     return min(tried, key=tried.__getitem__) if tried else min(predicted, key=_total(predicted))
 
 

@@ -6,6 +6,7 @@ import torch
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.maths.basis import metric_basis
+from sp3llm.maths.losses import drawn_labels
 from sp3llm.maths.refit import (
     add_to_gram,
     empty_gram,
@@ -296,7 +297,7 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
     embedded = model.model.embed_tokens(tokens).detach().requires_grad_()
     logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
     labels = [
-        torch.multinomial(row.softmax(-1), 1, generator=torch.Generator().manual_seed(window))[:, 0]
+        drawn_labels(row, torch.Generator().manual_seed(window))
         for window, row in enumerate(logits.detach())
     ]
     loss = torch.nn.functional.cross_entropy(

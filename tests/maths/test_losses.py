@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sp3llm.maths import losses
+from sp3llm.maths.losses import drawn_labels
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -16,3 +17,13 @@ def test_losses_are_cross_entropies_whatever_the_size_of_pieces(dtype, monkeypat
     for tokens in (1000, 7, 1, 0):
         monkeypatch.setattr(losses, "LOGITS_AT_ONCE", tokens * 1000)
         assert torch.equal(losses.label_losses(logits, labels), expected)
+
+
+def test_drawn_labels_come_as_often_as_the_distribution_says():
+    logits = torch.tensor([0.0, 1.0, 2.0, -30.0, 1.5]).repeat(40_000, 1)
+    labels = drawn_labels(logits, torch.Generator().manual_seed(0))
+    found = torch.bincount(labels, minlength=5) / len(labels)
+    assert torch.allclose(found, logits[0].softmax(-1), atol=0.01)
+    assert found[3] == 0
+    again = drawn_labels(logits, torch.Generator().manual_seed(0))
+    assert torch.equal(labels, again)

@@ -197,10 +197,11 @@ def _predictions(shapes: list[Shape]) -> dict[Shape, Losses]:
     }
 
 
-@given(st.floats(0.1, 3), st.floats(0.1, 3))
+@given(st.floats(0.8, 1.25), st.floats(0.8, 1.25), st.floats(0.1, 3))
 @settings(max_examples=50, deadline=None)
-def test_a_few_trials_find_the_best_whatever_the_scales_of_the_predictions(stream, units):
+def test_a_few_trials_find_the_best_where_predictions_are_roughly_right(stream, units, common):
     """Losses that are the predicted ones, either part times a factor that nobody knows."""
+    stream, units = stream * common, units * common
     shapes = candidates(FAMILIES["llama"], LLAMA_3_8B, Limits(0.7, multiple_of=32))
     predicted = _predictions(shapes)
     losses = {s: stream * found.stream + units * found.units for s, found in predicted.items()}
@@ -224,6 +225,15 @@ def test_a_trial_that_loses_nothing_leaves_the_scales_as_they_are():
     predicted = _predictions(candidates(FAMILIES["llama"], LLAMA_3_8B, Limits(0.7)))
     one = next(iter(predicted))
     assert expected(predicted, {one: 0.0}) == expected(predicted, {})
+
+
+def test_a_candidate_far_ahead_of_all_others_needs_no_trial():
+    first, second, third = candidates(FAMILIES["llama"], LLAMA_3_8B, Limits(0.7))[:3]
+    predicted = {first: Losses(0.1, 0.1), second: Losses(0.3, 0.1), third: Losses(0.05, 0.4)}
+    assert shapes_to_try(predicted, {}) == []
+    assert choose(predicted, {}) == first
+    predicted[second] = Losses(0.11, 0.1)
+    assert shapes_to_try(predicted, {}) == [first, second]
 
 
 def test_the_ffn_takes_up_the_remainder():
