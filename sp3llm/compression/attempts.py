@@ -82,7 +82,7 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     """
     from sp3llm.planning.needs import Workload, needs_of
     from sp3llm.planning.windows import window_length
-    from sp3llm.runtime.placement import BytesNeeded, place_streams
+    from sp3llm.runtime.placement import BytesNeeded, Known, place_streams
 
     seq_len = window_length(job.family, job.dense.config, settings.seq_len)
     workload = Workload(
@@ -95,19 +95,27 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     needs = needs_of(job.family, job.dense.config, job.shapes[0], workload, job.limits.export_as)
     before = journal.latest(_BATCH)
     found = {} if before is None else before.facts
-    known = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]
+    batches = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]
     execution = place_streams(
         job.execution,
         settings.streams,
-        BytesNeeded(needs.streams, needs.working, needs.token),
-        (min(known, default=None), found.get("share")),
+        BytesNeeded(needs.streams, needs.working, needs.token, needs.inputs),
+        Known(min(batches, default=None), found.get("share"), found.get("keeps_inputs")),
         folder / "scratch",
         job.max_memory,
     )
-    journal.save(
-        _BATCH, 0, facts={"tokens": execution.batch_tokens, "share": execution.share_tokens}
-    )
+    _save_batch(journal, execution)
     return execution
+
+
+def _save_batch(journal: "Journal", execution: "Execution") -> None:
+    """Let the run be continued as it is."""
+    facts = {
+        "tokens": execution.batch_tokens,
+        "share": execution.share_tokens,
+        "keeps_inputs": execution.keeps_inputs,
+    }
+    journal.save(_BATCH, 0, facts=facts)
 
 
 def _halved(job: Job, journal: "Journal") -> "Execution":
@@ -120,7 +128,8 @@ def _halved(job: Job, journal: "Journal") -> "Execution":
     seq_len = window_length(job.family, job.dense.config, job.settings.seq_len)
     windows = min(job.execution.windows_a_batch(seq_len), job.settings.samples)
     fewer = max(1, windows // 2)
-    journal.save(_BATCH, 0, facts={"tokens": fewer * seq_len, "share": job.execution.share_tokens})
+    execution = replace(job.execution, batch_tokens=fewer * seq_len)
+    _save_batch(journal, execution)
     if windows == 1:
         raise ResumableError(
             "The GPU ran out of memory with a single window: give the same command again with "
@@ -132,4 +141,4 @@ def _halved(job: Job, journal: "Journal") -> "Execution":
             f"again, which goes on with {fewer}."
         )
     journal.say(f"The GPU ran out of memory; going on with {fewer} windows at once, not {windows}.")
-    return replace(job.execution, batch_tokens=fewer * seq_len)
+    return execution

@@ -233,11 +233,14 @@ def _fit_in_turn(
         zeroed = {done.block: counts[done.block] for done in group.sites[:number]}
         if group.sparse and number == last:
             break
-        target, keep_inputs = targets[number], number < last
+        target = targets[number]
+        keep_inputs = number < last or refitter.execution.keeps_inputs
         inputs, kept_P = fit_writer(refitter, layer, number, target, zeroed, keep_inputs)
         if keep_inputs:
             writer = _linear_writer(refitter, layer, number, kept_P)
             add_to_stream(small_stream, inputs, writer, refitter.execution)
+        if number == last and keep_inputs:
+            return
     # The last writer's inputs are the widest of all: running its block again costs less memory.
     part = LayerPart(zeroed=zeroed)
     run_layer(layer.small_models[-1], layer.index, layer.tensors, [(small_stream, {})], part)

@@ -101,6 +101,8 @@ class Needs:
     """On disk while it runs, for the run to be continued after a kill."""
     token: int
     """What the activations of one token take in a layer."""
+    inputs: int
+    """What the FFN's writer reads, of all calibration windows: kept where there is room."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def needs_of(
         + _SAVED_STREAMS * saved * workload.seq_len * workload.compute_itemsize
         + _traced_bytes(family, config, widths, workload)
         + _SAVED_MOMENTS * _FLOAT64 * _STREAM_MOMENTS * widths.dense**2,
+        inputs=workload.samples * workload.seq_len * widths.ffn * workload.compute_itemsize,
         token=_FLOAT32
         * (
             _STREAM_ACTIVATIONS * widths.dense

@@ -32,6 +32,9 @@ class Execution:
     """Folder for streams on disk; their files vanish with the process."""
     batch_tokens: int = TOKENS_PER_BATCH
     """Tokens that go through a layer at once, in whole windows (one at least)."""
+    keeps_inputs: bool = False
+    """What the last writer of a layer reads waits for its fit where streams lie, as what the others
+    read does; else its block runs a second time."""
     share_tokens: int | None = None
     """Tokens that are dealt out to processes at once, for as long as a run lasts; None: a batch."""
 

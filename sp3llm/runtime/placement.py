@@ -27,22 +27,35 @@ class BytesNeeded:
     """Layers and Gram matrices, in every process."""
     token: int
     """The activations of one token in a layer."""
+    inputs: int = 0
+    """What the widest writer reads, of all windows, over all processes."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a run before has found out, and holds for as long as the run lasts."""
+
+    batch_tokens: int | None = None
+    """The most tokens that may go through a layer at once."""
+    share_tokens: int | None = None
+    """See `Execution`."""
+    keeps_inputs: bool | None = None
+    """See `Execution`: sums may depend on it in their last bits."""
 
 
 def place_streams(
     execution: Execution,
     streams: str,
     needed: BytesNeeded,
-    tokens: tuple[int | None, int | None],
+    known: Known,
     scratch: Path,
     max_memory: Mapping[str, int],
 ) -> Execution:
     """Decide where streams lie and how many tokens go through a layer at once.
 
-    `streams` is `gpu`, `host`, `disk` or `auto`: where there is room, in this order. `tokens` are
-    those of a batch, at most, and of a share (`Execution.share_tokens`), where they are known;
-    streams on disk go to `scratch`; `max_memory` is what may be taken (`memory_limits`). Several
-    processes are placed as the one with least room.
+    `streams` is `gpu`, `host`, `disk` or `auto`: where there is room, in this order. What is
+    `known` stays; streams on disk go to `scratch`; `max_memory` is what may be taken
+    (`memory_limits`). Several processes are placed as the one with least room.
 
     Raises UserError for streams on a GPU where there is none.
     """
@@ -54,19 +67,31 @@ def place_streams(
         memory = gpu_memory(execution.device, max_memory)
         budget = int(_SHARE_OF_GPU * memory)
     own = -(-needed.streams // execution.ranks.count)
+    host = host_memory(max_memory) // execution.ranks.count
+    beside = 0 if on_gpu else needed.working
     if streams == "auto":
-        host = host_memory(max_memory) // execution.ranks.count
-        beside = 0 if on_gpu else needed.working
         choice = "host" if own + beside < _USABLE * host else "disk"
         if on_gpu and own + needed.working + budget < _USABLE * memory:
             choice = "gpu"
         order = ("gpu", "host", "disk")
         streams = max(execution.ranks.all_gather(choice), key=order.index)
-    batch, share = tokens
+    keeps = known.keeps_inputs
+    if keeps is None:
+        wanted = own + -(-needed.inputs // execution.ranks.count)
+        room = {"host": _USABLE * host - beside, "disk": 0}
+        if on_gpu:
+            room["gpu"] = _USABLE * memory - needed.working - budget
+        keeps = all(execution.ranks.all_gather(wanted < room[streams]))
+    batch = known.batch_tokens
     most = min(TOKENS_PER_BATCH, max(1, budget // needed.token))
     batch = min(execution.ranks.all_gather(batch or most))
     return replace(
-        execution, streams=streams, scratch=scratch, batch_tokens=batch, share_tokens=share or batch
+        execution,
+        streams=streams,
+        scratch=scratch,
+        batch_tokens=batch,
+        share_tokens=known.share_tokens or batch,
+        keeps_inputs=keeps,
     )
 
 

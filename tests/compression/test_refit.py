@@ -1,7 +1,10 @@
 """Closed form means what it says: the fits equal dense least squares and never do harm."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.measuring import measure_dense
@@ -475,3 +478,25 @@ def test_beside_leaves_what_the_other_inputs_do_not_explain():
     joint = torch.linalg.lstsq(a, y).solution[kept]
     alone, _, _ = ridge_solution(found, torch.zeros_like(joint), 0.0, False)
     assert relative_error(alone, joint) < 1e-9
+
+
+@pytest.mark.parametrize("variant", ["llama", "opt", "granite", "mixtral", "gpt-neox"])
+def test_inputs_that_wait_for_their_writer_give_what_running_its_block_again_does(
+    variant, tmp_path, monkeypatch
+):
+    from sp3llm.compression import attempts
+
+    placed, weights = attempts._placed, []
+    for keeps in (True, False):
+
+        def place(*arguments, keeps=keeps):
+            return replace(placed(*arguments), keeps_inputs=keeps)
+
+        monkeypatch.setattr(attempts, "_placed", place)
+        out = tmp_path / str(keeps)
+        result = compress_tiny(variant, out, compute_dtype="float32")
+        weights.append(load_file(result.out / "model.safetensors"))
+    kept, again = weights
+    assert kept.keys() == again.keys()
+    for name, tensor in kept.items():
+        assert (tensor - again[name]).norm() <= 1e-5 * again[name].norm(), name

@@ -13,7 +13,7 @@ from sp3llm.errors import UserError
 from sp3llm.maths.products import split_product, symmetric_product
 from sp3llm.runtime.devices import Execution, compute_dtype, idle_gpus_line
 from sp3llm.runtime.memory import memory_limits
-from sp3llm.runtime.placement import BytesNeeded, place_streams
+from sp3llm.runtime.placement import BytesNeeded, Known, place_streams
 from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.processes import Ranks
 from tests.conftest import family_of_model, relative_error, save_model, tiny_model
@@ -54,7 +54,7 @@ def test_streams_go_where_there_is_room(cap, streams, tmp_path, monkeypatch):
         execution,
         "auto",
         BytesNeeded(2 * 2**20, 2**20, 1000),
-        (None, None),
+        Known(),
         tmp_path,
         {"cpu": cap},
     )
@@ -84,7 +84,7 @@ def test_reading_ahead_gives_every_item_in_order_and_an_error_where_it_belongs()
 def test_batches_are_as_large_as_activations_allow(tmp_path):
     def tokens(token_bytes: int, asked: int | None = None) -> int:
         return place_streams(
-            EXECUTION, "host", BytesNeeded(1, 1, token_bytes), (asked, None), tmp_path, {}
+            EXECUTION, "host", BytesNeeded(1, 1, token_bytes), Known(asked), tmp_path, {}
         ).batch_tokens
 
     assert tokens(1) == 8192
@@ -96,7 +96,7 @@ def test_batches_are_as_large_as_activations_allow(tmp_path):
 
 def test_streams_on_a_gpu_need_one(tmp_path):
     with pytest.raises(UserError, match="Expected a GPU for --streams gpu"):
-        place_streams(EXECUTION, "gpu", BytesNeeded(1, 1, 1), (None, None), tmp_path, {})
+        place_streams(EXECUTION, "gpu", BytesNeeded(1, 1, 1), Known(), tmp_path, {})
 
 
 def test_memory_limits_are_read_as_accelerate_writes_them():
@@ -197,3 +197,15 @@ def test_the_arithmetic_is_what_weights_and_device_make_fast(
 def test_a_torch_that_cannot_tell_what_the_cpu_has_gets_float32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert compute_dtype("auto", torch.bfloat16, torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize(("room", "keeps"), [(2**30, True), (4 * 2**20, False)])
+def test_what_writers_read_waits_where_there_is_room(room, keeps, tmp_path, monkeypatch):
+    monkeypatch.setattr("sp3llm.runtime.placement.host_memory", lambda most: room)
+    needed = BytesNeeded(2**20, 2**20, 1000, inputs=8 * 2**20)
+    found = place_streams(EXECUTION, "host", needed, Known(), tmp_path, {})
+    assert found.keeps_inputs == keeps
+    # A run that goes on does as it began.
+    known = Known(keeps_inputs=not keeps)
+    assert place_streams(EXECUTION, "host", needed, known, tmp_path, {}).keeps_inputs != keeps
+    assert not place_streams(EXECUTION, "disk", needed, Known(), tmp_path, {}).keeps_inputs
