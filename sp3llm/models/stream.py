@@ -6,7 +6,7 @@ embeddings) without a line of it being copied; then the weights of one layer at 
 all windows go through it, and the weights go again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,7 @@ def open_stream(
     module, family, execution = model.module, model.family, model.execution
     recorders = [Recorder(layer) for layer in module.get_submodule(family.layers_module)]
     hidden: Tensor | None = None
+    seen = _FiniteSums()
     calls: dict[int, list[dict[str, Any]]] = {}
     decoder = module.get_submodule(family.layers_module.rpartition(".")[0])
     for part in module.modules():
@@ -142,10 +143,12 @@ def open_stream(
             if hidden is None:
                 hidden = execution.empty_stream((*tokens.shape, embedded.shape[-1]), embedded.dtype)
             if rows is not None and saved is None:
+                seen.add(embedded)
                 hidden[rows] = embedded.to(hidden.device)
     if saved is not None:
         hidden.copy_(saved)
-    _check_finite(hidden, "the embeddings")
+        seen.add(hidden)
+    seen.check([hidden], "the embeddings")
     return Stream(hidden, calls)
 
 
@@ -166,7 +169,7 @@ def run_layer(
     Raises UserError, naming the layer, if its output holds NaN or infinity.
     """
     layer, execution = model.layer(index), model.execution
-    by_class = fuse_experts(model.family, index, tensors)
+    by_class, seen = fuse_experts(model.family, index, tensors), _FiniteSums()
     with materialized(model.module, by_class, execution):
         for stream, probes in streams:
             hidden = stream.hidden
@@ -179,11 +182,11 @@ def run_layer(
                 ):
                     output = layer(batch, **stream.calls[len(batch)][index])
                     output = output[0] if isinstance(output, tuple) else output
+                    seen.add(output)
                     hidden[rows] = output.to(hidden.device)
                     if OUTPUT in probes:
                         probes[OUTPUT](rows, output)
-            if part.stop_before is None:
-                _check_finite(hidden, f"layer {index}")
+    seen.check([stream.hidden for stream, _ in streams], f"layer {index}")
     trim_memory()
 
 
@@ -200,14 +203,15 @@ def add_to_stream(
     weight_KP = writer.weight_KP.to(execution.device, execution.dtype)
     bias_K = writer.bias_K
     bias_K = None if bias_K is None else bias_K.to(execution.device, execution.dtype)
-    hidden = stream.hidden
+    hidden, seen = stream.hidden, _FiniteSums()
     for rows in _batches(inputs, execution):
         read = inputs[rows].to(execution.device)
         read = read if writer.kept_P is None else read[..., writer.kept_P]
         written = nn.functional.linear(read, weight_KP, bias_K)
         moved_on = hidden[rows].to(execution.device) + written * writer.multiplier
+        seen.add(moved_on)
         hidden[rows] = moved_on.to(hidden.device)
-    _check_finite(stream.hidden, writer.name)
+    seen.check([hidden], writer.name)
 
 
 def probe_stream(stream: Stream, probe: Probe, execution: Execution) -> None:
@@ -269,12 +273,34 @@ def backward_layer(
     return found
 
 
-def _check_finite(hidden: Tensor, where: str) -> None:
-    # The sum is an order of magnitude cheaper than looking at every value, and finite only if
-    # all are; finite values whose sum overflows are looked at.
-    total = hidden.sum(dtype=torch.promote_types(hidden.dtype, torch.float32))
-    if not torch.isfinite(total) and not torch.isfinite(hidden).all():
-        raise UserError(
-            f"The activations after {where} hold NaN or infinity: try --dtype float32, or an "
-            "undamaged copy of the checkpoint."
-        )
+class _FiniteSums:
+    """Whether what a layer gives is finite, looked at where it was computed.
+
+    The sum of a batch is an order of magnitude cheaper than looking at every value, and finite only
+    if all are. It stays on the device: what is asked of all batches together is one answer, for
+    which the host waits once.
+    """
+
+    def __init__(self) -> None:
+        self._all_finite: Tensor | None = None
+
+    def add(self, batch: Tensor) -> None:
+        """Take note of a batch."""
+        total = batch.sum(dtype=torch.promote_types(batch.dtype, torch.float32))
+        finite = torch.isfinite(total)
+        before = self._all_finite
+        self._all_finite = finite if before is None else finite & before.to(finite.device)
+
+    def check(self, hidden: Sequence[Tensor], where: str) -> None:
+        """Look at every value of the streams that the batches went into, if a sum was not finite:
+        finite values may have a sum that overflows.
+
+        Raises UserError if one is NaN or infinity; `where` is what it calls the place.
+        """
+        if self._all_finite is None or self._all_finite.item():
+            return
+        if not all(torch.isfinite(x).all() for x in hidden):
+            raise UserError(
+                f"The activations after {where} hold NaN or infinity: try --dtype float32, or an "
+                "undamaged copy of the checkpoint."
+            )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sp3llm.compression.measuring import measure_dense
+from sp3llm.errors import UserError
 from sp3llm.evaluation.perplexity import measure_losses
 from sp3llm.maths import losses
 from sp3llm.maths.basis import eigenbasis
@@ -115,3 +116,42 @@ def test_eigenbasis_diagonalises_in_falling_order_with_a_fixed_sign():
     assert relative_error(basis @ torch.diag(values) @ basis.T, moment) < 1e-13
     assert (values.diff() <= 0).all()
     assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def overflowing_stream(tokens, tmp_path, last_row: float):
+    """A stream through a layer that does nothing, whose values are finite and whose sum is not."""
+    model = tiny_model("llama", torch.float32)
+    checkpoint = save_model(model, tmp_path)
+    shell = LayeredModel.of(checkpoint.config, family_of_model(model), CAUSAL_LM, FLOAT32)
+    stream = open_stream(shell, checkpoint.read(["model.embed_tokens.weight"]), tokens)
+    stream.hidden.fill_(3e38)
+    stream.hidden[-1] = last_row
+    names = [n for n in checkpoint.files if n.startswith("model.layers.1.")]
+    silent = {name: torch.zeros_like(value) for name, value in checkpoint.read(names).items()}
+    return shell, silent, stream
+
+
+def test_finite_values_whose_sum_overflows_are_no_fault(tokens, tmp_path):
+    shell, silent, stream = overflowing_stream(tokens, tmp_path, 3e38)
+    run_layer(shell, 1, silent, [(stream, {})])
+    assert (stream.hidden == 3e38).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_value_that_is_not_finite_names_the_layer(value, tokens, tmp_path):
+    """In the last of several batches, of the second of two streams."""
+    shell, silent, stream = overflowing_stream(tokens, tmp_path, value)
+    shell = replace(shell, execution=replace(FLOAT32, batch_tokens=tokens.shape[1]))
+    sound = replace(stream, hidden=torch.zeros_like(stream.hidden))
+    with pytest.raises(UserError, match="activations after layer 1 hold NaN or infinity"):
+        run_layer(shell, 1, silent, [(sound, {}), (stream, {})])
+
+
+def test_the_host_waits_once_a_layer_for_the_finite_check(tokens, tmp_path, monkeypatch):
+    shell, silent, stream = overflowing_stream(tokens, tmp_path, 0.0)
+    stream.hidden.zero_()
+    shell = replace(shell, execution=replace(FLOAT32, batch_tokens=tokens.shape[1]))
+    asked, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: asked.append(x) or item(x))
+    run_layer(shell, 1, silent, [(stream, {}), (stream, {})])
+    assert len(asked) == 1
