@@ -39,6 +39,7 @@ from sp3llm.models.stream import (
     open_stream,
     run_layer,
 )
+from sp3llm.runtime.transfer import store
 
 
 @dataclass
@@ -265,10 +266,10 @@ def _run_dense(refitter: Refitter, dense: DenseLayer) -> tuple[list[Tensor], Val
         refitter.execution.empty_stream(tuple(hidden.shape), hidden.dtype) for _ in family.sites[1:]
     ]
     probes = {}
-    for site, store in zip(family.sites[1:], between, strict=True):
+    for site, place in zip(family.sites[1:], between, strict=True):
 
-        def keep(rows: slice, x: Tensor, store: Tensor = store) -> None:
-            store[rows] = x.to(store.device)
+        def keep(rows: slice, x: Tensor, place: Tensor = place) -> None:
+            store(place[rows], x, refitter.execution.device)
 
         probes[site.norm] = keep
     blocks = [site.block for site in family.sites]

@@ -19,6 +19,7 @@ from sp3llm.models.stream import Stream, backward_layer, open_stream, run_layer
 from sp3llm.planning.needs import gradient_windows
 from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.progress import tracked
+from sp3llm.runtime.transfer import fetched
 
 
 def measure_gradients(run: DensePass) -> None:
@@ -105,8 +106,9 @@ def _mean_square(run: DensePass, gradients: Tensor, scale_D: Tensor | None = Non
     """
     width, sequence = gradients.shape[-1], run.calibration.shape[1]
     total_DD = torch.zeros(width, width, dtype=torch.float64, device=run.execution.device)
-    for window in gradients:
-        scaled = operand(window.to(run.execution.device))
+    rows = [slice(row, row + 1) for row in range(len(gradients))]
+    for _, window in fetched(gradients, rows, run.execution.device):
+        scaled = operand(window[0])
         if scale_D is not None:
             scaled = (scaled * scale_D.to(widen(scaled))).to(scaled.dtype)
         add_second_moment(total_DD, scaled)

@@ -23,6 +23,7 @@ from sp3llm.maths.ridge import Fit
 from sp3llm.models import families
 from sp3llm.models.families import Site
 from sp3llm.models.stream import Stream, probe_stream
+from sp3llm.runtime.transfer import fetch
 
 
 def stream_grams(
@@ -37,7 +38,8 @@ def stream_grams(
 
     def add_batch(rows: slice, x: Tensor) -> None:
         centred = refitter.family.centred
-        dense_n = normalise(dense_hidden[rows].to(refitter.execution.device), refitter.eps, centred)
+        dense = fetch(dense_hidden[rows], refitter.execution.device)
+        dense_n = normalise(dense, refitter.eps, centred)
         # As the norm hands it on, whose weight is 1: in bfloat16, where the stream is.
         small_n = normalise(x, refitter.eps, centred).to(operand(x).dtype)
         add_tokens(refitter, grams, rows, small_n, dense_n)

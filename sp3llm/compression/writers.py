@@ -25,6 +25,7 @@ from sp3llm.maths.unit_selection import select_units
 from sp3llm.models import families
 from sp3llm.models.shapes import Shape
 from sp3llm.models.stream import LayerPart, Stream, probe_stream, run_layer
+from sp3llm.runtime.transfer import fetch, store
 
 # Ridge of the writer that neurons and groups are chosen by, relative to the mean diagonal.
 _CHOICE_RIDGE = 1e-4
@@ -173,7 +174,7 @@ def fit_writer(
         missing, weight = _missing(refitter, target, layer.small_stream, rows)
         add_tokens(refitter, grams, rows, operand(a), missing, weight)
         if inputs is not None:
-            inputs[rows] = a.to(inputs.device)
+            store(inputs[rows], a, execution.device)
 
     streams = [(layer.small_stream, {writer: add_batch})]
     part = LayerPart(stop_before=writer, zeroed=zeroed)
@@ -195,10 +196,10 @@ def _missing(
 ) -> tuple[Tensor, Tensor]:
     """What a writer has to add, `(c X_out T - X') / r`, and what each token weighs."""
     family, execution, writes_DK = refitter.family, refitter.execution, refitter.projection.writes()
-    wanted = operand(target[rows].to(execution.device))
+    wanted = operand(fetch(target[rows], execution.device))
     scaled_DK = (stream_scale(writes_DK) * writes_DK).to(widen(wanted).dtype)
     there = product(wanted.flatten(0, 1).T, scaled_DK).unflatten(0, wanted.shape[:2])
-    missing = there - widen(small_stream.hidden[rows].to(execution.device))
+    missing = there - widen(fetch(small_stream.hidden[rows], execution.device))
     wanted = widen(wanted)
     if family.centred:
         wanted = wanted - wanted.mean(-1, keepdim=True)

@@ -21,6 +21,7 @@ from sp3llm.models.hooks import (
     replaced,
 )
 from sp3llm.models.stream import LayeredModel, Stream
+from sp3llm.runtime.transfer import fetch, settle, store
 
 
 @contextmanager
@@ -76,7 +77,7 @@ def token_losses(
         for row, window in enumerate(tokens):
             for start in range(0, len(window) - 1, step):
                 piece = stream.hidden[row : row + 1, start : min(start + step, len(window) - 1)]
-                piece = piece.to(execution.device)
+                piece = fetch(piece, execution.device)
                 with _from_layers_on(model, piece):
                     logits = module(inputs_embeds=piece, use_cache=False).logits[0]
                 labels = window[start + 1 : start + 1 + len(logits)].to(execution.device)
@@ -118,7 +119,7 @@ def token_divergences(small: End, dense: End) -> Tensor:
                 logits = []
                 for end in (small, dense):
                     piece = end.stream.hidden[row : row + 1, start : start + step]
-                    piece = piece.to(execution.device)
+                    piece = fetch(piece, execution.device)
                     with _from_layers_on(end.model, piece):
                         output = end.model.module(inputs_embeds=piece, use_cache=False)
                     logits.append(output.logits[0])
@@ -152,12 +153,13 @@ def backward_head(
             generator.manual_seed(number)
             for start in range(0, stream.hidden.shape[1], step):
                 part = (slice(row, row + 1), slice(start, start + step))
-                piece = stream.hidden[part].to(execution.device).requires_grad_()
+                piece = fetch(stream.hidden[part], execution.device).requires_grad_()
                 with _from_layers_on(model, piece), outputs_of(norm) as normalised:
                     logits = module(inputs_embeds=piece, use_cache=False).logits[0].float()
                 labels = drawn_labels(logits, generator)
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                 gradients = torch.autograd.grad(loss, [piece, normalised[0]])
-                for store, gradient in zip((by_stream, by_norm), gradients, strict=True):
-                    store[part] = gradient.reshape(piece.shape).to(store.device)
+                for place, gradient in zip((by_stream, by_norm), gradients, strict=True):
+                    store(place[part], gradient, execution.device)
+    settle(execution.device)
     return by_stream, by_norm

@@ -6,7 +6,7 @@ embeddings) without a line of it being copied; then the weights of one layer at 
 all windows go through it, and the weights go again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from sp3llm.models.objectives.schema import Objective
 from sp3llm.models.stock import empty_model, fuse_experts
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.memory import trim_memory
+from sp3llm.runtime.transfer import fetch, fetched, settle, store
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ def _batches(windows: Tensor, execution: Execution) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def _fetched(hidden: Tensor, execution: Execution) -> Iterator[tuple[slice, Tensor]]:
+    """The batches that a stream goes through a layer in, on the device that computes."""
+    return fetched(hidden, _batches(hidden, execution), execution.device)
+
+
 @torch.no_grad()
 def open_stream(
     model: LayeredModel,
@@ -144,7 +150,8 @@ def open_stream(
                 hidden = execution.empty_stream((*tokens.shape, embedded.shape[-1]), embedded.dtype)
             if rows is not None and saved is None:
                 seen.add(embedded)
-                hidden[rows] = embedded.to(hidden.device)
+                store(hidden[rows], embedded, execution.device)
+    settle(execution.device)
     if saved is not None:
         hidden.copy_(saved)
         seen.add(hidden)
@@ -173,8 +180,7 @@ def run_layer(
     with materialized(model.module, by_class, execution):
         for stream, probes in streams:
             hidden = stream.hidden
-            for rows in _batches(hidden, execution):
-                batch = hidden[rows].to(execution.device)
+            for rows, batch in _fetched(hidden, execution):
                 inner = {name: probe for name, probe in probes.items() if name != OUTPUT}
                 with (
                     probed(layer, rows, inner, part.stop_before),
@@ -183,9 +189,10 @@ def run_layer(
                     output = layer(batch, **stream.calls[len(batch)][index])
                     output = output[0] if isinstance(output, tuple) else output
                     seen.add(output)
-                    hidden[rows] = output.to(hidden.device)
+                    store(hidden[rows], output, execution.device)
                     if OUTPUT in probes:
                         probes[OUTPUT](rows, output)
+    settle(execution.device)
     seen.check([stream.hidden for stream, _ in streams], f"layer {index}")
     trim_memory()
 
@@ -204,20 +211,21 @@ def add_to_stream(
     bias_K = writer.bias_K
     bias_K = None if bias_K is None else bias_K.to(execution.device, execution.dtype)
     hidden, seen = stream.hidden, _FiniteSums()
-    for rows in _batches(inputs, execution):
-        read = inputs[rows].to(execution.device)
+    for rows, read in _fetched(inputs, execution):
         read = read if writer.kept_P is None else read[..., writer.kept_P]
         written = nn.functional.linear(read, weight_KP, bias_K)
-        moved_on = hidden[rows].to(execution.device) + written * writer.multiplier
+        moved_on = fetch(hidden[rows], execution.device) + written * writer.multiplier
         seen.add(moved_on)
-        hidden[rows] = moved_on.to(hidden.device)
+        store(hidden[rows], moved_on, execution.device)
+    settle(execution.device)
     seen.check([hidden], writer.name)
 
 
 def probe_stream(stream: Stream, probe: Probe, execution: Execution) -> None:
     """Show the stream as it stands (after the last layer: what the final norm reads)."""
-    for rows in _batches(stream.hidden, execution):
-        probe(rows, stream.hidden[rows].to(execution.device))
+    for rows, x in _fetched(stream.hidden, execution):
+        probe(rows, x)
+    settle(execution.device)
 
 
 @dataclass(frozen=True)
@@ -253,23 +261,24 @@ def backward_layer(
 
     found = LayerGradients(stores(1)[0], stores(len(norms)), stores(len(norms)))
     with materialized(model.module, fuse_experts(family, index, tensors), execution):
-        for row in range(len(stream.hidden)):
-            rows = slice(row, row + 1)
-            batch = stream.hidden[rows].to(execution.device).requires_grad_()
+        windows = [slice(row, row + 1) for row in range(len(stream.hidden))]
+        for rows, x in fetched(stream.hidden, windows, execution.device):
+            batch = x.requires_grad_()
             with inputs_of(*norms[1:]) as between, outputs_of(*norms) as normalised:
                 output = layer(batch, **stream.calls[1][index])
             output = output[0] if isinstance(output, tuple) else output
-            upper = upstream[rows].to(execution.device)
+            upper = fetch(upstream[rows], execution.device)
             # Where blocks are parallel a norm reads the layer's input, and behind each is the end.
             between = [output if x is batch else x for x in between]
             wanted = [batch, *normalised, *(x for x in between if x is not output)]
             gradients = list(torch.autograd.grad(output, wanted, upper))
-            for store in (found.below, *found.by_norm):
-                store[rows] = gradients.pop(0).reshape(batch.shape).to(store.device)
-            for store, x in zip(found.behind, [*between, output], strict=True):
+            for place in (found.below, *found.by_norm):
+                store(place[rows], gradients.pop(0), execution.device)
+            for place, x in zip(found.behind, [*between, output], strict=True):
                 gradient = upper if x is output else gradients.pop(0)
                 relative = gradient * root_mean_square(x.detach(), family.centred)
-                store[rows] = relative.reshape(batch.shape).to(store.device)
+                store(place[rows], relative, execution.device)
+    settle(execution.device)
     return found
 
 

@@ -4,6 +4,7 @@ Everything that is large and grows with the text lies where this module allocate
 the host, or in files mapped into memory.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ class Execution:
     ranks: Ranks = field(default_factory=Ranks)
     streams: str = "host"
     """Where residual streams lie: `gpu`, `host` or `disk`."""
+    pinned: bool = False
+    """Whether streams on the host are locked in memory, which a GPU copies from and to beside what
+    it computes (`runtime.transfer`)."""
     scratch: Path | None = None
     """Folder for streams on disk; their files vanish with the process."""
     batch_tokens: int = TOKENS_PER_BATCH
@@ -61,8 +65,17 @@ class Execution:
         """
         if self.streams == "disk" and torch.Size(shape).numel():
             return mapped_tensor(self.scratch, shape, dtype)
-        device = self.device if self.streams == "gpu" else "cpu"
-        return torch.empty(shape, dtype=dtype, device=device)
+        if self.streams == "gpu":
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        if self.pinned:
+            try:
+                return torch.empty(shape, dtype=dtype, pin_memory=True)
+            except RuntimeError as error:  # only slower: the system limits how much is locked
+                warnings.warn(
+                    f"Streams are not locked in memory ({reason(error, 80)}); copies take longer.",
+                    stacklevel=1,
+                )
+        return torch.empty(shape, dtype=dtype)
 
 
 def arithmetic_of(dense: torch.dtype, small: torch.dtype) -> torch.dtype:

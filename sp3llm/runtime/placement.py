@@ -15,6 +15,8 @@ _SHARE_OF_GPU = 1 / 16
 # The share of free memory that is counted on: the rest is for other programs, fragments, and the
 # libraries' own buffers.
 _USABLE = 0.85
+# Locked memory comes in powers of two, so that a stream may take this many times its bytes.
+_PINNED_ROUNDING = 2
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,15 @@ def place_streams(
         if on_gpu:
             room["gpu"] = _USABLE * memory - needed.working - budget
         keeps = all(execution.ranks.all_gather(wanted < room[streams]))
+    held = own + (-(-needed.inputs // execution.ranks.count) if keeps else 0)
+    pinned = on_gpu and streams == "host" and _PINNED_ROUNDING * held < _USABLE * host
     batch = known.batch_tokens
     most = min(TOKENS_PER_BATCH, max(1, budget // needed.token))
     batch = min(execution.ranks.all_gather(batch or most))
     return replace(
         execution,
         streams=streams,
+        pinned=pinned,
         scratch=scratch,
         batch_tokens=batch,
         share_tokens=known.share_tokens or batch,
