@@ -157,7 +157,7 @@ def compress_seconds(job: Job, tokens: torch.Tensor, clock: dict[str, float]) ->
         model = folder / MODEL
         model.mkdir()
         journal = open_journal(folder / "state-0", {}, Ranks(), print)
-        job = replace(job, execution=_placed(job, journal, folder, job.settings))
+        job = _placed(job, journal, folder, job.settings)
         settings, started = job.settings, time.perf_counter()
         moments, _ = measure_dense(
             job.dense, job.family, tokens, None, settings.moments, settings.basis, job.execution,

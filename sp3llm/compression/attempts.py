@@ -49,7 +49,7 @@ def compress_resumably(
         journal = open_journal(folder / f"state-{ranks.index}", run_identity(job), ranks, say)
         model = folder / MODEL
         _take_back(journal, job.out, model)
-        job = replace(job, execution=_placed(job, journal, folder, settings))
+        job = _placed(job, journal, folder, settings)
         result = None
         with progress_bars(console) as progress:
             while result is None:
@@ -76,13 +76,14 @@ def _take_back(journal: "Journal", out: Path, model: Path) -> None:
         out.rename(model)
 
 
-def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig) -> "Execution":
-    """Where streams lie and how much goes through a layer at once; what a run before has found
-    out about the latter holds, since sums depend on it in their last bits.
+def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig) -> Job:
+    """The job with a decision on where streams lie, how much goes through a layer at once, and how
+    many weights stay in memory; what a run before has found out about batches holds, since sums
+    depend on them in their last bits.
     """
     from sp3llm.planning.needs import Workload, needs_of
     from sp3llm.planning.windows import window_length
-    from sp3llm.runtime.placement import BytesNeeded, Known, place_streams
+    from sp3llm.runtime.placement import BytesNeeded, Known, place_streams, weights_kept
 
     seq_len = window_length(job.family, job.dense.config, settings.seq_len)
     workload = Workload(
@@ -96,16 +97,18 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     before = journal.latest(_BATCH)
     found = {} if before is None else before.facts
     batches = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]
+    needed = BytesNeeded(needs.streams, needs.working, needs.token, needs.inputs)
     execution = place_streams(
         job.execution,
         settings.streams,
-        BytesNeeded(needs.streams, needs.working, needs.token, needs.inputs),
+        needed,
         Known(min(batches, default=None), found.get("share"), found.get("keeps_inputs")),
         folder / "scratch",
         job.max_memory,
     )
     _save_batch(journal, execution)
-    return execution
+    kept = weights_kept(execution, needed, job.max_memory)
+    return replace(job, execution=execution, dense=replace(job.dense, before=kept))
 
 
 def _save_batch(journal: "Journal", execution: "Execution") -> None:

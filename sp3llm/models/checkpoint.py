@@ -23,6 +23,7 @@ from sp3llm.models.families import Family, is_tied, parameter_shapes
 from sp3llm.models.source import ADAPTER, adapter_base, read_config
 from sp3llm.runtime.files import file_hash
 from sp3llm.runtime.git_lfs import is_pointer, pointer_found
+from sp3llm.runtime.kept import ReadBefore
 
 # What bitsandbytes, GPTQ, AWQ, compressed-tensors and float8 checkpoints keep beside or in place of
 # weights; not all of them say so in their config.json.
@@ -60,22 +61,29 @@ class Checkpoint:
     """Tensor name to its name in the shard, where the two differ."""
     promised: Mapping[str, str] = field(default_factory=dict)
     """Tensors that an index names and their shard does not hold, with that shard's name."""
+    before: ReadBefore = field(default_factory=ReadBefore, compare=False, repr=False)
+    """What was read of it before."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read tensors, on the CPU and in their own dtype.
+        """Read tensors, on the CPU and in their own dtype; memory may hold them, so that they are
+        not to be changed in place.
 
         Raises UserError if a shard is damaged or a tensor holds NaN or infinity.
         """
-        tensors = {
-            name: _read_tensor(self.files[name], self.stored.get(name, name)) for name in names
-        }
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise UserError(
-                    f"Tensor '{name}' in '{self.files[name].name}' holds NaN or infinity: get an "
-                    "undamaged copy of the checkpoint."
-                )
-        return tensors
+        return {name: self._read(name) for name in names}
+
+    def _read(self, name: str) -> Tensor:
+        place = self.files[name], self.stored.get(name, name)
+        kept = self.before.kept(place)
+        if kept is not None:
+            return kept
+        tensor = _read_tensor(*place)
+        if not self.before.is_checked(place) and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"Tensor '{name}' in '{self.files[name].name}' holds NaN or infinity: get an "
+                "undamaged copy of the checkpoint."
+            )
+        return self.before.keep(place, tensor)
 
     def dtype(self) -> torch.dtype:
         """The dtype that most of the checkpoint's parameters have."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sp3llm.errors import UserError
 from sp3llm.runtime.devices import TOKENS_PER_BATCH, Execution
+from sp3llm.runtime.kept import ReadBefore
 from sp3llm.runtime.memory import gpu_memory, host_memory
 
 # Bytes that the activations of the tokens in a layer may take: on a CPU, where more than its caches
@@ -98,6 +99,24 @@ def place_streams(
         share_tokens=known.share_tokens or batch,
         keeps_inputs=keeps,
     )
+
+
+def weights_kept(
+    execution: Execution, needed: BytesNeeded, max_memory: Mapping[str, int]
+) -> ReadBefore:
+    """Room for a checkpoint's weights in the memory of the host of a GPU, beside the streams as
+    they are placed: half of what is left.
+
+    A model on a CPU is mapped from its files, and the system keeps of them what it has room for.
+    """
+    if execution.device.type != "cuda":
+        return ReadBefore()
+    left = int(_USABLE * (host_memory(max_memory) // execution.ranks.count))
+    if execution.streams == "host":
+        held = needed.streams + (needed.inputs if execution.keeps_inputs else 0)
+        own = -(-held // execution.ranks.count)
+        left -= _PINNED_ROUNDING * own if execution.pinned else own
+    return ReadBefore(max(0, left // 2), locked=True)
 
 
 def free_memory(execution: Execution, max_memory: Mapping[str, int]) -> int:

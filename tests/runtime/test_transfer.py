@@ -11,7 +11,7 @@ import torch
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.runtime import devices, transfer
 from sp3llm.runtime.devices import Execution
-from sp3llm.runtime.placement import BytesNeeded, place_streams
+from sp3llm.runtime.placement import BytesNeeded, Known, place_streams
 from tests.conftest import family_of_model, save_model, tiny_model
 from tests.helpers import compress_tiny
 
@@ -139,9 +139,9 @@ def test_streams_are_locked_where_the_host_has_room_for_them_twice(
     monkeypatch.setattr("sp3llm.runtime.placement.gpu_memory", lambda *_: 10**9)
     on_gpu = replace(EXECUTION, device=SimpleNamespace(type="cuda", index=0))
     needed = BytesNeeded(streams=6 * 10**6, working=1, token=1)
-    found = place_streams(on_gpu, "host", needed, (None, None), tmp_path, {})
+    found = place_streams(on_gpu, "host", needed, Known(), tmp_path, {})
     assert found.pinned == pinned
-    assert not place_streams(EXECUTION, "host", needed, (None, None), tmp_path, {}).pinned
+    assert not place_streams(EXECUTION, "host", needed, Known(), tmp_path, {}).pinned
 
 
 class FakeStream:
