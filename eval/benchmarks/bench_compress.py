@@ -114,7 +114,12 @@ def install_clocks(clock: dict[str, float]) -> None:
 
 @torch.no_grad()
 def forward_seconds(folder: Path, tokens: torch.Tensor, execution) -> float:
-    """One plain forward of the stock model over all windows, logits included."""
+    """One plain forward of the stock model over all windows, logits included; the whole model
+    stands on the GPU for it, whatever `--max-memory` lets a compression take.
+    """
+    if execution.device.type == "cuda":  # `prepare` sets it again
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, execution.device)
     model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=execution.dtype)
         .to(execution.device)

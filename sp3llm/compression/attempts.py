@@ -1,9 +1,8 @@
 """A compression from its journal: continued after a kill, with smaller batches out of memory."""
 
-import contextlib
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from sp3llm.runtime.devices import Execution
     from sp3llm.runtime.journal import Journal
+    from sp3llm.runtime.placement import BytesNeeded
 
 
 # Stages, as the journal of a run knows them; the streaming passes have names of their own.
@@ -38,6 +38,7 @@ def compress_resumably(
 
     from sp3llm.runtime.folders import MODEL, run_folder
     from sp3llm.runtime.journal import open_journal
+    from sp3llm.runtime.memory import is_out_of_memory
     from sp3llm.runtime.progress import progress_bars
 
     started, settings, ranks = time.monotonic(), job.settings, job.execution.ranks
@@ -53,8 +54,11 @@ def compress_resumably(
         result = None
         with progress_bars(console) as progress:
             while result is None:
-                with contextlib.suppress(torch.OutOfMemoryError):
+                try:
                     result, record = run_stages(job, journal, model, started, progress)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
                 if result is None:  # what the attempt held goes with its frames
                     gc.collect()
                     torch.cuda.empty_cache()
@@ -97,7 +101,7 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     before = journal.latest(_BATCH)
     found = {} if before is None else before.facts
     batches = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]
-    needed = BytesNeeded(needs.streams, needs.working, needs.token, needs.inputs)
+    needed = BytesNeeded(needs.streams, needs.working, needs.token, needs.inputs, needs.running)
     execution = place_streams(
         job.execution,
         settings.streams,
@@ -107,6 +111,9 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
         job.max_memory,
     )
     _save_batch(journal, execution)
+    line = _shortage_line(execution, needed, seq_len, job.max_memory)
+    if line is not None:
+        journal.say(line)
     kept = weights_kept(execution, needed, job.max_memory)
     return replace(job, execution=execution, dense=replace(job.dense, before=kept))
 
@@ -119,6 +126,28 @@ def _save_batch(journal: "Journal", execution: "Execution") -> None:
         "keeps_inputs": execution.keeps_inputs,
     }
     journal.save(_BATCH, 0, facts=facts)
+
+
+def _shortage_line(
+    execution: "Execution", needed: "BytesNeeded", seq_len: int, max_memory: Mapping[str, int]
+) -> str | None:
+    """What to say where a GPU may not have the memory that a run takes at the very least; None: it
+    has. It is estimated, so that the run begins all the same.
+    """
+    from sp3llm.reporting.formatting import human_bytes
+    from sp3llm.runtime.memory import gpu_memory
+    from sp3llm.runtime.placement import least_memory
+
+    if execution.device.type != "cuda":
+        return None
+    least, most = least_memory(execution, needed, seq_len), gpu_memory(execution.device, max_memory)
+    if least <= most:
+        return None
+    return (
+        f"A layer, its Gram matrices and one window take about {human_bytes(least)} of a GPU, of "
+        f"which {human_bytes(most)} can be had: if it runs out, raise --max-memory, or shorten "
+        "--seq-len."
+    )
 
 
 def _halved(job: Job, journal: "Journal") -> "Execution":

@@ -44,6 +44,9 @@ _INPUT_GRAMS = 7
 # Of `(inputs, small width)` beside them: the Grams' cross moments of inputs and targets, the
 # weights to begin from, solutions and products.
 _CROSS_GRAMS = 6
+# Of both while tokens go through a layer: the Grams, a product before it is added to one, the
+# weights to begin from.
+_RUNNING_INPUT_GRAMS, _RUNNING_CROSS_GRAMS = 3, 4
 # Of `(head size, head size)`, float64, for every head of every layer, where the heads themselves
 # are cut.
 _HEAD_MOMENTS = 3
@@ -99,6 +102,8 @@ class Needs:
     """Of the compressed weights."""
     kept: int
     """On disk while it runs, for the run to be continued after a kill."""
+    running: int
+    """Of `working`, what is there while tokens go through a layer."""
     token: int
     """What the activations of one token take in a layer."""
     inputs: int
@@ -145,6 +150,7 @@ def needs_of(
     return Needs(
         streams=max(measuring, building) * workload.seq_len * workload.compute_itemsize,
         working=_working_bytes(family, config, widths, workload),
+        running=_running_bytes(family, config, widths, workload),
         disk=small_bytes,
         kept=min(small_bytes, _SHARD_BYTES)
         + _SAVED_STREAMS * saved * workload.seq_len * workload.compute_itemsize
@@ -192,14 +198,32 @@ def _working_bytes(
     return _head_moment_bytes(family, config, widths) + max(weights + solving, tables)
 
 
-def _gram_bytes(family: Family, config: Mapping[str, Any], widths: _Widths) -> int:
-    """Of the fit of the writer that reads most."""
+def _running_bytes(
+    family: Family, config: Mapping[str, Any], widths: _Widths, workload: Workload
+) -> int:
+    """Of that, what is there while tokens go through a layer: nothing is solved meanwhile."""
+    stored, computed = workload.weight_itemsize, workload.compute_itemsize
+    weights = count_largest_layer(family, config) * (_LAYERS_AS_STORED * stored + computed)
+    inputs, small = _most_inputs(family, config, widths), widths.small
+    grams = _RUNNING_INPUT_GRAMS * inputs**2 + _RUNNING_CROSS_GRAMS * inputs * small
+    moments = max(grams, _STREAM_MOMENTS * widths.dense**2)
+    return _head_moment_bytes(family, config, widths) + weights + _FLOAT64 * moments
+
+
+def _most_inputs(family: Family, config: Mapping[str, Any], widths: _Widths) -> int:
+    """Inputs of the fitted writer that reads most."""
     depth = setting(family, config, "num_hidden_layers")
     # Writers in experts are not fitted.
     fits_ffn = not all(is_sparse(family, config, layer) for layer in range(depth))
     inputs = max(widths.ffn if fits_ffn else 0, widths.heads)
     if is_parallel(family, config):  # one regression for both writers of a layer
         inputs = widths.ffn + widths.heads
+    return inputs
+
+
+def _gram_bytes(family: Family, config: Mapping[str, Any], widths: _Widths) -> int:
+    """Of the fit of the writer that reads most."""
+    inputs = _most_inputs(family, config, widths)
     return _FLOAT64 * (_INPUT_GRAMS * inputs**2 + _CROSS_GRAMS * inputs * widths.small)
 
 

@@ -57,6 +57,24 @@ def memory_limits(text: str | None) -> dict[str, int]:
     return limits
 
 
+# How libraries that take memory of a GPU by themselves say that there was none: torch raises their
+# errors as RuntimeError. cuBLAS and cuSOLVER are out of memory too where they cannot begin.
+_NO_MEMORY = (
+    *("out of memory", "cudaerrormemoryallocation", "status_alloc_failed"),
+    *("cublas_status_not_initialized", "cublascreate(", "cusolverdncreate("),
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU, or memory locked for it, has run out: torch's own, or a
+    RuntimeError of what it calls.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(said in text for said in _NO_MEMORY)
+
+
 def gpu_memory(device: torch.device, max_memory: Mapping[str, int]) -> int:
     """Bytes that can be had of a GPU, within what the user allows."""
     free, _ = torch.cuda.mem_get_info(device)

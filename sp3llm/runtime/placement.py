@@ -32,6 +32,8 @@ class BytesNeeded:
     """The activations of one token in a layer."""
     inputs: int = 0
     """What the widest writer reads, of all windows, over all processes."""
+    running: int = 0
+    """Of `working`, what is there while tokens go through a layer; the rest is for solves."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def place_streams(
     budget = _ACTIVATIONS
     if on_gpu:
         memory = gpu_memory(execution.device, max_memory)
-        budget = int(_SHARE_OF_GPU * memory)
+        budget = min(int(_SHARE_OF_GPU * memory), max(0, memory - needed.running))
     own = -(-needed.streams // execution.ranks.count)
     host = host_memory(max_memory) // execution.ranks.count
     beside = 0 if on_gpu else needed.working
@@ -99,6 +101,16 @@ def place_streams(
         share_tokens=known.share_tokens or batch,
         keeps_inputs=keeps,
     )
+
+
+def least_memory(execution: Execution, needed: BytesNeeded, seq_len: int) -> int:
+    """Bytes of a GPU that a run takes with one window of `seq_len` tokens at once, its streams
+    where they were placed: what is solved for a layer, or what its tokens take, which are never
+    there together.
+    """
+    held = needed.streams + (needed.inputs if execution.keeps_inputs else 0)
+    own = -(-held // execution.ranks.count) if execution.streams == "gpu" else 0
+    return own + max(needed.working, needed.running + seq_len * needed.token)
 
 
 def weights_kept(

@@ -6,12 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sp3llm.compression.attempts import _shortage_line
 from sp3llm.errors import UserError
 from sp3llm.models import checkpoint as checkpoints
-from sp3llm.runtime import placement
+from sp3llm.models.families import family_of
+from sp3llm.models.shapes import Shape
+from sp3llm.planning.needs import Workload, needs_of
+from sp3llm.runtime import memory, placement
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.kept import ReadBefore
-from sp3llm.runtime.placement import BytesNeeded, weights_kept
+from sp3llm.runtime.placement import BytesNeeded, Known, place_streams, weights_kept
 from tests.conftest import save_model, tiny_model
 from tests.helpers import compress_tiny
 
@@ -85,6 +89,44 @@ def test_room_is_half_of_what_the_streams_leave(free, pinned, room, monkeypatch)
     monkeypatch.setattr(placement, "host_memory", lambda _: free)
     assert weights_kept(replace(ON_GPU, pinned=pinned), NEEDED, {})._room == room
     assert weights_kept(ON_CPU, NEEDED, {})._room == 0
+
+
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000,
+    "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "num_hidden_layers": 32, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("cap", "fits"), [("10GiB", True), ("8GiB", False)])
+def test_ten_gibibytes_are_enough_at_7b_and_less_is_told(cap, fits, tmp_path, monkeypatch):
+    """Nothing asked for goes beyond the cap: what is solved, nor a batch beside its Grams."""
+    family = family_of(LLAMA_2_7B)
+    shape = Shape.of(family, LLAMA_2_7B).with_width(3072)
+    needs = needs_of(family, LLAMA_2_7B, shape, Workload(128, 8, 2048, 2, 2))
+    needed = BytesNeeded(needs.streams, needs.working, needs.token, needs.inputs, needs.running)
+    most = {"0": int(cap.removesuffix("GiB")) * 2**30}
+    for module in (placement, memory):
+        monkeypatch.setattr(module, "gpu_memory", lambda device, caps: caps["0"])
+    placed = place_streams(ON_GPU, "host", needed, Known(), tmp_path, most)
+    line = _shortage_line(placed, needed, 2048, most)
+    assert (line is None) == fits
+    if fits:
+        tokens = max(2048, placed.batch_tokens)
+        assert max(needs.working, needs.running + tokens * needs.token) <= most["0"]
+    else:
+        assert "take about 10 GB of a GPU, of which 8.59 GB can be had" in line
+    assert _shortage_line(ON_CPU, needed, 2048, most) is None
+
+
+def test_a_batch_takes_no_more_than_grams_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(placement, "gpu_memory", lambda *_: 16_000)
+    monkeypatch.setattr(placement, "host_memory", lambda _: 10**6)
+    for running, tokens in ((0, 100), (15_500, 50), (20_000, 1)):
+        needed = BytesNeeded(streams=10, working=10, token=10, running=running)
+        placed = place_streams(ON_GPU, "host", needed, Known(), tmp_path, {})
+        assert placed.batch_tokens == tokens
 
 
 def test_locked_memory_counts_as_it_comes_and_ends_where_the_system_gives_none(monkeypatch):

@@ -28,6 +28,7 @@ from sp3llm.runtime import journal
 from sp3llm.runtime.files import file_hash, read_tensors, write_tensors
 from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.journal import MANIFEST, Journal, _Clock, open_journal
+from sp3llm.runtime.memory import is_out_of_memory
 from sp3llm.runtime.processes import Ranks
 from tests.conftest import save_model, tiny_model
 
@@ -341,13 +342,16 @@ def test_full_disk_ends_in_one_sentence_and_the_run_goes_on(dense, expected, tmp
     assert finish(options) == expected
 
 
-def short_of_memory(monkeypatch, windows: int) -> None:
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def short_of_memory(monkeypatch, windows: int, error: Exception = OUT_OF_MEMORY) -> None:
     """A GPU that runs out of memory with more than so many windows at once."""
     run_layer = stream.run_layer
 
     def limited(*arguments: Any, **kwargs: Any) -> None:
         if arguments[0].execution.windows_a_batch(32) > windows:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         run_layer(*arguments, **kwargs)
 
     monkeypatch.setattr(measuring, "run_layer", limited)
@@ -363,6 +367,48 @@ def test_out_of_memory_halves_the_batch_says_so_and_goes_on(dense, tmp_path, mon
     assert "going on with 4 windows at once, not 8" in said
     assert "going on with 2 windows at once, not 4" in said
     assert content(out) == content(whole)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnDsyevd(...)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_libraries_that_are_out_of_memory_are_understood(said):
+    assert is_out_of_memory(RuntimeError(said))
+    assert not is_out_of_memory(UserError(said))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnDsyevd(...)`",
+        "CUDA error: device-side assert triggered",
+        "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)",
+    ],
+)
+def test_other_errors_stay_what_they_are(said):
+    assert not is_out_of_memory(RuntimeError(said))
+
+
+def test_a_solver_without_memory_halves_the_batch_and_other_errors_end_the_run(
+    dense, tmp_path, monkeypatch
+):
+    whole, out = tmp_path / "whole", tmp_path / "small"
+    run(settings(dense, whole, batch_tokens=64, samples=8))
+    solver = RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `x`")
+    with monkeypatch.context() as patched:
+        short_of_memory(patched, 2, solver)
+        run(settings(dense, out, batch_tokens=128, samples=8))
+    assert content(out) == content(whole)
+    short_of_memory(monkeypatch, 2, RuntimeError("device-side assert"))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        run(settings(dense, tmp_path / "other", batch_tokens=128, samples=8))
 
 
 def test_out_of_memory_with_one_window_ends_in_a_sentence(dense, tmp_path, monkeypatch):
