@@ -7,9 +7,9 @@ from torch import Tensor
 from sp3llm.compression.projection import Projection
 from sp3llm.compression.units import complement, cut_units
 from sp3llm.maths.heads import (
+    first_dimensions,
     join_writer,
     project_heads,
-    query_key_projection,
     split_writer,
     value_output_projection,
 )
@@ -43,7 +43,7 @@ def cut_attention(
     if not has_bias:
         output_HEE = output_HEE + mean_HE[..., :, None] * mean_HE[..., None, :]
     if attention_cut.head_dim < full:
-        maps = query_key_projection(moments.query_HEE, moments.key_HEE, attention_cut.head_dim)
+        maps = first_dimensions(moments.score_maps, attention_cut.head_dim)
         value_HEP, writer_HDP, constant_HD = value_output_projection(
             output_HEE, writer_HDE, attention_cut.head_dim, mean_HE if has_bias else None
         )

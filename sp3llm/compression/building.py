@@ -89,12 +89,12 @@ def refitted_side_by_side(
         table = dense.read(groups[0].parameters)
         dense_stream = open_stream(dense_model, table, tokens, saved[0])
         for side, hidden in zip(sides, saved[1:], strict=True):
-            _, projected = _projected(side.refitter, groups[0], table)
+            ((_, projected),) = _projected([side.refitter], groups[0], table)
             side.stream = open_stream(side.models[0], projected, tokens, hidden)
     for index, (group, source) in enumerate(
         prefetch_groups(dense, family, groups[start:], device), start
     ):
-        made = [_projected(side.refitter, group, source) for side in sides]
+        made = _projected([side.refitter for side in sides], group, source)
         with overflow_refused():
             if group.name == "embeddings":
                 dense_stream = open_stream(dense_model, source, tokens)
@@ -120,12 +120,21 @@ def refitted_side_by_side(
 
 
 def _projected(
-    refitter: Refitter, group: Group, source: Mapping[str, Tensor]
-) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-    """A group with its attention cut, in old coordinates, and projected and rounded."""
-    family, projection, device = refitter.family, refitter.projection, refitter.execution.device
-    cut = gate_and_cut(family, projection, device, group, source)
-    return cut, project_and_round(family, projection, refitter.dtype, device, group, cut)
+    refitters: Sequence[Refitter], group: Group, source: Mapping[str, Tensor]
+) -> list[tuple[Mapping[str, Tensor], dict[str, Tensor]]]:
+    """For each of several small models a group with its attention cut, in old coordinates, and
+    projected and rounded: once for all that share their projection, as shapes of one width do.
+    """
+    found: dict[tuple[int, torch.dtype], tuple[Mapping[str, Tensor], dict[str, Tensor]]] = {}
+    for refitter in refitters:
+        family, projection, device = refitter.family, refitter.projection, refitter.execution.device
+        if (id(projection), refitter.dtype) not in found:
+            cut = gate_and_cut(family, projection, device, group, source)
+            tensors = project_and_round(family, projection, refitter.dtype, device, group, cut)
+            found[id(projection), refitter.dtype] = cut, tensors
+    # Each has a dictionary of its own, where fitted tensors take the place of these.
+    shared = [found[id(refitter.projection), refitter.dtype] for refitter in refitters]
+    return [(cut, dict(tensors)) for cut, tensors in shared]
 
 
 def _own_share(refitter: Refitter, tokens: Tensor) -> tuple[Refitter, Tensor]:

@@ -13,6 +13,7 @@ a bias.
 Everything is computed in float64; the caller rounds once, when it writes.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sp3llm.maths.basis import stream_scale
+from sp3llm.maths.heads import query_key_maps
 from sp3llm.models.families import (
     FFN,
     Family,
@@ -44,6 +46,13 @@ class HeadMoments:
     """Second moments of queries, biases included; None under rotary embedding."""
     key_HEE: Tensor | None = None
     """Covariances of keys."""
+
+    @functools.cached_property
+    def score_maps(self) -> tuple[Tensor, Tensor]:
+        """Maps of queries and keys, for whatever size of heads (`maths.heads.query_key_maps`): all
+        trials and the model itself share the singular vectors of a layer.
+        """
+        return query_key_maps(self.query_HEE, self.key_HEE)
 
 
 @dataclass(frozen=True)

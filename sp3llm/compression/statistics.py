@@ -1,7 +1,7 @@
 """What the basis is made from: second moments of the dense stream, and what errors in it cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -218,7 +218,7 @@ def pack(moments: Moments) -> dict[str, Tensor]:
     for name in ("sites_DD", "metrics_DD"):
         named |= {f"{name}.{i}": tensor for i, tensor in enumerate(getattr(moments, name))}
     for layer, head in enumerate(moments.heads):
-        named |= {f"heads.{layer}.{name}": tensor for name, tensor in vars(head).items()}
+        named |= {f"heads.{layer}.{of.name}": getattr(head, of.name) for of in fields(head)}
     if moments.fisher is not None:
         named |= _pack_fisher(moments.fisher)
     named |= {f"curves.{axis}": tensor for axis, tensor in moments.curves.items()}

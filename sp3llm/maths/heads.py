@@ -46,15 +46,29 @@ def query_key_projection(
 
     Returns `A` and `B`, `(..., E, P)`, float64.
     """
-    full = query_second_moment_EE.shape[-1]
-    if kept == full:
+    if kept == query_second_moment_EE.shape[-1]:
         return _identity(query_second_moment_EE), _identity(key_covariance_EE)
+    return first_dimensions(query_key_maps(query_second_moment_EE, key_covariance_EE), kept)
+
+
+def query_key_maps(
+    query_second_moment_EE: Tensor, key_covariance_EE: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The maps of `query_key_projection` for whatever number of dimensions is kept: their first
+    columns are those, but for the factor (`first_dimensions`). `(..., E, E)`.
+    """
     query_root_EE, key_root_EE = _root(query_second_moment_EE), _root(key_covariance_EE)
     left_EE, values_E, right_EE = torch.linalg.svd(query_root_EE.mT @ key_root_EE)
-    alive_E = values_E > _cutoff(values_E.amax(-1, keepdim=True), full)
-    scale_1P = torch.where(alive_E, values_E, torch.inf).rsqrt()[..., None, :kept]
-    query_map_EP = math.sqrt(kept / full) * (key_root_EE @ right_EE.mT[..., :kept]) * scale_1P
-    return query_map_EP, (query_root_EE @ left_EE[..., :kept]) * scale_1P
+    alive_E = values_E > _cutoff(values_E.amax(-1, keepdim=True), values_E.shape[-1])
+    scale_1E = torch.where(alive_E, values_E, torch.inf).rsqrt()[..., None, :]
+    return (key_root_EE @ right_EE.mT) * scale_1E, (query_root_EE @ left_EE) * scale_1E
+
+
+def first_dimensions(maps_EE: tuple[Tensor, Tensor], kept: int) -> tuple[Tensor, Tensor]:
+    """`A` and `B` of `query_key_projection`, from `query_key_maps`."""
+    query_map_EE, key_map_EE = maps_EE
+    factor = math.sqrt(kept / query_map_EE.shape[-1])
+    return factor * query_map_EE[..., :kept], key_map_EE[..., :kept]
 
 
 def value_output_projection(

@@ -48,8 +48,8 @@ _CROSS_GRAMS = 6
 # weights to begin from.
 _RUNNING_INPUT_GRAMS, _RUNNING_CROSS_GRAMS = 3, 4
 # Of `(head size, head size)`, float64, for every head of every layer, where the heads themselves
-# are cut.
-_HEAD_MOMENTS = 3
+# are cut: moments of queries, keys and outputs, and the maps of the first two.
+_HEAD_MOMENTS = 5
 # Of a layer's weights in the dtype of the checkpoint: the dense ones, those of the next layer,
 # which is read meanwhile, and the small ones. Those that run are in the dtype of the arithmetic.
 _LAYERS_AS_STORED = 3

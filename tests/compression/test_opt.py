@@ -1,7 +1,7 @@
 """OPT as stock OPT: LayerNorm, learned positions, square attention, tables that stay tied."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sp3llm.compression.basis_choice import choose_basis
+from sp3llm.compression.building import refitted_groups, refitted_side_by_side
 from sp3llm.compression.measuring import measure_dense
+from sp3llm.compression.refitter import Refitter
 from sp3llm.errors import UserError
 from sp3llm.maths.basis import mean_free_frame
 from sp3llm.models import families
@@ -307,3 +309,40 @@ def test_plan_of_opt_prints_json(capsys):
     described = json.loads(json.dumps(asdict(plan)))
     assert described["shape"]["word_embed_proj_dim"] == 768
     assert described["keep_params"] <= 0.7
+
+
+@pytest.fixture
+def side_by_side(tokens, tmp_path, monkeypatch):
+    """Refitters of an OPT with smaller heads, two of which share their projection; its layers; and
+    where singular vectors are taken.
+    """
+    model = tiny_model("opt", torch.float64)
+    checkpoint, family = save_model(model, tmp_path), family_of_model(model)
+    moments, _ = measure_dense(checkpoint, family, tokens, None, "normalised", "pca", EXECUTION)
+    dense = Shape.of(family, checkpoint.config)
+    refitters = []
+    options = {"num_key_value_heads": 4, "num_attention_heads": 4, "head_dim": 8}
+    for factors in ((1, 2), (1,)):
+        shape = Shape(32, dense.intermediate_size, **options).untied()
+        _, projection = choose_basis(checkpoint, family, moments, shape, tokens)
+        for factor in factors:
+            narrow = replace(shape, intermediate_size=shape.intermediate_size // factor)
+            whole = (checkpoint, family, narrow, projection, torch.float64, EXECUTION)
+            refitters.append(Refitter(*whole, "obs", 3, 4, []))
+    asked, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **o: asked.append(a) or svd(*a, **o))
+    return refitters, checkpoint.config["num_hidden_layers"], asked
+
+
+def test_heads_are_decomposed_once_a_layer_for_all_small_models(side_by_side, tokens):
+    refitters, depth, asked = side_by_side
+    together = list(refitted_side_by_side(refitters, tokens))
+    # Scores once, values and what is written once for each of the two bases.
+    assert len(asked) == depth * (1 + 2)
+    for number, refitter in enumerate(refitters):
+        alone = refitted_groups(replace(refitter, log=[]), tokens)
+        for finished, one in zip(together, alone, strict=True):
+            assert finished[number].tensors.keys() == one.tensors.keys()
+            for name, tensor in one.tensors.items():
+                assert torch.equal(finished[number].tensors[name], tensor), name
+    assert len(asked) == depth * (1 + 2) + depth * len(refitters)  # scores not again
