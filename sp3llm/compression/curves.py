@@ -17,6 +17,7 @@ from sp3llm.compression.dense_pass import DensePass
 from sp3llm.compression.projecting import unit_sizes
 from sp3llm.compression.projection import HeadMoments
 from sp3llm.compression.units import gated_writers
+from sp3llm.errors import UserError
 from sp3llm.maths.heads import query_key_errors, value_output_errors
 from sp3llm.maths.moments import add_second_moment, root_mean_square
 from sp3llm.maths.products import operand
@@ -116,6 +117,12 @@ def add_curves(
     multiplier = families.residual_multiplier(family, run.dense.config)
     writers, fisher = gated_writers(family, group), run.fisher.finished()
     for number, square_PP in inputs.squares_PP.items():
+        if not torch.isfinite(square_PP).all():
+            raise UserError(
+                f"The squares of what {group.prefix}{writers[number][0]} reads in the dense model "
+                "hold NaN or infinity: its activations are extreme; use a checkpoint whose weights "
+                "are scaled as usual, or fix the shape with --allocate width."
+            )
         tokens = square_PP.new_tensor([inputs.tokens / len(inputs.squares_PP)])
         ranks.all_reduce_(square_PP, tokens)
         square_PP /= tokens

@@ -29,6 +29,8 @@ class DensePass:
     evaluation: Tensor | None
     moments: str
     basis: str
+    predicts: bool
+    """Whether what shapes lose is to be predicted, for which gradients are taken."""
     least_units: Mapping[str, int]
     """By the axis that a writer reads: the fewest of its units, neurons or KV groups, that any
     shape to choose from keeps, and by `HEAD_DIM` the smallest head; only of axes along which the
@@ -54,7 +56,7 @@ class DensePass:
     @property
     def takes_gradients(self) -> bool:
         """Whether the loss's gradients are taken."""
-        return self.basis == "gradient" or bool(self.least_units)
+        return self.basis == "gradient" or self.predicts
 
     def model(self) -> LayeredModel:
         """The dense model, without weights."""

@@ -56,10 +56,10 @@ def measure_dense(
     `calibration` and `evaluation` are token ids, `(windows, tokens)`. `moments` is of which stream
     (`normalised` or `raw`). With `basis` other than `pca` what an error in the stream costs is
     measured too: `readers`, by the readers' weights, relative to all that they read; `gradient`,
-    by the second moments of loss gradients (`compression.gradients`). Where `least_units` has
-    axes that shapes to choose from are cut along, with the fewest units kept there, so is what
-    writers lose without the others (`compression.curves`). What `journal` has from a run before is
-    not done again.
+    by the second moments of loss gradients (`compression.gradients`). With `least_units` all that
+    predictions need is measured, and for the axes in it, along which shapes to choose from are cut,
+    what writers lose with no fewer units than given (`compression.curves`). What `journal` has from
+    a run before is not done again.
 
     Returns the moments and the token losses on the evaluation windows, `(windows, tokens - 1)`,
     float64, in nats. Raises UserError where activations, moments or gradients hold NaN or
@@ -70,10 +70,13 @@ def measure_dense(
         return unpack(finished.tensors, execution), finished.tensors.get("losses")
     depth = len(families.groups(family, dense.config)) - 2
     width = Shape.of(family, dense.config).hidden_size
-    sites, most = len(family.sites) * depth + 1, 1 if basis == "pca" and not least_units else _SITES
+    sites, most = (
+        len(family.sites) * depth + 1,
+        1 if basis == "pca" and least_units is None else _SITES,
+    )
     run = DensePass(
-        *(dense, family, calibration, evaluation, moments, basis, least_units or {}),
-        *(execution, progress, journal),
+        *(dense, family, calibration, evaluation, moments, basis),
+        *(least_units is not None, least_units or {}, execution, progress, journal),
         slots=SiteSlots.of(sites, most, width, execution),
         fisher=FisherSums.of(sites, most, width, execution),
     )

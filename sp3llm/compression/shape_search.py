@@ -48,15 +48,15 @@ class _Search:
     """By all sizes that a projection depends on: shapes that differ in the FFN share one."""
 
 
-def least_units(job: Job) -> dict[str, int]:
-    """Along which axes the candidates differ, and how few units any of them keeps there, for
-    `measuring.measure_dense`; nothing where there is nothing to choose.
+def least_units(job: Job) -> dict[str, int] | None:
+    """Along which axes candidates are cut, and how few units any of them keeps there, for
+    `measuring.measure_dense`; None where there is nothing to choose.
     """
     from sp3llm.models import families
     from sp3llm.models.shapes import Shape
 
     if len(job.shapes) == 1 or job.settings.mask == "learned":
-        return {}
+        return None
     dense = Shape.of(job.family, job.dense.config)
     fewest = {
         axis: min(getattr(shape, size) for shape in job.shapes)
