@@ -38,6 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--dtype", default="float32", choices=[d for d in DTYPES if d != "auto"])
     parser.add_argument("--device", default="cpu", help="where the weights are drawn")
+    parser.add_argument("--tokenizer", action="store_true", help="with the bundled tokenizer")
     options = parser.parse_args()
     dense = LlamaConfig(
         hidden_size=options.hidden_size,
@@ -56,7 +57,7 @@ def main() -> None:
     small = resized_config(family, dense, shape)
     dtype = getattr(torch, options.dtype)
     counts = [
-        write_random_model(options.out / name, config, dtype, options.device, tokenizer=False)
+        write_random_model(options.out / name, config, dtype, options.device, options.tokenizer)
         for name, config in (("dense", dense), ("small", small))
     ]
     print(f"{counts[0]:,} and {counts[1]:,} parameters ({100 * counts[1] / counts[0]:.2f} %)")
