@@ -5,6 +5,7 @@ the innermost that is running, so that the figures of either list add up to the 
 """
 
 import functools
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ KINDS = {
     "input/output": (
         ("models.checkpoint", "_read_tensor"),
         ("runtime.journal", "write_tensors"),
+        ("models.export", "write_model"),
     ),
 }
 
@@ -85,6 +87,8 @@ class Clock:
 
         @functools.wraps(function)
         def run(*arguments: Any, **options: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                return function(*arguments, **options)  # beside what is counted
             with self.running(name):
                 made = function(*arguments, **options)
             return self._stepped(name, made) if isinstance(made, Iterator) else made

@@ -53,15 +53,25 @@ def choose_basis(
 
     Returns all eigenvalues of the summed moments, falling, and the projection.
     """
-    inside = _inside(family, moments)
-    eigenvalues_C, vectors_CC = eigenbasis(inside.total())
-    kept = shape.hidden_size - family.centred
-    basis_CK = vectors_CC[:, :kept]
-    if inside.metrics_DD:
-        basis_CK = metric_basis(inside.sites_DD, inside.metrics_DD, vectors_CC, kept)
-    basis_DK = _outside(family, basis_CK)
+    eigenvalues_C, basis_DK = columns_of_width(family, moments, shape.hidden_size)
     setting = _Setting(dense, family, moments, shape, tokens, turn)
     return eigenvalues_C, _projection_along(setting, basis_DK)
+
+
+def columns_of_width(family: Family, moments: Moments, width: int) -> tuple[Tensor, Tensor]:
+    """What `choose_basis` begins with for all shapes of a hidden size: all eigenvalues of the
+    summed moments, falling, and the columns that are kept, before they are turned. Found once.
+    """
+    key = (family.model_type, width)
+    if key not in moments.columns:
+        inside = _inside(family, moments)
+        eigenvalues_C, vectors_CC = eigenbasis(inside.total())
+        kept = width - family.centred
+        basis_CK = vectors_CC[:, :kept]
+        if inside.metrics_DD:
+            basis_CK = metric_basis(inside.sites_DD, inside.metrics_DD, vectors_CC, kept)
+        moments.columns[key] = (eigenvalues_C, _outside(family, basis_CK))
+    return moments.columns[key]
 
 
 def learned_basis(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class Moments:
     curves: Mapping[str, Tensor] = field(default_factory=dict)
     """By the axis that a writer reads, what all layers' writers lose with some of their units,
     after a refit: rows of the number of units, falling, and nats a token, `(points, 2)`."""
+    columns: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
+    """What `basis_choice.columns_of_width` has found of these."""
 
     def total(self) -> Tensor:
         """Sum over all sites, `(D, D)`."""

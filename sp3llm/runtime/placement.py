@@ -11,7 +11,7 @@ from sp3llm.runtime.memory import gpu_memory, host_memory
 
 # Bytes that the activations of the tokens in a layer may take: on a CPU, where more than its caches
 # hold makes nothing faster, and as a share of a GPU, most of which is for weights and streams.
-_ACTIVATIONS = 64 * 2**20
+_ACTIVATIONS = 256 * 2**20
 _SHARE_OF_GPU = 1 / 16
 # The share of free memory that is counted on: the rest is for other programs, fragments, and the
 # libraries' own buffers.
