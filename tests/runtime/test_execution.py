@@ -88,7 +88,7 @@ def test_batches_are_as_large_as_activations_allow(tmp_path):
         ).batch_tokens
 
     assert tokens(1) == 8192
-    assert tokens(2**20) == 64
+    assert tokens(2**20) == 256
     assert tokens(2**40) == 1
     assert tokens(1, asked=96) == 96
     assert replace(EXECUTION, batch_tokens=1).windows_a_batch(64) == 1
