@@ -178,7 +178,9 @@ def measured(
 
 def report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the tables."""
-    run = {"command": command(__file__), "rows": rows, **surroundings("cpu")}
+    # Folders and files by their own names: where they lie is this machine's alone.
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    run = {"command": command(__file__, words), "rows": rows, **surroundings("cpu")}
     head = ["keep", "arithmetic", "hidden, FFN, KV", "parameters kept", "excess, nats a token"]
     head += ["seconds", "float32 forwards", "bfloat16 forwards"]
     cells = [

@@ -17,9 +17,9 @@ from unittest import mock
 STAGES = {
     "gradients": ("compression.measuring", "measure_gradients"),
     "dense pass": ("compression.measuring", "_forward"),
-    "search": ("compression.shape_search", "choose_shape"),
-    "basis": ("compression.stages", "final_basis"),
-    "refit, write": ("compression.stages", "build"),
+    "search": ("compression.story", "choose_shape"),
+    "basis": ("compression.story", "final_basis"),
+    "refit, write": ("compression.story", "build"),
     "perplexity after": ("evaluation.perplexity", "measure_losses"),
 }
 KINDS = {

@@ -127,6 +127,12 @@ def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Con
     learned = settings.mask == "learned"
     if not settings.refit and not learned:
         shapes = shapes[:1]  # there are no trials to choose by
+    if settings.moments == "raw" and len(shapes) > 1 and not learned:
+        raise UserError(
+            "Expected a single shape with --moments raw, which predict nothing, found "
+            f"{len(shapes)} to choose from: add --allocate width and --tie keep or untie, or leave "
+            "--moments raw out."
+        )
     fixed = family.projections is None and any(shape.tie_word_embeddings for shape in shapes)
     if settings.turn != "none" and fixed:
         raise UserError(

@@ -29,10 +29,10 @@ _FLOAT64, _FLOAT32 = 8, 4
 # How many tensors of which size are alive at once. They follow from reading `compression/` and are
 # rounded up.
 
-# Of `(width, width)`, float64: the second moments of the stream and the metrics that gradients
-# make, each in the four groups that `compression.measuring` sums neighbouring sites into, and the
-# second moment of what the head reads.
-_STREAM_MOMENTS = 2 * 4 + 1
+# Of `(width, width)`, float64: the second moments of the stream, the metrics that gradients make at
+# the sites and behind the writers, and what a basis weighs errors by, each in the four groups that
+# `compression.measuring` sums neighbouring places into; moment and metric of what the head reads.
+_STREAM_MOMENTS = 4 * 4 + 2
 # Of that size too, while the basis is found: gradients, directions, products with the moments.
 _BASIS_WORK = 5
 # Under LayerNorm also the moments in mean-free coordinates, and the map into these.

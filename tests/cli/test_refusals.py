@@ -323,7 +323,14 @@ def test_damaged_index_is_named(text, model, refused):
 
 def test_stream_too_large_for_its_raw_moments_is_refused(model, refused):
     replace_tensor(model, EMBEDDINGS, weights(model)[EMBEDDINGS] * 1e25)
-    refused(model, "--moments", "raw", "--basis", "pca")
+    raw = ("--moments", "raw", "--basis", "pca", "--allocate", "width")
+    assert "second moments" in refused(model, *raw)
+
+
+def test_raw_moments_choose_no_shape(model, refused):
+    said = refused(model, "--moments", "raw", "--basis", "pca", "--allocate", "search")
+    assert "Expected a single shape with --moments raw" in said
+    assert "--allocate width" in said
 
 
 def test_raw_moments_with_a_basis_of_the_normalised_stream_are_refused(model, refused):
