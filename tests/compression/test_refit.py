@@ -488,7 +488,8 @@ def test_inputs_that_wait_for_their_writer_give_what_running_its_block_again_doe
     for keeps in (True, False):
 
         def place(*arguments, keeps=keeps):
-            return replace(placed(*arguments), keeps_inputs=keeps)
+            job = placed(*arguments)
+            return replace(job, execution=replace(job.execution, keeps_inputs=keeps))
 
         monkeypatch.setattr(attempts, "_placed", place)
         out = tmp_path / str(keeps)

@@ -100,7 +100,7 @@ def test_other_systems_than_posix_are_told(capsys):
 
 def test_a_terminal_that_is_closed_ends_a_run_like_ctrl_c(monkeypatch, capsys):
     monkeypatch.setattr(cli.plan, "run", lambda _: os.kill(os.getpid(), signal.SIGHUP))
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not as under nohup
     try:
         with pytest.raises(SystemExit) as end:
             cli.main(["plan"])
