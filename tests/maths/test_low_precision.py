@@ -15,10 +15,11 @@ from tests.conftest import relative_error
 FLOAT32 = 5000**0.5 * 2**-24
 
 
-def uneven(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Tokens whose channels differ in size by four orders of magnitude, float32."""
+def uneven(tokens: int, width: int, seed: int = 0, orders: float = 4) -> torch.Tensor:
+    """Tokens whose channels differ in size by so many orders of magnitude, float32."""
     mix = normal(width, width, seed=seed + 50) / width**0.5
-    return (normal(tokens, width, seed=seed) * torch.logspace(-2, 2, width) @ mix).float()
+    sizes = torch.logspace(-orders / 2, orders / 2, width)
+    return (normal(tokens, width, seed=seed) * sizes @ mix).float()
 
 
 def test_products_of_bfloat16_numbers_are_exact_but_for_their_sum():
@@ -48,7 +49,8 @@ def test_moments_and_sums_of_bfloat16_tokens_are_those_of_the_same_numbers():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_bfloat16_gram_is_that_of_tokens_rounded_once(weighted):
-    a, y = uneven(5000, 24).bfloat16(), uneven(5000, 8, seed=3)
+    # Of four orders the squares of the least would leave no digit in a float32 sum.
+    a, y = uneven(5000, 24, orders=2).bfloat16(), uneven(5000, 8, seed=3)
     weight = normal(5000, seed=4).exp().float() if weighted else None
     root = torch.ones(5000) if weight is None else weight.sqrt()
     rounded_a = (a * root[:, None]).bfloat16().double()
@@ -71,7 +73,7 @@ def test_a_bfloat16_gram_is_that_of_tokens_rounded_once(weighted):
 
 def test_a_fit_of_bfloat16_tokens_misses_hardly_more_than_one_of_float64_tokens():
     truth = normal(24, 8, seed=5)
-    a, held = uneven(4000, 24).bfloat16(), uneven(1000, 24, seed=9).bfloat16()
+    a, held = (uneven(count, 24, count, 2).bfloat16() for count in (4000, 1000))
     y = (a.double() @ truth + normal(4000, 8, seed=6)).float()
     held_y = (held.double() @ truth + normal(1000, 8, seed=7)).float()
     prior = torch.zeros(24, 8, dtype=torch.float64)
