@@ -16,6 +16,7 @@ from torch import Tensor
 from sp3llm.compression.dense_pass import DensePass
 from sp3llm.compression.projecting import unit_sizes
 from sp3llm.compression.projection import HeadMoments
+from sp3llm.compression.refitter import solves_in
 from sp3llm.compression.units import gated_writers
 from sp3llm.errors import UserError
 from sp3llm.maths.heads import query_key_errors, value_output_errors
@@ -176,7 +177,7 @@ def _unit_curve(run: DensePass, axis: str, square_PP: Tensor, weight_PS: Tensor)
     """Units and nats, `(points, 2)`, of one writer, from all of its units down."""
     unit = unit_sizes(run.shape, axis)[axis]
     gram = gram_of_writer(square_PP, weight_PS)
-    dtype = torch.float32 if run.execution.dtype == torch.bfloat16 else torch.float64
+    dtype = solves_in(run.execution)
     rounds = drop_units(gram, weight_PS, run.least_units[axis], unit, _INPUT_RIDGE, dtype)
     points = [(len(square_PP) // unit, 0.0)]
     points += [(len(kept_U), grown / 2) for kept_U, grown in rounds]

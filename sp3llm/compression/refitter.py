@@ -170,7 +170,7 @@ def fit_ridge(
     ranks, priors, dtype = (
         refitter.execution.ranks,
         (prior_PQ, prior_intercept_Q),
-        solves_in(refitter),
+        solves_in(refitter.execution),
     )
 
     def try_all(ridges: Sequence[float]) -> Tried:
@@ -184,9 +184,9 @@ def fit_ridge(
     return fit
 
 
-def solves_in(refitter: Refitter) -> torch.dtype:
+def solves_in(execution: Execution) -> torch.dtype:
     """The dtype of factors: float32, where it is enough, for Grams of bfloat16 products."""
-    return torch.float32 if refitter.execution.dtype == torch.bfloat16 else torch.float64
+    return torch.float32 if execution.dtype == torch.bfloat16 else torch.float64
 
 
 def _last_ridge(refitter: Refitter, name: str) -> float | None:

@@ -240,7 +240,7 @@ def _survivors(
     kept_U = None if kept_units is None else kept_units.kept(axis, layer.group.layer)
     if kept_U is None:
         method = refitter.unit_selection
-        dtype = solves_in(refitter)
+        dtype = solves_in(refitter.execution)
         kept_P = select_units(gram, prior_PK, keep, unit, method, _CHOICE_RIDGE, dtype)
         refitter.execution.ranks.broadcast_(kept_P)
         kept_U = kept_P.reshape(keep, unit)[:, 0] // unit

@@ -1,7 +1,7 @@
 """Which candidate loses least: which are worth a trial, and what trials say of the others."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,8 @@ def shapes_to_try(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float
 
 def choose(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> Shape:
     """The candidate that loses least, of those that were tried, if any was."""
-    return min(tried, key=tried.__getitem__) if tried else min(predicted, key=_total(predicted))
+    known = tried or expected(predicted, tried)
+    return min(known, key=known.__getitem__)
 
 
 def expected(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> dict[Shape, float]:
@@ -132,7 +133,3 @@ def _scales(known: Sequence[tuple[Losses, float]]) -> tuple[float, float]:
     stream, units = (st * uu - ut * su) / det, (ut * ss - st * su) / det
     least = _LEAST_SHARE * common
     return max(stream, least), max(units, least)
-
-
-def _total(predicted: Mapping[Shape, Losses]) -> Callable[[Shape], float]:
-    return lambda shape: predicted[shape].stream + predicted[shape].units
