@@ -25,8 +25,8 @@ from sp3llm.runtime.processes import Ranks
 
 MANIFEST = "manifest.json"
 # Time spent on keeping what may be needed again, as a share of the time spent on everything: a run
-# that is never killed loses a tenth, one that is killed repeats ten times what a save takes.
-_SHARE_OF_TIME = 0.1
+# that is never killed loses a thirtieth, one that is killed repeats thirty times what a save takes.
+_SHARE_OF_TIME = 1 / 30
 # Steps of a stage that are kept: the last, and the one before in case the last is damaged or
 # another process has not come as far.
 _STEPS_KEPT = 2
@@ -65,10 +65,10 @@ class Journal:
     clock: _Clock = field(default_factory=_Clock)
 
     def due(self) -> bool:
-        """Whether saving now would take less than a tenth of the time since the run began.
+        """Whether less than a thirtieth of the time since the run began was spent on saving.
 
         All processes get the first one's answer. What has to be done again after a kill is so
-        never more than some ten times what saving takes.
+        never more than some thirty times what saving takes.
         """
         if self.folder is None:
             return False

@@ -481,9 +481,9 @@ def test_a_journal_without_a_folder_keeps_nothing():
     assert not journal.due()
 
 
-def test_saving_takes_a_tenth_of_the_time_at_most():
+def test_saving_takes_a_thirtieth_of_the_time_at_most():
     now = time.monotonic()
-    clock = _Clock(started=now - 100.0, saving=9.0)
+    clock = _Clock(started=now - 300.0, saving=9.0)
     assert Journal(Path(), clock=clock).due()
     clock.saving = 11.0
     assert not Journal(Path(), clock=clock).due()
