@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "sp3llm"
 # Each may import from itself and from those before it, at the top of a file, inside a function and
 # for typing alike.
 ROOMS = [
-    "errors", "options", "maths", "runtime", "text", "models", "planning", "reporting",
-    "evaluation", "quantization", "recovery", "compression", "api", "cli",
+    "errors", "options", "maths", "runtime", "text", "models", "vocabulary", "planning",
+    "reporting", "evaluation", "quantization", "recovery", "compression", "api", "cli",
 ]  # fmt: skip
 
 
