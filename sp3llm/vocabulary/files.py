@@ -14,10 +14,11 @@ from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.vocabulary.ids import restricted_ids
 from sp3llm.vocabulary.kept import Kept
 from sp3llm.vocabulary.pieces import read_pieces, restricted_pieces
-from sp3llm.vocabulary.tokenizers import Vocabulary, added_tokens
+from sp3llm.vocabulary.tokenizers import Vocabulary, added_tokens, refused
 
 # Whatever holds tokens with their ids; what is not rewritten of it is left out.
 _VOCABULARIES = ("tokenizer*.json", "*.model*", "*.tiktoken", "tekken.json", "vocab*")
+_SUFFICIENT = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def restricted_files(vocabulary: Vocabulary, kept: Kept) -> RestrictedFiles:
     Files that name no ids (chat templates, `special_tokens_map.json`) are in neither mapping: they
     are copied as they are. `config.json` is not looked at.
 
-    Raises UserError if a file is damaged.
+    Raises UserError if a file is damaged, or no file is left that holds the vocabulary.
     """
     folder = vocabulary.folder
     contents: dict[str, bytes] = {}
@@ -55,6 +56,8 @@ def restricted_files(vocabulary: Vocabulary, kept: Kept) -> RestrictedFiles:
             )
         else:
             contents[path.name] = found
+    if not any(fnmatch(name, pattern) for name in contents for pattern in _SUFFICIENT):
+        raise refused(folder, f"ids in {', '.join(left_out) or 'no file'} that are not its tokens'")
     return RestrictedFiles(contents, left_out)
 
 

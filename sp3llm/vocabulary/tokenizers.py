@@ -55,15 +55,15 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     Raises UserError if there is none, or it is one whose files cannot be rewritten for fewer
     tokens; the sentence says why.
     """
+    _check_files(folder)
     tokenizer = load_tokenizer(folder)
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise _refused(
+        raise refused(
             folder, f"{type(tokenizer).__name__}, which the tokenizers library does not run"
         )
     parsed = json.loads(tokenizer.backend_tokenizer.to_str())
     model = parsed["model"]
     _check_model(folder, model)
-    _check_files(folder)
     ids = tokenizer.get_vocab()
     added = added_tokens(parsed)
     named: set[int] = set()
@@ -215,28 +215,27 @@ def _characters_named(settings: Any) -> Iterator[str]:
 def _check_model(folder: Path, model: Mapping[str, Any]) -> None:
     """Raise UserError if a tokenizer's model is not of the kinds that are understood here."""
     if model["type"] not in ("BPE", "Unigram", "WordPiece"):
-        raise _refused(folder, f"the model {model['type']}, whose words have no smaller parts")
+        raise refused(folder, f"the model {model['type']}, whose words have no smaller parts")
     if model["type"] != "BPE":
         return
     if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
-        raise _refused(folder, "BPE that marks the parts of words")
+        raise refused(folder, "BPE that marks the parts of words")
     if model["dropout"]:
-        raise _refused(folder, "BPE with dropout, which encodes a text differently each time")
+        raise refused(folder, "BPE with dropout, which encodes a text differently each time")
 
 
 def _check_files(folder: Path) -> None:
-    """Raise UserError if none of the files that are rewritten holds a folder's vocabulary."""
-    for names in (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",)):
-        if all((folder / name).is_file() for name in names):
-            return
+    """Raise UserError if a folder's vocabulary lies in formats alone that are not rewritten."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        return
     models = sorted(folder.glob("*.model"))
-    if not any(read_pieces(path) for path in models):
-        others = [*models, *folder.glob("*.tiktoken"), *folder.glob("tekken.json")]
-        found = ", ".join(path.name for path in others) or "none of them"
-        raise _refused(folder, f"{found} alone")
+    others = [*models, *folder.glob("*.tiktoken"), *folder.glob("tekken.json")]
+    if others and not any(read_pieces(path) for path in models):
+        raise refused(folder, f"{', '.join(path.name for path in others)} alone")
 
 
-def _refused(folder: Path, found: str) -> UserError:
+def refused(folder: Path, found: str) -> UserError:
+    """The refusal of a folder whose tokenizer is something else than what is rewritten here."""
     return UserError(
         "Expected a tokenizer that can be rewritten for fewer tokens (tokenizer.json, vocab.json "
         "with merges.txt, vocab.txt or a sentencepiece model, of byte-pair encoding, Unigram or "
