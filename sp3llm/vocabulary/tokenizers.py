@@ -135,8 +135,8 @@ def most_wanted(
         if len(kept) == room:
             break
         if token_id in vocabulary.tokens:
-            needs = vocabulary.needs(token_id)
-            if len(kept | needs) <= room:
+            needs = vocabulary.needs(token_id) - kept
+            if len(kept) + len(needs) <= room:
                 kept |= needs
     return kept_of(kept, rows, multiple)
 

@@ -128,11 +128,11 @@ def test_a_tokenizer_that_does_not_load_as_rewritten_is_refused(pair, small_kept
 
 def test_the_unknown_token_costs_what_it_did(tmp_path):
     """Unigram reckons its score from the least likely token's, which no text need use."""
-    scores = {"<unk>": 0, "qb": -25, "b": -25, "c": -25, "d": -25, "bcd": -1, "z": -100}
-    core = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    scores = {"qb": -25, "b": -25, "c": -25, "d": -25, "bcd": -1, "z": -25, "zz": -100}
+    core = Tokenizer(models.Unigram([("<unk>", 0), *scores.items()], unk_id=0))
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(tmp_path)
     vocabulary = read_vocabulary(tmp_path)
-    kept = kept_of(closed(vocabulary, ()), 7)
+    kept = kept_of(closed(vocabulary, [vocabulary.ids["bcd"]]), 8)
     small = Tokenizer.from_str(
         restricted_files(vocabulary, kept).contents["tokenizer.json"].decode()
     )
