@@ -10,7 +10,6 @@ from typing import Any
 from sp3llm.errors import UserError
 from sp3llm.models.companions import text_files
 from sp3llm.runtime.json_files import read_object
-from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.vocabulary.ids import restricted_ids
 from sp3llm.vocabulary.kept import Kept
 from sp3llm.vocabulary.pieces import read_pieces, restricted_pieces
@@ -61,12 +60,11 @@ def restricted_files(vocabulary: Vocabulary, kept: Kept) -> RestrictedFiles:
     return RestrictedFiles(contents, left_out)
 
 
-def check_restricted(folder: Path, vocabulary: Vocabulary, kept: Kept) -> None:
-    """Load the tokenizer that was rewritten into `folder`, and compare it with what it is to be.
+def check_restricted(tokenizer: Any, vocabulary: Vocabulary, kept: Kept) -> None:
+    """Compare the tokenizer that transformers loads from rewritten files with what it is to be.
 
     Raises UserError if its tokens, their ids or the way in which added ones are matched differ.
     """
-    tokenizer = load_tokenizer(folder)
     expected = {vocabulary.tokens[old]: new for new, old in enumerate(kept.old_ids)}
     found = tokenizer.get_vocab()
     matched = added_tokens(json.loads(tokenizer.backend_tokenizer.to_str()))
@@ -115,15 +113,16 @@ def _tokenizer(path: Path, vocabulary: Vocabulary, kept: Kept) -> bytes:
     else:  # of Unigram, in the order of ids, with their scores
         model["unk_id"] = None if model["unk_id"] is None else kept.new_id(model["unk_id"])
         model["vocab"] = [
-            entry for entry in vocab if kept.new_id(vocabulary.ids[entry[0]]) is not None
+            entry for entry in vocab if kept.new_id(vocabulary.ids.get(entry[0], -1)) is not None
         ]
     if "merges" in model:
         made = set(model["vocab"])
         model["merges"] = [merge for merge in model["merges"] if _is_made(merge, made)]
     for entry in content.get("added_tokens") or ():
-        entry["id"] = kept.new_id(vocabulary.ids[entry["content"]])
-    if content.get("padding"):
-        content["padding"]["pad_id"] = kept.new_id(content["padding"]["pad_id"])
+        entry["id"] = _new_id(entry["content"], vocabulary, kept)
+    padding = content.get("padding")
+    if padding:
+        padding["pad_id"] = _new_id(padding["pad_token"], vocabulary, kept)
     _renumber(content.get("post_processor"), vocabulary, kept)
     return _json(content)
 
@@ -135,18 +134,18 @@ def _renumber(processor: Any, vocabulary: Vocabulary, kept: Kept) -> None:
     for part in processor.get("processors", ()):
         _renumber(part, vocabulary, kept)
     for entry in (processor.get("special_tokens") or {}).values():  # TemplateProcessing
-        entry["ids"] = [kept.new_id(vocabulary.ids[token]) for token in entry["tokens"]]
+        entry["ids"] = [_new_id(token, vocabulary, kept) for token in entry["tokens"]]
     for name in ("sep", "cls"):  # BertProcessing, RobertaProcessing
         if name in processor:
             token, _ = processor[name]
-            processor[name] = [token, kept.new_id(vocabulary.ids[token])]
+            processor[name] = [token, _new_id(token, vocabulary, kept)]
 
 
 def _tokenizer_config(path: Path, vocabulary: Vocabulary, kept: Kept) -> bytes:
     content = restricted_ids(read_object(path, "the tokenizer"), kept)
     if content.get("added_tokens_decoder"):
         entries = content["added_tokens_decoder"].values()
-        by_id = {kept.new_id(vocabulary.ids[entry["content"]]): entry for entry in entries}
+        by_id = {_new_id(entry["content"], vocabulary, kept): entry for entry in entries}
         content["added_tokens_decoder"] = {str(new): by_id[new] for new in sorted(by_id)}
     return _json(content)
 
@@ -189,9 +188,17 @@ def _is_made(merge: str | list[str], tokens: set[str]) -> bool:
     return len(parts) == 2 and {*parts, "".join(parts)} <= tokens
 
 
+def _new_id(token: str, vocabulary: Vocabulary, kept: Kept) -> int:
+    """The new id of a token that stays in any case. Raises UserError if it is none at all."""
+    new = kept.new_id(vocabulary.ids.get(token, -1))
+    if new is None:
+        raise refused(vocabulary.folder, f"files that name {token!r}, which is none of its tokens")
+    return new
+
+
 def _new_ids(ids: Mapping[str, int], vocabulary: Vocabulary, kept: Kept) -> dict[str, int]:
     """By token: its new id; without those that are not kept."""
-    new = {token: kept.new_id(vocabulary.ids[token]) for token in ids if token in vocabulary.ids}
+    new = {token: kept.new_id(vocabulary.ids.get(token, -1)) for token in ids}
     remaining = {token: token_id for token, token_id in new.items() if token_id is not None}
     return dict(sorted(remaining.items(), key=lambda item: item[1]))
 

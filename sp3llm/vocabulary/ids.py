@@ -1,4 +1,4 @@
-"""Token ids in the configs of a model. Imports no torch."""
+"""Token ids in the configs of a model."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,8 +12,12 @@ _FORCED, _BIASED = "forced_decoder_ids", "sequence_bias"
 
 
 def named_ids(config: Mapping[str, Any]) -> set[int]:
-    """Every token id that `config.json`, `generation_config.json` or a tokenizer's config names."""
-    return {found for key, value in config.items() for found in _ids_of(key, value) if found >= 0}
+    """Every token id that `config.json`, `generation_config.json` or a tokenizer's config names.
+
+    Those that a model's class assumes where its `config.json` names none are among them.
+    """
+    stated = _with_default_ids(config).items()
+    return {found for key, value in stated for found in _ids_of(key, value) if found >= 0}
 
 
 def restricted_ids(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
@@ -21,12 +25,25 @@ def restricted_ids(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
 
     What `named_ids` finds in it is kept where it is a token at all. An id of none (of a row that
     pads the dense table) becomes null, or leaves the list that it stands in; negative ones, which
-    say that there is none, stay.
+    say that there is none, stay. What a model's class assumes where its `config.json` names no id
+    is named, as it moves like the others.
     """
-    restricted = {key: _mapped(key, value, kept) for key, value in config.items()}
+    stated = _with_default_ids(config)
+    restricted = {key: _mapped(key, value, kept) for key, value in stated.items()}
     if "vocab_size" in config or "model_type" in config:
         restricted["vocab_size"] = kept.rows
     return restricted
+
+
+def _with_default_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the ids of its model's class that it does not name. Others have no defaults."""
+    if "model_type" not in config:
+        return dict(config)
+    from transformers import CONFIG_MAPPING
+
+    defaults = CONFIG_MAPPING[config["model_type"]]().to_dict()
+    assumed = {key: value for key, value in defaults.items() if _is_id(key) and value is not None}
+    return {**assumed, **config}
 
 
 def _is_id(key: str) -> bool:

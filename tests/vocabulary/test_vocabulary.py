@@ -99,8 +99,8 @@ def small_kept(pair) -> Kept:
 def test_transformers_loads_a_restricted_folder(pair, small_kept, tmp_path):
     vocabulary, _ = pair
     write_restricted(vocabulary, small_kept, tmp_path)
-    check_restricted(tmp_path, vocabulary, small_kept)
     dense, small = (AutoTokenizer.from_pretrained(path) for path in (vocabulary.folder, tmp_path))
+    check_restricted(small, vocabulary, small_kept)
     assert type(small) is type(dense)
     assert small.chat_template == dense.chat_template
     assert small.special_tokens_map == dense.special_tokens_map
@@ -122,8 +122,9 @@ def test_a_tokenizer_that_does_not_load_as_rewritten_is_refused(pair, small_kept
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["added_tokens"][0]["lstrip"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    small = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="Expected the tokenizer in"):
-        check_restricted(tmp_path, vocabulary, small_kept)
+        check_restricted(small, vocabulary, small_kept)
 
 
 def test_the_unknown_token_costs_what_it_did(tmp_path):
@@ -193,8 +194,8 @@ def test_folders_without_a_tokenizer_json(kind, tmp_path):
     kept = kept_of(closed(vocabulary, ids), ROWS)
     assert len(kept.old_ids) < len(vocabulary.ids)
     write_restricted(vocabulary, kept, tmp_path / "small")
-    check_restricted(tmp_path / "small", vocabulary, kept)
     small = AutoTokenizer.from_pretrained(tmp_path / "small")
+    check_restricted(small, vocabulary, kept)
     assert small(KNOWN)["input_ids"] == [kept.new_id(old) for old in ids]
     assert small.decode(small(SAMPLE)["input_ids"]) == dense.decode(dense(SAMPLE)["input_ids"])
 
@@ -322,4 +323,17 @@ def test_every_id_of_a_config_follows():
         "forced_decoder_ids": [[1, 2]],
         "sequence_bias": [[[3, 0], -1.5]],
         "use_cache": True,
+    }
+
+
+def test_ids_that_a_class_assumes_are_named():
+    """A Llama whose config.json says nothing begins with 1 and ends with 2."""
+    config = {"model_type": "llama", "vocab_size": 1000}
+    assert named_ids(config) == {1, 2}
+    kept = kept_of([2, 1, 9], 1000)
+    assert restricted_ids(config, kept) == {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
     }
