@@ -61,6 +61,9 @@ class Checkpoint:
     """Tensor name to its name in the shard, where the two differ."""
     promised: Mapping[str, str] = field(default_factory=dict)
     """Tensors that an index names and their shard does not hold, with that shard's name."""
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By tensor of which not all is read: the numbers of its rows that are, in their order
+    (`models.vocabulary_rows`)."""
     before: ReadBefore = field(default_factory=ReadBefore, compare=False, repr=False)
     """What was read of it before."""
 
@@ -73,11 +76,14 @@ class Checkpoint:
         return {name: self._read(name) for name in names}
 
     def _read(self, name: str) -> Tensor:
-        place = self.files[name], self.stored.get(name, name)
+        stored, rows = (self.files[name], self.stored.get(name, name)), self.rows.get(name)
+        place = (*stored, rows)
         kept = self.before.kept(place)
         if kept is not None:
             return kept
-        tensor = _read_tensor(*place)
+        tensor = _read_tensor(*stored)
+        if rows is not None:
+            tensor = tensor[torch.tensor(rows)]
         if not self.before.is_checked(place) and not torch.isfinite(tensor).all():
             raise UserError(
                 f"Tensor '{name}' in '{self.files[name].name}' holds NaN or infinity: get an "
@@ -88,8 +94,8 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The dtype that most of the checkpoint's parameters have."""
         counts: Counter[str] = Counter()
-        for name, path in self.files.items():
-            shape, dtype = _shape_and_dtype(path, self.stored.get(name, name))
+        for name in self.files:
+            shape, dtype = self._shape_and_dtype(name)
             counts[dtype] += math.prod(shape)
         for dtype, _ in counts.most_common():
             if dtype in _FLOATS:
@@ -100,9 +106,14 @@ class Checkpoint:
         """Bytes that tensors take on disk, each in its own dtype."""
         total = 0
         for name in names:
-            shape, dtype = _shape_and_dtype(self.files[name], self.stored.get(name, name))
+            shape, dtype = self._shape_and_dtype(name)
             total += math.prod(shape) * _FLOATS[dtype].itemsize
         return total
+
+    def _shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape of what is read of a tensor, and safetensors' name of its dtype."""
+        shape, dtype = _shape_and_dtype(self.files[name], self.stored.get(name, name))
+        return (len(self.rows[name]), *shape[1:]) if name in self.rows else shape, dtype
 
 
 def open_model(folder: Path) -> tuple[Checkpoint, Family]:
@@ -429,7 +440,8 @@ def head_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Tensor]:
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, str]:
-    """What tells a model from another one, by file name: `config.json` and every shard.
+    """What tells a model from another one, by file name: `config.json` and every shard; and the
+    rows that are read, where those are not all.
 
     Shards are hashed whole where all are a few GB at most, otherwise by their size, their header
     (names, shapes and dtypes) and pieces of every tensor.
@@ -441,6 +453,9 @@ def identity(checkpoint: Checkpoint) -> dict[str, str]:
     for shard in shards:
         content = file_hash(shard) if whole else _hash_of_pieces(shard)
         hashes[shard.name] = f"{shard.stat().st_size} bytes, {content[:16]}"
+    if checkpoint.rows:
+        rows = json.dumps(sorted(checkpoint.rows.items())).encode()
+        hashes["rows"] = hashlib.sha256(rows).hexdigest()[:16]
     return hashes
 
 

@@ -28,14 +28,23 @@ def carried_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _OF_OTHER_FILES}
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat templates and generation config as they are; return their names.
+def copy_companions(
+    source: Path, target: Path, instead: Mapping[str, bytes | None] | None = None
+) -> list[str]:
+    """Copy tokenizer, chat templates and generation config; return their names.
 
-    Of a tokenizer's config the mention of code that is not carried along is left out.
+    Of a tokenizer's config the mention of code that is not carried along is left out. `instead`
+    has, by name, what goes in place of a file's own content; None: the file does not go along.
     """
     copied = []
     for path in _carried_files(source):
-        shutil.copyfile(path, target / path.name)
+        content = (instead or {}).get(path.name, b"")
+        if content is None:
+            continue
+        if content:
+            (target / path.name).write_bytes(content)
+        else:
+            shutil.copyfile(path, target / path.name)
         copied.append(path.name)
     if _TOKENIZER_CONFIG in copied:
         _without_code(target / _TOKENIZER_CONFIG)

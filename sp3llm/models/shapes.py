@@ -1,7 +1,7 @@
 """The sizes that compression may change, and what a model of such sizes costs."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sp3llm.models.companions import carried_config
@@ -45,6 +45,9 @@ class Shape:
     stream (OPT); None in others, where it is the stream's."""
     tie_word_embeddings: bool = False
     """Whether the output head shares the embedding table."""
+    # Records of before tokens could go have none (`reporting.typed_json.LATER`).
+    vocab_size: int | None = field(default=None, metadata={"later": True})
+    """Rows of the tables with one for every token; None: all that the dense model has."""
 
     @staticmethod
     def of(family: Family, config: Mapping[str, Any]) -> "Shape":
@@ -59,7 +62,13 @@ class Shape:
             head_dim=sizes[HEAD_DIM],
             word_embed_proj_dim=sizes[EMBEDDING] if family.projections else None,
             tie_word_embeddings=is_tied(family, config),
+            vocab_size=sizes[VOCAB],
         )
+
+    def vocabulary_parameters(self) -> int:
+        """True parameters of the tables with a row for every token, a tied one once."""
+        tables = 1 if self.tie_word_embeddings else 2
+        return tables * (self.vocab_size or 0) * (self.word_embed_proj_dim or self.hidden_size)
 
     def with_width(self, hidden_size: int) -> "Shape":
         """The same with another hidden size."""
@@ -121,7 +130,8 @@ def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> d
     resized = carried_config(config)
     if "architectures" in config:
         resized["architectures"] = [family.architecture]
-    for name, size in asdict(shape).items():
+    rows = shape.vocab_size or dense["vocab_size"]
+    for name, size in asdict(replace(shape, vocab_size=rows)).items():
         key = family.keys.get(name, name)
         stated = size != dense[name] or (name in derived and size is not None)
         if stated and key is not None:

@@ -106,6 +106,25 @@ def resolve_config(model: str | None) -> tuple[dict[str, Any], str, str | None]:
     return read_config(path.parent), name, note
 
 
+def resolve_tokenizer(model: str | None) -> tuple[Path, str, str | None]:
+    """A folder with config and tokenizer of what the user named, with its weights where they are
+    here already.
+
+    Returns what `resolve_model` does, and raises UserError as that does.
+    """
+    if model is None or os.path.exists(model) or model.count("/") != 1:
+        return resolve_model(model)
+    name, note = _hub_name(model)
+    from huggingface_hub import snapshot_download
+
+    patterns = [pattern for pattern in _HUB_PATTERNS if not pattern.endswith(".safetensors")]
+    try:
+        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED)
+    except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
+        raise _unreachable(name, error) from error
+    return Path(folder), name, note
+
+
 def adapter_base(folder: Path) -> str:
     """What the adapter in a folder was trained on, to show."""
     try:

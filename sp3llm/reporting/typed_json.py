@@ -18,6 +18,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 Made = TypeVar("Made")
 
+LATER = "later"
+"""In the metadata of a field that earlier versions had not: where it is None it is left out."""
+
 _OTHER = "other"
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
@@ -105,7 +108,7 @@ def _is_required(field: Field) -> bool:
 def to_json(value: Any) -> Any:
     """A dataclass, or anything made of them, as what `json.dumps` takes; paths as text."""
     if is_dataclass(value):
-        named = {f.name: getattr(value, f.name) for f in fields(value)}
+        named = {f.name: getattr(value, f.name) for f in fields(value) if not _left_out(f, value)}
         other = named.pop(_OTHER, {})
         return _with_unknown({name: to_json(item) for name, item in named.items()}, other)
     if isinstance(value, Mapping):
@@ -113,6 +116,11 @@ def to_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
     return str(value) if isinstance(value, PurePath) else value
+
+
+def _left_out(field: Field, value: Any) -> bool:
+    """Whether a field is one that earlier versions had not, and holds nothing."""
+    return bool(field.metadata.get(LATER)) and getattr(value, field.name) is None
 
 
 def _with_unknown(known: dict[str, Any], unknown: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""Choose which tokens stay of a model's vocabulary, once or several times."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from sp3llm.vocabulary.files import RestrictedFiles, restricted_files
+from sp3llm.vocabulary.kept import ROW_MULTIPLE, Kept
+from sp3llm.vocabulary.tokenizers import Vocabulary, closed, most_wanted, read_vocabulary
+from sp3llm.vocabulary.wanted import Wanted
+
+# Of the tokens that text uses and that need not stay, the shares that are tried beside all.
+_EIGHTHS = (7, 6, 5, 4, 3)
+MOST_VOCABULARIES = 1 + len(_EIGHTHS)
+
+
+@dataclass(frozen=True)
+class ChosenVocabulary:
+    """The tokens that stay."""
+
+    vocabulary: Vocabulary
+    """The dense tokenizer's."""
+    wanted: Wanted
+    """What they were chosen by."""
+    size: int | None
+    """How many they are at most; None: all that are wanted."""
+    kept: Kept
+    files: RestrictedFiles
+    """What becomes of the files beside the weights."""
+
+    @property
+    def dense_tokens(self) -> int:
+        """Of the dense tokenizer."""
+        return len(self.vocabulary.tokens)
+
+    def lines(self) -> list[str]:
+        """What was chosen, in a line, and what cannot come along."""
+        wanted, kept = self.wanted, self.kept
+        line = (
+            f"Vocabulary: {self.dense_tokens:,} -> {len(kept.old_ids):,} tokens. The "
+            f"{wanted.tokens:,} tokens of {', '.join(wanted.sources)} use {wanted.used:,}; "
+            f"{100 * wanted.covered(kept.old_ids):.2f} % of them stay one token."
+        )
+        return [line, *self.files.left_out.values()]
+
+
+def choose_vocabularies(
+    folder: Path, wanted: Wanted, size: int | None, tensor_parallel: int, most: int
+) -> list[ChosenVocabulary]:
+    """The tokens that stay of a model folder's, `size` at most; None: all that are wanted, and then
+    ever fewer of them to choose from, `most` vocabularies in all. Their tables divide by
+    `tensor_parallel` devices.
+
+    Raises UserError if the tokenizer cannot be rewritten, or more tokens must stay.
+    """
+    vocabulary = read_vocabulary(folder)
+    multiple = math.lcm(ROW_MULTIPLE, tensor_parallel)
+    found = [chosen_by(vocabulary, wanted, size, multiple)]
+    least, whole = len(closed(vocabulary, ())), len(found[0].kept.old_ids)
+    for eighths in _EIGHTHS[: most - 1] if size is None else ():
+        fewer = least + (whole - least) * eighths // 8
+        one = chosen_by(vocabulary, wanted, fewer, multiple)
+        if one.kept.rows < found[-1].kept.rows:
+            found.append(one)
+    return found
+
+
+def chosen_by(
+    vocabulary: Vocabulary, wanted: Wanted, size: int | None, multiple: int = ROW_MULTIPLE
+) -> ChosenVocabulary:
+    """The `size` tokens that are wanted most, in tables of a `multiple` of rows.
+
+    Raises UserError as `choose_vocabularies` does.
+    """
+    kept = most_wanted(vocabulary, wanted.counts_V, size, multiple)
+    return ChosenVocabulary(vocabulary, wanted, size, kept, restricted_files(vocabulary, kept))
