@@ -11,7 +11,7 @@ Three rules hold everywhere, training script included:
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -27,9 +27,14 @@ if TYPE_CHECKING:
     import torch
 
 
+Encode = Callable[[Any, str], list[int]]
+"""What makes token ids of a text, called with a tokenizer and the text."""
+
 # Documents joined by text are tokenized in runs of about this many characters: together, as the
 # tokens at a joint depend on both sides, but without holding a whole set.
 _RUN_CHARS = 1 << 16
+# Set in an id, while text is packed, where the token begins a word.
+_BEGINS_WORD = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class Windows:
     """Each window begins with the tokenizer's BOS."""
     dropped_documents: int = 0
     """Documents left out since they were to be excluded, such as those of the other text."""
+    begins_word: "torch.Tensor | None" = None
+    """Which tokens begin a word, of those that the tokenizer cuts text into first, like `tokens`;
+    None: it was not asked."""
 
     @property
     def sha256(self) -> str:
@@ -66,8 +74,11 @@ class Windows:
         }
 
 
-def pack(documents: Iterable[str], tokenizer: Any, join: str) -> Iterator[list[int]]:
-    """Yield lists of token ids which, one after the other, are the packed text.
+def pack(
+    documents: Iterable[str], tokenizer: Any, join: str, encode: Encode = encode
+) -> Iterator[list[int]]:
+    """Yield lists of token ids, as `encode` has them, which, one after the other, are the packed
+    text.
 
     With `join="eos"` every document is followed by the tokenizer's EOS (a blank line where there
     is none); otherwise documents are joined by that text before they are tokenized.
@@ -85,6 +96,16 @@ def pack(documents: Iterable[str], tokenizer: Any, join: str) -> Iterator[list[i
             run = []
     if run:
         yield encode(tokenizer, separator.join(run) + separator)
+
+
+def _encode_words(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, those that begin a word marked by `_BEGINS_WORD`."""
+    found = tokenizer(text, add_special_tokens=False, verbose=False)
+    words = [-1, *found.word_ids()]
+    return [
+        token if word is not None and word == before else token | _BEGINS_WORD
+        for token, word, before in zip(found["input_ids"], words[1:], words, strict=False)
+    ]
 
 
 def cut_windows(
@@ -131,7 +152,7 @@ def calibration_windows(
                 "--calib."
             )
         parts.append(part)
-    return _joined(parts, tokenizer)
+    return _joined(parts, recipe)
 
 
 def evaluation_windows(
@@ -140,15 +161,17 @@ def evaluation_windows(
     samples: int,
     seq_len: int,
     exclude: frozenset[str] = frozenset(),
+    words: bool = False,
 ) -> Windows:
     """At most `samples` windows of held-out text, in a fixed order that no seed changes.
 
     Documents whose content hash is in `exclude` (the calibration documents) are dropped and
-    counted.
+    counted. With `words`, which asks for a tokenizer of the tokenizers library, it is noted which
+    tokens begin one.
 
     Raises UserError if not even one window is left.
     """
-    recipe = _Recipe(tokenizer, seq_len, seed=None, exclude=exclude)
+    recipe = _Recipe(tokenizer, seq_len, None, exclude, words)
     parts = [
         _draw(
             read_documents(source, "evaluation", render=chat_render(tokenizer)),
@@ -164,7 +187,7 @@ def evaluation_windows(
             f"{sum(part.dropped for part in parts)} documents that also occur in the calibration "
             "set were dropped: choose other text with --eval-text."
         )
-    return _joined(parts, tokenizer)
+    return _joined(parts, recipe)
 
 
 def unbroken_windows(name: str, tokenizer: Any, seq_len: int) -> Windows:
@@ -207,16 +230,18 @@ def training_windows(
     seed: int,
     exclude: frozenset[str],
     stopping: bool = False,
+    words: bool = False,
 ) -> Windows:
     """At most `samples` windows to train on from the comma-separated sets `names`, or, with
     `stopping`, of what is kept apart from that to decide when to stop.
 
     Sets give equal shares, or all they have. Documents whose content hash is in `exclude` (those
     of the evaluation) are dropped and counted; the others come in an order drawn from `seed`.
+    `words` is that of `evaluation_windows`.
 
     Raises UserError if a set is unknown or unreadable, or not one window is left.
     """
-    recipe = _Recipe(tokenizer, seq_len, seed, exclude)
+    recipe = _Recipe(tokenizer, seq_len, seed, exclude, words)
     parts = []
     for source, share in _shares(names, samples):
         training = read_documents(source, "train", seed, chat_render(tokenizer))
@@ -239,7 +264,7 @@ def training_windows(
             f"'{names}' after {sum(part.dropped for part in parts)} documents of the evaluation "
             f"were dropped{apart}, found none: {advice}, or lower --seq-len."
         )
-    return _joined(parts, tokenizer)
+    return _joined(parts, recipe)
 
 
 def check_token_ids(windows: Iterable[Windows], vocab_size: int, tokenizer_folder: Path) -> None:
@@ -262,6 +287,8 @@ class _Recipe:
     """Draws the order of the documents; None: the order they are read in."""
     exclude: frozenset[str] = frozenset()
     """Content hashes of documents to drop."""
+    words: bool = False
+    """Whether it is noted which tokens begin a word."""
 
 
 @dataclass(frozen=True)
@@ -313,19 +340,22 @@ def _draw(documents: Iterable[str], source: TextSource, samples: int, recipe: _R
         ordered = sorted(ordered, key=content_hash)
         random.Random(recipe.seed).shuffle(ordered)
     bos = recipe.tokenizer.bos_token_id if adds_bos(recipe.tokenizer) else None
-    runs = pack(noted(ordered), recipe.tokenizer, source.join)
+    encoder = _encode_words if recipe.words else encode
+    runs = pack(noted(ordered), recipe.tokenizer, source.join, encoder)
     rows = list(islice(cut_windows(runs, recipe.seq_len, bos), samples))
     return _Drawn(source.name, rows, drawn, len(dropped))
 
 
-def _joined(parts: list[_Drawn], tokenizer: Any) -> Windows:
+def _joined(parts: list[_Drawn], recipe: _Recipe) -> Windows:
     """The windows of all sets, one set after the other."""
     import torch
 
+    tokens = torch.tensor([row for part in parts for row in part.rows], dtype=torch.int64)
     return Windows(
-        tokens=torch.tensor([row for part in parts for row in part.rows], dtype=torch.int64),
+        tokens=tokens % _BEGINS_WORD,
         sources=tuple(part.source for part in parts),
         documents=frozenset().union(*(part.documents for part in parts)),
-        begins_with_bos=adds_bos(tokenizer),
+        begins_with_bos=adds_bos(recipe.tokenizer),
         dropped_documents=sum(part.dropped for part in parts),
+        begins_word=tokens >= _BEGINS_WORD if recipe.words else None,
     )
