@@ -34,8 +34,9 @@ from transformers import AutoModelForCausalLM
 
 from sp3llm.compression import basis_choice, curves, predicting, refitter, writers
 from sp3llm.compression.attempts import _placed
-from sp3llm.compression.job import Job, prepare
+from sp3llm.compression.job import Job
 from sp3llm.compression.measuring import measure_dense
+from sp3llm.compression.preparing import prepare
 from sp3llm.compression.shape_search import choose_shape, least_units
 from sp3llm.compression.stages import build, final_basis
 from sp3llm.models.served import export_of

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.building import refitted_side_by_side
-from sp3llm.compression.job import Job, prepare, refitter_of
+from sp3llm.compression.job import Job, refitter_of
 from sp3llm.compression.measuring import measure_dense
+from sp3llm.compression.preparing import prepare
 from sp3llm.compression.refitter import held_back_from
 from sp3llm.compression.shape_search import choose_shape, least_units
-from sp3llm.compression.texts import read_windows
+from sp3llm.compression.texts import read_texts
 from sp3llm.maths.paired import excess_log_perplexity
 from sp3llm.models.shapes import Shape, resized_config
 from sp3llm.models.stream import LayeredModel, Stream
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace, keep: float) -> dict[str, Any]:
     )
     console = Console(file=sys.stdout, force_terminal=False)
     job = prepare(settings, Ranks(), "cpu", console)
-    calibration, evaluation = (windows.tokens for windows in read_windows(job))
+    calibration, evaluation = (windows.tokens for windows in read_texts(job))
     with progress_bars(console) as progress:
         moments, dense = measure_dense(
             *(job.dense, job.family, calibration, evaluation),

@@ -22,7 +22,9 @@ def run(settings: PlanConfig) -> None:
         return
     from rich.console import Console
 
-    from sp3llm.reporting.plans import needs_line, plan_table, recovery_line
+    from sp3llm.models.families import count_parameters
+    from sp3llm.models.shapes import Shape
+    from sp3llm.reporting.plans import needs_line, plan_table, recovery_line, vocabulary_line
 
     console = Console()
     if overview.note:
@@ -33,7 +35,14 @@ def run(settings: PlanConfig) -> None:
         )
     )
     seq_len = overview.seq_len
-    lines = [needs_line(settings.compression, seq_len, overview.needs)]
+    family, config = overview.family, overview.config
+    if overview.vocabulary is not None:
+        lines = overview.vocabulary.lines()
+    else:
+        count = count_parameters(family, config)
+        line = vocabulary_line("the dense model's", Shape.of(family, config), count)
+        lines = [line] if line else []
+    lines += [needs_line(settings.compression, seq_len, overview.needs)]
     if overview.recovery_needs is not None:
         lines.append(recovery_line(settings.recovery, seq_len, overview.recovery_needs))
     for line in lines:

@@ -13,7 +13,8 @@ from sp3llm.runtime.folders import RECORD
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
+
+    from sp3llm.vocabulary.same_text import HeldOut
 
 
 def is_being_recovered(job: Job) -> bool:
@@ -28,7 +29,9 @@ def is_being_recovered(job: Job) -> bool:
     return record.command == command_line(job.settings) and not record.recoveries
 
 
-def write_report(job: Job, out: Path, tokens: "Tensor", record: Record, console: "Console") -> None:
+def write_report(
+    job: Job, out: Path, held_out: "HeldOut", record: Record, console: "Console"
+) -> None:
     """Write report.html into the result, with samples where memory holds the dense model."""
     from sp3llm.reporting.page import write_page
     from sp3llm.reporting.samples import with_samples
@@ -40,7 +43,7 @@ def write_report(job: Job, out: Path, tokens: "Tensor", record: Record, console:
             console,
             str(job.execution.device),
             dense=job.folder,
-            tokens=tokens,
+            held_out=held_out,
         )
         write_page(out, record, why)
 

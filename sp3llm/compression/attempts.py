@@ -115,7 +115,9 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     if line is not None:
         journal.say(line)
     kept = weights_kept(execution, needed, job.max_memory)
-    return replace(job, execution=execution, dense=replace(job.dense, before=kept))
+    dense, original = (replace(one, before=kept) for one in (job.dense, job.original))
+    same = dense if job.original is job.dense else original
+    return replace(job, execution=execution, dense=dense, original=same)
 
 
 def _save_batch(journal: "Journal", execution: "Execution") -> None:

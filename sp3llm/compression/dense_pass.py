@@ -42,6 +42,8 @@ class DensePass:
     """Moments and metrics of all sites so far, added to in place."""
     fisher: FisherSums
     """What the loss's gradients say so far, added to in place."""
+    original: Checkpoint
+    """With all of its vocabulary, of which `dense` may have some: what the evaluation is about."""
 
     @property
     def layers(self) -> list[Group]:
@@ -58,19 +60,19 @@ class DensePass:
         """Whether the loss's gradients are taken."""
         return self.basis == "gradient" or self.predicts
 
-    def model(self) -> LayeredModel:
-        """The dense model, without weights."""
-        return LayeredModel.of(self.dense.config, self.family, self.objective, self.execution)
+    def model(self, checkpoint: Checkpoint) -> LayeredModel:
+        """The dense model, with some or all of its vocabulary, without weights."""
+        return LayeredModel.of(checkpoint.config, self.family, self.objective, self.execution)
 
     @property
     def objective(self) -> Objective:
         """What the model is for."""
         return objective_of(self.family.architecture)
 
-    def embeddings(self) -> Mapping[str, Tensor]:
-        """The dense model's embedding tables."""
-        group = families.groups(self.family, self.dense.config)[0]
-        return self.dense.read(group.parameters)
+    def embeddings(self, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+        """The dense model's embedding tables, of some or all of its vocabulary."""
+        group = families.groups(self.family, checkpoint.config)[0]
+        return checkpoint.read(group.parameters)
 
     def first_windows(self, count: int) -> list[int]:
         """Which of the first `count` calibration windows are this process's: its own first ones."""

@@ -31,7 +31,7 @@ def measure_gradients(run: DensePass) -> None:
         return
     family, journal, layers, sums = run.family, run.journal, run.layers, run.fisher
     inputs, calls = _traced_inputs(run)
-    model, windows, sites = run.model(), run.traced_windows(), len(family.sites)
+    model, windows, sites = run.model(run.dense), run.traced_windows(), len(family.sites)
     before = journal.latest("gradient")
     if before is None:
         head = head_tensors(run.dense, family)
@@ -68,11 +68,11 @@ def _traced_inputs(run: DensePass) -> tuple[list[Tensor], Mapping[int, list]]:
     """Every layer's input for the windows traced, and behind them what the head reads; and what
     layers are called with.
     """
-    journal, layers, model = run.journal, run.layers, run.model()
+    journal, layers, model = run.journal, run.layers, run.model(run.dense)
     kept = journal.leading("input")
     inputs = [journal.kept("input", index) for index in range(kept)]
     tokens = run.calibration[run.traced_windows()]
-    stream = open_stream(model, run.embeddings(), tokens, inputs[-1] if inputs else None)
+    stream = open_stream(model, run.embeddings(run.dense), tokens, inputs[-1] if inputs else None)
     if not inputs:
         inputs.append(journal.keep("input", 0, stream.hidden))
     start = len(inputs) - 1

@@ -1,7 +1,7 @@
-"""What a compression is about to do: everything found and checked before any work."""
+"""What a compression is about to do, and what it produces."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,6 @@ from sp3llm.options import CompressConfig
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
     from torch import Tensor
 
     from sp3llm.compression.projection import Projection
@@ -23,14 +22,9 @@ if TYPE_CHECKING:
     from sp3llm.planning.limits import Limits, Plan
     from sp3llm.planning.search import Findings
     from sp3llm.runtime.devices import Execution
-    from sp3llm.runtime.processes import Ranks
     from sp3llm.text.windows import Windows
-
-
-# Fewer calibration windows leave a trial of the search nothing to be scored on.
-_FEWEST_TRIAL_WINDOWS = 4
-# A mask is learned on the whole model, its activations apart: it and its largest table twice.
-_ROOM_TO_LEARN = 1.25
+    from sp3llm.vocabulary.choosing import ChosenVocabulary
+    from sp3llm.vocabulary.same_text import HeldOut
 
 
 @dataclass(frozen=True)
@@ -51,9 +45,10 @@ class Result:
     dense_bytes: int
     weight_bytes: int
     calibration: "Windows"
-    evaluation: "Windows"
+    held_out: "HeldOut"
     dense_perplexity: float
     perplexity: float
+    """Of a dense token, where the vocabulary was cut."""
     excess: "Excess"
     seconds: float
     peak_memory: int
@@ -70,6 +65,13 @@ class Job:
     name: str
     """To show."""
     dense: "Checkpoint"
+    """With the vocabulary that stays: what everything is measured on and made from."""
+    original: "Checkpoint"
+    """As it lies on disk: what the budget and the losses are about."""
+    vocabularies: "Sequence[ChosenVocabulary]"
+    """What may stay of it, the most first; none: all stays."""
+    vocabulary: "ChosenVocabulary | None"
+    """Which of them `dense` has."""
     family: "Family"
     dense_dtype: "torch.dtype"
     dtype: "torch.dtype"
@@ -82,121 +84,32 @@ class Job:
     max_memory: Mapping[str, int]
     """`--max-memory`: bytes by GPU number and `cpu`."""
 
+    def is_whole(self, shape: "Shape") -> bool:
+        """Whether a shape has all that the dense one has, but for the vocabulary."""
+        from sp3llm.models.shapes import Shape
+
+        dense = Shape.of(self.family, self.dense.config)
+        return self.vocabulary is not None and replace(shape, vocab_size=dense.vocab_size) == dense
+
+    def with_vocabulary_of(self, shape: "Shape") -> "Job":
+        """The job with the vocabulary that a shape has."""
+        rows = shape.vocab_size
+        chosen = next((one for one in self.vocabularies if one.kept.rows == rows), None)
+        return self if chosen is self.vocabulary else self.with_vocabulary(chosen)
+
+    def with_vocabulary(self, vocabulary: "ChosenVocabulary") -> "Job":
+        """The job with that one of its vocabularies."""
+        from sp3llm.vocabulary.restricting import restricted_checkpoint
+
+        dense = restricted_checkpoint(self.original, self.family, vocabulary.kept)
+        return replace(self, dense=dense, vocabulary=vocabulary)
+
     @property
     def objective(self) -> "Objective":
         """What the model is for."""
         from sp3llm.models.objectives.catalogue import objective_of
 
         return objective_of(self.family.architecture)
-
-
-def prepare(settings: CompressConfig, ranks: "Ranks", device: str, console: "Console") -> Job:
-    """Find the model and everything that could be wrong, before any work."""
-    from sp3llm.compression.refitter import held_back_from
-    from sp3llm.evaluation.harness import check_scoring
-    from sp3llm.models import families
-    from sp3llm.models.checkpoint import open_model
-    from sp3llm.models.objectives.catalogue import objective_of
-    from sp3llm.models.source import resolve_model
-    from sp3llm.models.stock import empty_model
-    from sp3llm.planning.candidates import candidates
-    from sp3llm.planning.limits import limits_of, plan_of
-    from sp3llm.planning.needs import Workload, needs_of
-    from sp3llm.planning.windows import window_length
-    from sp3llm.quantization.story import check_before
-    from sp3llm.reporting.formatting import human_bytes
-    from sp3llm.runtime.devices import arithmetic_of, idle_gpus_line, resolve_execution
-    from sp3llm.runtime.folders import check_disk, check_not_input, check_output, held_by_run
-    from sp3llm.runtime.memory import memory_limits
-    from sp3llm.runtime.placement import free_memory
-    from sp3llm.text.sources import local_files
-
-    folder, name, note = resolve_model(settings.model)
-    if note:
-        console.print(note, markup=False)
-    dense, family = open_model(folder)
-    dense_dtype = dense.dtype()
-    dtype = _dtype(settings.dtype, dense_dtype)
-    limits = limits_of(settings, dtype.itemsize)
-    shapes = candidates(family, dense.config, limits)
-    if settings.moments == "raw" and families.is_square(family, dense.config):
-        raise UserError(
-            f"Expected --moments normalised for a {family.model_type} model, whose heads are cut "
-            "by what they read, found raw: leave it out."
-        )
-    learned = settings.mask == "learned"
-    if not settings.refit and not learned:
-        shapes = shapes[:1]  # there are no trials to choose by
-    if settings.moments == "raw" and len(shapes) > 1 and not learned:
-        raise UserError(
-            "Expected a single shape with --moments raw, which predict nothing, found "
-            f"{len(shapes)} to choose from: add --allocate width and --tie keep or untie, or leave "
-            "--moments raw out."
-        )
-    fixed = family.projections is None and any(shape.tie_word_embeddings for shape in shapes)
-    if settings.turn != "none" and fixed:
-        raise UserError(
-            f"Expected --turn none where '{name}' keeps its embeddings tied, which fixes the "
-            f"rotation, found {settings.turn}: leave it out, or add --tie untie."
-        )
-
-    out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
-    check_output(out)
-    check_not_input(out, folder, "the model that is compressed")
-    for text, path in local_files(_text_sets(settings)).items():
-        check_not_input(out, path, f"the text '{text}'")
-    if settings.refit:
-        held_back_from(settings.samples)
-    if not learned and len(shapes) > 1 and settings.samples < _FEWEST_TRIAL_WINDOWS:
-        raise UserError(
-            f"The search for a shape needs at least {_FEWEST_TRIAL_WINDOWS} calibration windows, "
-            f"found {settings.samples}: raise --samples, or leave nothing to search for with "
-            "--allocate width, --tie keep and, for OPT, --head-dim."
-        )
-    largest = max(plan_of(family, dense.config, limits, shape).parameters for shape in shapes)
-    workload = Workload(
-        settings.samples,
-        settings.eval_samples,
-        window_length(family, dense.config, settings.seq_len),
-        dense_dtype.itemsize,
-    )
-    kept = needs_of(family, dense.config, shapes[0], workload, limits.export_as).kept
-    check_disk(out, largest * dtype.itemsize + kept - held_by_run(out))
-    max_memory = memory_limits(settings.max_memory)
-    arithmetic = arithmetic_of(dense_dtype, dtype)
-    execution = resolve_execution(device, arithmetic, ranks, max_memory, settings.compute_dtype)
-    # Refuses a config that transformers rejects, before any work.
-    empty_model(dense.config, objective_of(family.architecture))
-    if learned:
-        dense_bytes = families.count_parameters(family, dense.config) * execution.dtype.itemsize
-        room = free_memory(execution, max_memory)
-        if dense_bytes * _ROOM_TO_LEARN > room:
-            raise UserError(
-                "Expected room for the whole dense model for --mask learned, "
-                f"{human_bytes(dense_bytes * _ROOM_TO_LEARN)} on {execution.device}, found "
-                f"{human_bytes(room)}: use --mask closed-form, which streams it."
-            )
-    if settings.score:
-        check_scoring(settings)
-    line = idle_gpus_line(execution, "sp3llm.compress")
-    if line:
-        console.print(line, markup=False, highlight=False)
-    if settings.quantize:
-        check_before(settings.quantize, execution.device, family, dense.config, shapes, out)
-    return Job(
-        settings=settings,
-        folder=folder,
-        name=name,
-        dense=dense,
-        family=family,
-        dense_dtype=dense_dtype,
-        dtype=dtype,
-        limits=limits,
-        shapes=shapes,
-        out=out,
-        execution=execution,
-        max_memory=max_memory,
-    )
 
 
 def run_identity(job: Job) -> dict[str, Any]:
@@ -211,7 +124,7 @@ def run_identity(job: Job) -> dict[str, Any]:
     from sp3llm.runtime import machine
     from sp3llm.text.sources import local_files
 
-    texts = local_files(_text_sets(job.settings))
+    texts = local_files(text_sets(job.settings))
     versions = machine.versions()
     model = job.execution.ranks.from_first(lambda: checkpoint.identity(job.dense))
     identity = {
@@ -244,12 +157,6 @@ def _content(path: Path) -> str:
         ) from error
 
 
-def _dtype(asked: str, dense: "torch.dtype") -> "torch.dtype":
-    import torch
-
-    return dense if asked == "auto" else getattr(torch, asked)
-
-
 def with_dtype(
     config: Mapping[str, Any], dtype: "torch.dtype", dense: "torch.dtype"
 ) -> dict[str, Any]:
@@ -271,13 +178,20 @@ def calibration_sets(settings: CompressConfig) -> str:
     return settings.calib or ("stdlib" if settings.model is None else "wikitext2")
 
 
-def _text_sets(settings: CompressConfig) -> str:
-    """The sets that calibration and evaluation read, each once."""
-    from sp3llm.text.sources import default_evaluation, split_names
+def evaluation_sets(settings: CompressConfig) -> str:
+    """The held-out sets, the default resolved."""
+    from sp3llm.text.sources import default_evaluation
 
-    calib = calibration_sets(settings)
-    evaluation = settings.eval_text or default_evaluation(calib)
-    return ",".join(dict.fromkeys([*split_names(calib), *split_names(evaluation)]))
+    return settings.eval_text or default_evaluation(calibration_sets(settings))
+
+
+def text_sets(settings: CompressConfig) -> str:
+    """The sets that are read, each once."""
+    from sp3llm.text.sources import split_names
+
+    lists = (calibration_sets(settings), evaluation_sets(settings), settings.vocab_from)
+    names = [name for names in lists if names is not None for name in split_names(names)]
+    return ",".join(dict.fromkeys(names))
 
 
 def same_basis_for_all(job: Job, basis: "tuple[Tensor, Projection]") -> "tuple[Tensor, Projection]":

@@ -50,6 +50,7 @@ def measure_dense(
     progress: Progress | None = None,
     journal: Journal = NOTHING_KEPT,
     least_units: Mapping[str, int] | None = None,
+    original: Checkpoint | None = None,
 ) -> tuple[Moments, Tensor | None]:
     """Stream the dense model over calibration and evaluation windows, and measure it.
 
@@ -59,7 +60,8 @@ def measure_dense(
     by the second moments of loss gradients (`compression.gradients`). With `least_units` all that
     predictions need is measured, and for the axes in it, along which shapes to choose from are cut,
     what writers lose with no fewer units than given (`compression.curves`). What `journal` has from
-    a run before is not done again.
+    a run before is not done again. `original` is the checkpoint whose table and head the evaluation
+    windows go through, where `dense` has only some of its tokens.
 
     Returns the moments and the token losses on the evaluation windows, `(windows, tokens - 1)`,
     float64, in nats. Raises UserError where activations, moments or gradients hold NaN or
@@ -79,6 +81,7 @@ def measure_dense(
         *(least_units is not None, least_units or {}, execution, progress, journal),
         slots=SiteSlots.of(sites, most, width, execution),
         fisher=FisherSums.of(sites, most, width, execution),
+        original=original or dense,
     )
     if run.takes_gradients:
         measure_gradients(run)
@@ -95,14 +98,17 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
     family, execution, journal, layers = run.family, run.execution, run.journal, run.layers
     before = journal.latest("dense")
     start, saved = (0, {}) if before is None else (before.step, before.tensors)
-    model, table = run.model(), run.embeddings()
+    model, table = run.model(run.dense), run.embeddings(run.dense)
     local_windows = execution.local_windows(*run.calibration.shape)
     stream = open_stream(model, table, run.calibration[local_windows], saved.get("stream"))
     evaluated = None
     if run.evaluation is not None:
         local_evaluation = execution.local_windows(*run.evaluation.shape)
         tokens = run.evaluation[local_evaluation]
-        evaluated = open_stream(model, table, tokens, saved.get("evaluated"))
+        whole, all_rows = model, table
+        if run.original is not run.dense:
+            whole, all_rows = run.model(run.original), run.embeddings(run.original)
+        evaluated = open_stream(whole, all_rows, tokens, saved.get("evaluated"))
     so_far = unpack(saved, execution)
     heads, curves = list(so_far.heads), dict(so_far.curves)
     if saved:
@@ -125,7 +131,9 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
     head_DD = _measure_head(run, stream, head)
     losses = None
     if evaluated is not None:
-        own_losses = run.objective.losses(model, head, evaluated, tokens)
+        if run.original is not run.dense:
+            head = head_tensors(run.original, family)
+        own_losses = run.objective.losses(whole, head, evaluated, tokens)
         losses = execution.ranks.all_gather_rows(own_losses, local_evaluation, len(run.evaluation))
         run.objective.merit(losses)  # refuses now what has none, not when all work is done
     measured = Moments(

@@ -39,6 +39,19 @@ def plain_groups(
         yield FinishedGroup(index, group, tensors)
 
 
+def whole_groups(
+    dense: Checkpoint, family: Family, dtype: torch.dtype, start: int = 0
+) -> Iterator[FinishedGroup]:
+    """Every group from number `start` on as it is, rounded."""
+    groups = families.groups(family, dense.config)[start:]
+    device = torch.device("cpu")
+    for index, (group, source) in enumerate(
+        prefetch(groups, lambda group: dense.read(group.parameters), device), start
+    ):
+        tensors = {name: rounded(name, tensor, dtype) for name, tensor in source.items()}
+        yield FinishedGroup(index, group, tensors)
+
+
 def _without_masked_units(
     dense: Checkpoint,
     family: Family,

@@ -7,8 +7,8 @@ beside one dense stream, set the two scales (`planning.search`), and have the la
 themselves.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sp3llm.compression.job import Job, refitter_of, same_basis_for_all
@@ -42,6 +42,8 @@ class _Search:
     calibration: "Tensor"
     """All calibration windows, `(windows, tokens)`, which bases are made from."""
     journal: "Journal"
+    vocabularies: "Mapping[int, float]"
+    """What fewer tokens lose, nats a token, by rows of the tables."""
     losses: "dict[Shape, float]"
     """Nats a token, by shape that was tried; those of an earlier run among them."""
     projections: "dict[tuple, Projection]" = field(default_factory=dict)
@@ -73,13 +75,19 @@ def least_units(job: Job) -> dict[str, int] | None:
 
 
 def choose_shape(
-    job: Job, moments: "Moments", tokens: "Tensor", journal: "Journal", progress: "Progress"
+    job: Job,
+    moments: "Moments",
+    tokens: "Tensor",
+    journal: "Journal",
+    progress: "Progress",
+    vocabularies: "Mapping[int, float] | None" = None,
 ) -> tuple["Shape", "Findings"]:
     """The shape that loses least among those within the budget, and what was found out.
 
     Trials are refits of the whole model on a few of the calibration windows `tokens`, `(windows,
-    tokens)`, scored on others that no fit of the trial saw. Losses that `journal` has from a run
-    before are not found out again.
+    tokens)`, scored on others that no fit of the trial saw. `vocabularies` is what fewer tokens
+    lose besides, nats a token by rows of the tables; None: none may go. Losses that `journal` has
+    from a run before are not found out again.
     """
     from sp3llm.models.shapes import Shape
     from sp3llm.planning.search import Findings, choose, expected, shapes_to_try
@@ -89,7 +97,7 @@ def choose_shape(
     before = journal.latest(_TRIALS)
     tried = [] if before is None else before.facts["losses"]
     losses = {Shape(**sizes): loss for sizes, loss in tried}
-    found = _Search(job, moments, tokens, journal, losses)
+    found = _Search(job, moments, tokens, journal, vocabularies or {}, losses)
     bar = progress.add_task("search for the shape", total=None)
     predicted = _predictions(found)
     while wanted := shapes_to_try(predicted, found.losses):
@@ -102,16 +110,11 @@ def choose_shape(
 
 def _predictions(found: _Search) -> "dict[Shape, Losses]":
     """What every candidate loses, before any scale; the same on every process."""
-    from sp3llm.compression.predicting import predicted_losses
-
     job = found.job
 
     def predict() -> "dict[Shape, Losses]":
         return {
-            shape: predicted_losses(
-                *(job.dense, job.family, found.moments, shape),
-                *(_projection(found, shape), found.calibration),
-            )
+            shape: replace(_of_sizes(found, shape), vocabulary=_of_tokens(found, shape))
             for shape in job.shapes
         }
 
@@ -119,18 +122,46 @@ def _predictions(found: _Search) -> "dict[Shape, Losses]":
     return job.execution.ranks.from_first(lambda: predicted)
 
 
+def _of_sizes(found: _Search, shape: "Shape") -> "Losses":
+    """What a shape loses by all but fewer tokens."""
+    from sp3llm.compression.predicting import predicted_losses
+    from sp3llm.planning.search import Losses
+
+    if found.job.is_whole(shape):
+        return Losses(0.0, 0.0)
+    return predicted_losses(
+        *(found.job.dense, found.job.family, found.moments, shape),
+        *(_projection(found, shape), found.calibration),
+    )
+
+
+def _of_tokens(found: _Search, shape: "Shape") -> float:
+    """What a shape loses by fewer tokens."""
+    return found.vocabularies.get(shape.vocab_size, 0.0)
+
+
 def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
-    """Find out what shapes lose, side by side."""
+    """Find out what shapes lose, side by side: refitted with the tokens that the calibration text
+    is in, and what fewer of them lose added.
+    """
     from sp3llm.compression.building import trial_losses
+    from sp3llm.models.shapes import Shape
 
     job, windows = found.job, found.calibration[:, :_TRIAL_TOKENS]
     fitted, held = _shares(job, *windows.shape)
     windows = windows[: fitted + held + _UNSEEN]
+    rows = Shape.of(job.family, job.dense.config).vocab_size
+    found.losses.update((shape, _of_tokens(found, shape)) for shape in shapes)
+    cut = [shape for shape in shapes if not job.is_whole(shape)]
     refitters = [
-        refitter_of(job, shape, _projection(found, shape), fitted, fitted + held)
-        for shape in shapes
+        refitter_of(
+            *(job, replace(shape, vocab_size=rows), _projection(found, shape)),
+            *(fitted, fitted + held),
+        )
+        for shape in cut
     ]
-    found.losses.update(zip(shapes, trial_losses(refitters, windows), strict=True))
+    for shape, loss in zip(cut, trial_losses(refitters, windows) if cut else (), strict=True):
+        found.losses[shape] += loss
     losses = [[asdict(shape), loss] for shape, loss in found.losses.items()]
     found.journal.save(_TRIALS, len(losses), facts={"losses": losses})
 

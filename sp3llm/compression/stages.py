@@ -33,6 +33,13 @@ def energy_kept(moments: "Moments", projection: "Projection") -> float:
     return (((total_DD @ basis_DK) * basis_DK).sum() / total_DD.trace()).item()
 
 
+def whole_spectrum(moments: "Moments") -> "Tensor":
+    """Eigenvalues of the summed second moments, falling, float64."""
+    import torch
+
+    return torch.linalg.eigvalsh(moments.total()).flip(0)
+
+
 def learn_mask(
     job: Job, moments: "Moments", mask_windows: "Windows", journal: "Journal", progress: "Progress"
 ) -> "Learned":
@@ -98,7 +105,7 @@ def final_basis(
 def build(
     job: Job,
     shape: "Shape",
-    projection: "Projection",
+    projection: "Projection | None",
     tokens: "Tensor",
     export: "Export",
     model: Path,
@@ -106,9 +113,9 @@ def build(
     progress: "Progress",
 ) -> list[dict[str, Any]]:
     """Make the small model's groups in order, in the dense model's family, and write them as they
-    come, as `export` has them; a log of all fits.
+    come, as `export` has them; a log of all fits. Without a `projection` they are the dense ones.
     """
-    from sp3llm.compression.projecting import plain_groups
+    from sp3llm.compression.projecting import plain_groups, whole_groups
     from sp3llm.compression.refitter import FinishedGroup
     from sp3llm.models import families
     from sp3llm.models.export import groups_written, with_zeros, write_model
@@ -118,7 +125,11 @@ def build(
     count = len(families.groups(job.family, job.dense.config))
     written_as = (export.family, export.config)
     done = ranks.from_first(lambda: groups_written(*written_as, job.dtype, journal))
-    if job.settings.refit:
+    refits = job.settings.refit and projection is not None
+    if projection is None:
+        what, start, fits = "rows that stay", done, []
+        groups = whole_groups(job.dense, job.family, job.dtype, done)
+    elif refits:
         what = "fold, rotate, cut, refit"
         start, fits, groups = _refitted(job, shape, projection, tokens, journal, done)
     else:
@@ -137,7 +148,7 @@ def build(
     else:
         steps = ((index, _nothing) for index, _ in made())
     for index, wait in steps:
-        if job.settings.refit and index + 1 < count and journal.due():
+        if refits and index + 1 < count and journal.due():
             wait()
             streams = {"dense": latest.dense.hidden, "small": latest.small.hidden}
             journal.save(_REFIT, index + 1, streams, {"fits": fits})

@@ -2,7 +2,9 @@
 
 The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for the whole stream):
 
-1. find the model, its family and its tokenizer; refuse what cannot be done before any work;
+1. find the model, its family and its tokenizer; refuse what cannot be done before any work; with
+   `--vocab-from` the model with the tokens that its text uses, and no others, is the dense one from
+   here on;
 2. list the shapes within the budget;
 3. stream the dense model over calibration text, layer by layer, and sum the second moments of the
    normalised residual stream; held-out text goes along for the perplexity before;
@@ -20,7 +22,7 @@ The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for t
 
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,30 +33,34 @@ from sp3llm.compression.afterwards import (
     write_report,
 )
 from sp3llm.compression.attempts import compress_resumably
-from sp3llm.compression.job import Job, Result, hub_id, prepare, with_dtype
+from sp3llm.compression.job import Job, Result, with_dtype
+from sp3llm.compression.preparing import prepare
+from sp3llm.compression.recording import record_of
 from sp3llm.compression.shape_search import choose_shape, least_units
-from sp3llm.compression.stages import build, energy_kept, final_basis, learn_mask
-from sp3llm.compression.texts import draw_windows, read_mask_windows, read_windows
+from sp3llm.compression.stages import (
+    build,
+    energy_kept,
+    final_basis,
+    learn_mask,
+    whole_spectrum,
+)
+from sp3llm.compression.texts import draw_texts, read_mask_windows, read_texts
 from sp3llm.options import CompressConfig, command_line
 from sp3llm.reporting.record import (
-    Excess,
-    Fit,
     LearnedMask,
     PartCounts,
-    Prediction,
     Record,
-    TextSet,
-    Trial,
     read_record,
     write_record,
 )
-from sp3llm.reporting.typed_json import from_json, to_json
+from sp3llm.reporting.typed_json import from_json
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
     from sp3llm.runtime.journal import Journal
+    from sp3llm.vocabulary.wanted import Wanted
 
 
 def compress(settings: CompressConfig, console: "Console") -> Result | None:
@@ -74,23 +80,24 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
     ranks, device = init_distributed(settings.device)
     job = None
 
-    def look() -> None:
+    def look() -> "Wanted | None":
         nonlocal job
         job = prepare(settings, ranks, device, console)
+        return None if job.vocabulary is None else job.vocabulary.wanted
 
-    ranks.from_first(look)  # it may download; the others then find everything there
-    job = job or prepare(settings, ranks, device, console)
+    wanted = ranks.from_first(look)  # it may download; the others then find everything there
+    job = job or prepare(settings, ranks, device, console, wanted)
     out = Path(os.path.realpath(job.out))  # where `.` is when it has been replaced
     result = None
     if ranks.from_first(lambda: is_being_recovered(job)):
         console.print(f"'{job.out}' is compressed; going on with its recovery.", markup=False)
-        tokens = ranks.from_first(lambda: read_windows(job))[1].tokens
+        held_out = ranks.from_first(lambda: read_texts(job))[1]
     else:
         result, record, job = compress_resumably(job, run_stages, console)
-        tokens = result.evaluation.tokens
+        held_out = result.held_out
         console.print(closing_table(record))
         if ranks.is_first:
-            write_report(job, out, tokens, record, console)
+            write_report(job, out, held_out, record, console)
         console.print(next_steps(job.out, record, settings.report), highlight=False, markup=False)
         ranks.from_first(lambda: None)  # the result has its final name when the others go on
     if settings.recover_steps:
@@ -100,7 +107,7 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
     if (settings.recover_steps or settings.score) and ranks.is_first:
         record = read_record(out)
         write_card(out, record, job.folder)
-        write_report(job, out, tokens, record, console)
+        write_report(job, out, held_out, record, console)
     if settings.quantize and ranks.is_first:
         quantize_result(settings, out, console)
     return result
@@ -112,7 +119,10 @@ def run_stages(
     """All stages, and their record; what `journal` has of one is not done again. `model` holds
     everything then.
     """
+    import torch
+
     from sp3llm.compression.measuring import measure_dense
+    from sp3llm.compression.vocabulary_losses import vocabulary_losses
     from sp3llm.evaluation.perplexity import measure_losses
     from sp3llm.maths.paired import excess_log_perplexity
     from sp3llm.models import families
@@ -129,47 +139,61 @@ def run_stages(
     from sp3llm.runtime.machine import device_memory, peak_memory
     from sp3llm.runtime.memory import trim_memory
     from sp3llm.text.tokenizer import keep_tokenizer_class
+    from sp3llm.vocabulary.restricting import instead_of
 
     settings, dense, family, execution = job.settings, job.dense, job.family, job.execution
     reading = progress.add_task("text, calibration and evaluation", total=1)
-    calibration, evaluation = draw_windows(job, journal)
+    calibration, held_out = draw_texts(job, journal)
     progress.advance(reading)
     mask_windows = None
     if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
-        mask_windows = execution.ranks.from_first(lambda: read_mask_windows(job, evaluation))
+        mask_windows = execution.ranks.from_first(lambda: read_mask_windows(job, held_out.windows))
     moments, dense_losses = measure_dense(
         dense,
         family,
         calibration.tokens,
-        evaluation.tokens,
+        held_out.tokens,
         settings.moments,
-        settings.basis,
+        "pca" if all(map(job.is_whole, job.shapes)) else settings.basis,
         execution,
         progress,
         journal,
         least_units(job),
+        job.original,
     )
     if mask_windows is not None:
         mask = learn_mask(job, moments, mask_windows, journal, progress)
         shape, findings = mask.shape, Findings()
     else:
         mask = None
-        shape, findings = choose_shape(job, moments, calibration.tokens, journal, progress)
-    plan = plan_of(family, dense.config, job.limits, shape)
+        fewer = vocabulary_losses(job, journal, progress)
+        tokens = calibration.tokens
+        shape, findings = choose_shape(job, moments, tokens, journal, progress, fewer)
+        job = job.with_vocabulary_of(shape)
+        if job.dense is not dense:
+            dense = job.dense
+            calibration, held_out = draw_texts(job, journal)
+    plan = plan_of(family, job.original.config, job.limits, shape)
     progress.console.print(plan_line(job.name, plan), highlight=False, markup=False)
     small_config = resized_config(family, dense.config, shape)
     small_config = with_dtype(small_config, job.dtype, job.dense_dtype)
     # What is computed stays in the dense model's family; what is written, and scored, may not.
     export = export_of(family, small_config, settings.export_as)
-    eigenvalues, projection = final_basis(job, shape, moments, calibration.tokens, journal, mask)
-    energy = energy_kept(moments, projection)
+    if job.is_whole(shape):
+        eigenvalues, projection, energy = whole_spectrum(moments), None, 1.0
+    else:
+        tokens = calibration.tokens
+        eigenvalues, projection = final_basis(job, shape, moments, tokens, journal, mask)
+        energy = energy_kept(moments, projection)
     del moments  # at large widths several matrices that nothing needs any more
     trim_memory()
     fits = build(job, shape, projection, calibration.tokens, export, model, journal, progress)
     small = execution.ranks.from_first(
         lambda: written(export.family, export.config, job.dtype, model)
     )
-    losses = measure_losses(small, export.family, evaluation.tokens, execution, progress, journal)
+    tokens = held_out.small_tokens
+    losses = measure_losses(small, export.family, tokens, execution, progress, journal)
+    nats, dense_nats = held_out.small_nats(losses), held_out.dense_nats(dense_losses)
     result = Result(
         name=job.name,
         out=job.out,
@@ -180,85 +204,38 @@ def run_stages(
         fits=fits,
         eigenvalues=eigenvalues,
         energy_kept=energy,
-        dense_bytes=dense.stored_bytes(families.parameter_shapes(family, dense.config)),
+        dense_bytes=job.original.stored_bytes(
+            families.parameter_shapes(family, job.original.config)
+        ),
         weight_bytes=plan.parameters * job.dtype.itemsize,
         calibration=calibration,
-        evaluation=evaluation,
-        dense_perplexity=job.objective.merit(dense_losses),
-        perplexity=job.objective.merit(losses),
-        excess=excess_log_perplexity(losses, dense_losses),
+        held_out=held_out,
+        dense_perplexity=job.objective.merit(dense_nats),
+        perplexity=job.objective.merit(nats),
+        excess=excess_log_perplexity(nats, dense_nats),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
         device_memory=device_memory(str(execution.device)),
     )
     parts = PartCounts(
-        dense=families.count_parts(family, dense.config),
+        dense=families.count_parts(family, job.original.config),
         small=families.count_parts(export.family, export.config),
     )
     about_mask = None
     if mask is not None:
         trained_on = mask_windows.describe()
         about_mask = from_json(LearnedMask, {**mask.describe(), "training": trained_on})
-    record = _record(job, result, parts, about_mask)
+    record = record_of(job, result, parts, about_mask)
     if execution.ranks.is_first:
-        record = replace(record, files_copied=tuple(copy_companions(job.folder, model)))
+        instead = None if job.vocabulary is None else instead_of(job.vocabulary.files)
+        copied = copy_companions(job.folder, model, instead)
+        record = replace(record, files_copied=tuple(copied))
         write_record(model, record)
         write_card(model, record, job.folder)
-        write_basis(model, projection.writes())
+        write_basis(
+            model, torch.eye(len(eigenvalues)) if projection is None else projection.writes()
+        )
         if export.family is not family:
             keep_tokenizer_class(job.folder, model)
         write_json(model / "config.json", export.config, allow_nan=True)
     return result, record
-
-
-def _record(job: Job, result: Result, parameters: PartCounts, mask: LearnedMask | None) -> Record:
-    """Everything needed to know, and repeat, what was done; options as they were resolved."""
-    from sp3llm.runtime.machine import machine, versions
-
-    device, dtype = str(job.execution.device), str(job.dtype).removeprefix("torch.")
-    settings = replace(
-        job.settings,
-        out=result.out,
-        calib=",".join(result.calibration.sources),
-        eval_text=",".join(result.evaluation.sources),
-        seq_len=result.calibration.tokens.shape[1],
-        allocate=job.settings.allocation,
-        multiple_of=result.plan.multiple_of,
-        device=device,
-        dtype=dtype,
-    )
-    return Record(
-        model=result.name,
-        base_model=hub_id(job.settings, result.name),
-        architecture=result.architecture,
-        dense_architecture=job.family.architecture,
-        command=result.command,
-        settings=to_json(settings),
-        plan=result.plan,
-        calibration=from_json(TextSet, result.calibration.describe()),
-        evaluation=from_json(TextSet, result.evaluation.describe()),
-        dense_perplexity=result.dense_perplexity,
-        perplexity=result.perplexity,
-        excess_log_perplexity=from_json(Excess, result.excess.describe()),
-        trials=tuple(
-            Trial(**asdict(shape), trial_loss=loss) for shape, loss in result.findings.tried.items()
-        ),
-        predictions=tuple(
-            Prediction(**asdict(shape), predicted_loss=loss)
-            for shape, loss in result.findings.predicted.items()
-        ),
-        fits=tuple(from_json(Fit, fit) for fit in result.fits),
-        eigenvalues=tuple(result.eigenvalues.tolist()),
-        energy_kept=result.energy_kept,
-        dtype=dtype,
-        compute_dtype=str(job.execution.dtype).removeprefix("torch."),
-        dense_weight_bytes=result.dense_bytes,
-        weight_bytes=result.weight_bytes,
-        seconds=round(result.seconds, 2),
-        peak_memory_bytes=result.peak_memory,
-        device_memory_bytes=result.device_memory,
-        versions=versions(),
-        machine=machine(device),
-        mask=mask,
-        parameters=parameters,
-    )

@@ -1,75 +1,108 @@
 """The text of a compression: calibration, evaluation and a mask's training windows."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sp3llm.compression.job import Job, calibration_sets
+from sp3llm.compression.job import Job, calibration_sets, evaluation_sets
 
 if TYPE_CHECKING:
     from sp3llm.runtime.journal import Journal
     from sp3llm.text.windows import Windows
+    from sp3llm.vocabulary.choosing import ChosenVocabulary
+    from sp3llm.vocabulary.same_text import HeldOut
 
 
-_TEXT = "text"
+# Stages, as the journal of a run knows them: the first text, and that in the tokens of another
+# vocabulary that a search has chosen.
+_TEXT, _CHOSEN_TEXT = "text", "text-chosen"
 
 
-def draw_windows(job: Job, journal: "Journal") -> "tuple[Windows, Windows]":
-    """Calibration and evaluation windows of the length the model can take; the first process
-    reads the text.
+def draw_texts(job: Job, journal: "Journal") -> "tuple[Windows, HeldOut]":
+    """Calibration windows in the tokens that stay, and held-out ones, of the length that the model
+    can take; the first process reads the text.
     """
     from sp3llm.text.windows import Windows
+    from sp3llm.vocabulary.same_text import HeldOut, SameText
 
-    before = journal.latest(_TEXT)
+    is_first = job.vocabulary is None or job.vocabulary is job.vocabularies[0]
+    stage = _TEXT if is_first else _CHOSEN_TEXT
+    before = journal.latest(stage)
     if before is None:
-        both = job.execution.ranks.from_first(lambda: read_windows(job))
+        calibration, held_out = job.execution.ranks.from_first(lambda: read_texts(job))
+        both = (calibration, held_out.windows)
         facts = [
-            {**vars(windows), "tokens": None, "documents": sorted(windows.documents)}
-            for windows in both
+            {**vars(one), "tokens": None, "begins_word": None, "documents": sorted(one.documents)}
+            for one in both
         ]
-        tensors = {str(i): windows.tokens for i, windows in enumerate(both)}
-        journal.save(_TEXT, 0, tensors, {"windows": facts})
-        return both
+        tensors = {f"{i}.tokens": windows.tokens for i, windows in enumerate(both)}
+        same = {} if held_out.same is None else vars(held_out.same)
+        numbers = {name: value for name, value in same.items() if isinstance(value, int)}
+        tensors |= {f"same.{name}": same[name] for name in same.keys() - numbers.keys()}
+        journal.save(stage, 0, tensors, {"windows": facts, "same": numbers})
+        return calibration, held_out
     calibration, evaluation = (
         Windows(
             **{
                 **facts,
-                "tokens": before.tensors[str(i)],
+                "tokens": before.tensors[f"{i}.tokens"],
                 "sources": tuple(facts["sources"]),
                 "documents": frozenset(facts["documents"]),
             }
         )
         for i, facts in enumerate(before.facts["windows"])
     )
-    return calibration, evaluation
+    same = {
+        name.removeprefix("same."): tensor
+        for name, tensor in before.tensors.items()
+        if name.startswith("same.")
+    }
+    same |= before.facts["same"]
+    return calibration, HeldOut(evaluation, SameText(**same) if same else None)
 
 
-def read_windows(job: Job) -> "tuple[Windows, Windows]":
-    """Calibration and evaluation windows, read anew.
+def read_texts(job: Job) -> "tuple[Windows, HeldOut]":
+    """Calibration and held-out windows, read anew.
 
     Raises UserError if a text will not do, or the tokenizer has ids that the model has not.
     """
     from sp3llm.models import families
     from sp3llm.planning.windows import window_length
-    from sp3llm.text.sources import default_evaluation
     from sp3llm.text.tokenizer import load_tokenizer
     from sp3llm.text.windows import check_token_ids
+    from sp3llm.vocabulary.same_text import calibrated_documents, held_out_text
 
     settings, dense, family = job.settings, job.dense, job.family
     seq_len = window_length(family, dense.config, settings.seq_len)
-    tokenizer = load_tokenizer(dense.folder)
+    tokenizer = tokenizer_of(job, job.vocabulary)
+    whole = tokenizer if job.vocabulary is None else load_tokenizer(dense.folder)
+    draw, drawn = job.objective.calibration_windows, (settings.samples, seq_len, settings.seed)
     calib = calibration_sets(settings)
-    calibration = job.objective.calibration_windows(
-        calib, tokenizer, settings.samples, seq_len, settings.seed
-    )
-    evaluation = job.objective.evaluation_windows(
-        settings.eval_text or default_evaluation(calib),
-        tokenizer,
+    calibration = draw(calib, tokenizer, *drawn)
+    calibrated = calibration.documents
+    if whole is not tokenizer:
+        calibrated |= calibrated_documents(draw, calib, (whole, whole), *drawn)
+    held_out = held_out_text(
+        job.objective.evaluation_windows,
+        evaluation_sets(settings),
+        (whole, tokenizer),
         settings.eval_samples,
         seq_len,
-        calibration.documents,
+        calibrated,
+        families.setting(family, dense.config, "max_position_embeddings"),
     )
-    vocab_size = families.axis_sizes(family, dense.config)[families.VOCAB]
-    check_token_ids((calibration, evaluation), vocab_size, dense.folder)
-    return calibration, evaluation
+    for checkpoint, windows in ((dense, calibration), (job.original, held_out.windows)):
+        vocab_size = families.axis_sizes(family, checkpoint.config)[families.VOCAB]
+        check_token_ids([windows], vocab_size, dense.folder)
+    return calibration, held_out
+
+
+def tokenizer_of(job: Job, vocabulary: "ChosenVocabulary | None") -> Any:
+    """The tokenizer of the tokens that stay; None: of all."""
+    from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.vocabulary.restricting import restricted_tokenizer
+
+    if vocabulary is None:
+        return load_tokenizer(job.dense.folder)
+    return restricted_tokenizer(vocabulary, job.dense.config)
 
 
 def read_mask_windows(job: Job, evaluation: "Windows") -> "Windows":

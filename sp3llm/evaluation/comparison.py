@@ -237,17 +237,17 @@ def _mean_row(asked: Mean, rows: Mapping[tuple[str, str], Row]) -> Row | None:
 
 
 def _perplexity_rows(small: Scored, dense: Scored | None) -> list[Row]:
-    """Token perplexity and its logarithm, paired where both models saw the same windows."""
+    """Token perplexity and its logarithm, both models' where they saw the same windows: what one
+    with other tokens loses on each of its own compares with nothing.
+    """
     rows = []
     for asked, losses in small.losses.items():
         ours = losses.mean(1).tolist()
-        theirs, same = None, False
-        if dense is not None:
-            theirs = dense.losses[asked].mean(1).tolist()
-            same = small.windows[asked].sha256 == dense.windows[asked].sha256
+        is_compared = dense is not None and _saw_the_same(asked, small, dense)
+        theirs = dense.losses[asked].mean(1).tolist() if is_compared else None
         for metric, aggregate in (("token perplexity", _exp_mean), ("log perplexity", None)):
             value = aggregate or mean
-            error = paired_standard_error(ours, theirs, aggregate) if same else None
+            error = paired_standard_error(ours, theirs, aggregate) if is_compared else None
             rows.append(
                 Row(
                     task=str(asked),
@@ -261,6 +261,21 @@ def _perplexity_rows(small: Scored, dense: Scored | None) -> list[Row]:
                 )
             )
     return rows
+
+
+def not_compared(small: Scored, dense: Scored) -> list[str]:
+    """Which token perplexities stand without the other model's, and what to look at instead."""
+    return [
+        f"The token perplexity on {asked} is that of the first model alone: the other's tokens are "
+        "not the same, and what each of them costs does not compare. Bits or perplexity a byte, of "
+        "lm-eval's tasks and in sp3llm.json, do."
+        for asked in small.losses
+        if not _saw_the_same(asked, small, dense)
+    ]
+
+
+def _saw_the_same(asked: TokenPerplexity, small: Scored, dense: Scored) -> bool:
+    return small.windows[asked].sha256 == dense.windows[asked].sha256
 
 
 def _exp_mean(values: Sequence[float]) -> float:

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.errors import UserError, reason
-from sp3llm.evaluation.comparison import Comparison, Items, Scored, compare, markdown, table
+from sp3llm.evaluation.comparison import (
+    Comparison,
+    Items,
+    Scored,
+    compare,
+    markdown,
+    not_compared,
+    table,
+)
 from sp3llm.evaluation.selection import (
     Mean,
     Selection,
@@ -440,6 +448,7 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
         return None
     small, dense = scored[0], scored[1] if len(scored) > 1 else None
     rows = compare(loaded, selection, small, dense)
+    notes += [] if dense is None else not_compared(small, dense)
     against = models[1].name if len(models) > 1 else None
     hashes = small.hashes | {str(text): drawn.sha256 for text, drawn in small.windows.items()}
     comparison = Comparison(models[0].name, against, rows, notes, hashes)

@@ -114,6 +114,18 @@ class CompressConfig:
         default="none",
         choices=TURNS,
     )
+    vocab_from: str | None = option(
+        "text like what the model will be used for, named like --calib; all of it but an "
+        "evaluation split is read, and tokens that it does not use leave vocabulary and tokenizer",
+        default=None,
+        metavar="SETS",
+    )
+    vocab_size: int | None = option(
+        "tokens that are kept of the vocabulary at most, those that --vocab-from uses most",
+        default=None,
+        shown="all that the text uses",
+        least=1,
+    )
     allocate: str | None = option(
         "how the budget is spent: on the mix of hidden size, FFN width and KV groups that loses "
         "least, or on the hidden size alone",
@@ -230,6 +242,16 @@ class CompressConfig:
         if self.quantize is not None:
             check_bits("quantize", self.quantize)
         check_fields(self)
+        if self.vocab_size is not None and self.vocab_from is None:
+            raise UserError(
+                f"Expected --vocab-from with --vocab-size, found {self.vocab_size} alone: name "
+                "text like what the model will be used for, which says which tokens stay."
+            )
+        if self.vocab_from is not None and self.mask == "learned":
+            raise UserError(
+                "Expected --mask closed-form with --vocab-from, found learned, whose gates are "
+                "learned on the dense model with all of its vocabulary: leave one of them out."
+            )
         if self.recover_steps < 0:
             raise UserError(
                 f"Expected --recover-steps of at least 0, found {self.recover_steps}: give a "

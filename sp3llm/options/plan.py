@@ -28,6 +28,8 @@ class PlanConfig:
     model: str | None = same_as(CompressConfig, "model")
     keep: float = same_as(CompressConfig, "keep")
     of: str = same_as(CompressConfig, "of")
+    vocab_from: str | None = same_as(CompressConfig, "vocab_from")
+    vocab_size: int | None = same_as(CompressConfig, "vocab_size")
     allocate: str | None = same_as(CompressConfig, "allocate")
     tie: str = same_as(CompressConfig, "tie")
     hidden_size: int | None = same_as(CompressConfig, "hidden_size")

@@ -24,6 +24,7 @@ def start_shape(request: Request) -> Shape:
     limits, dense = request.limits, request.dense
     shape = dense.with_groups(limits.num_key_value_heads or dense.num_key_value_heads)
     shape = replace(shape, intermediate_size=limits.intermediate_size or dense.intermediate_size)
+    shape = replace(shape, vocab_size=limits.vocab_rows or dense.vocab_size)
     shape = shape.untied() if limits.tie == "untie" else shape
     _check_width_of_heads(request, shape)
     _check_tensor_parallel(request, shape)

@@ -33,12 +33,17 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
     KV groups fall in steps of about an eighth; for each number of them hidden sizes rise from the
     widest that leaves the FFN whole, in steps of a sixteenth at least, and the FFN takes up the
     remainder of the budget, down to three tenths. Sizes fixed by hand stay, and so do experts.
+    Where fewer rows of the vocabulary are all that the budget asks for, nothing else is cut.
 
     Raises UserError if none fits, a size fixed by hand is impossible, or the model cannot be
     written as the class asked for.
     """
     check_export(family, config, limits.export_as)
-    return _candidates(request_of(family, config, limits))
+    request = request_of(family, config, limits)
+    whole = replace(request.dense, vocab_size=limits.vocab_rows or request.dense.vocab_size)
+    if whole != request.dense and not limits.by_hand and request.cost(whole) <= request.budget:
+        return [whole]
+    return _candidates(request)
 
 
 def _candidates(request: Request) -> list[Shape]:

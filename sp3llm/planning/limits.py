@@ -17,6 +17,10 @@ _LARGE_MULTIPLE, _FINER_MULTIPLE, SMALL_MULTIPLE = 256, 64, 8
 _COARSEST = 8
 # Heads shrink in steps of this many dimensions, as small widths do.
 HEAD_DIM_STEP = 8
+_BY_HAND = (
+    *("hidden_size", "intermediate_size", "num_key_value_heads"),
+    *("head_dim", "word_embed_proj_dim"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Limits:
     """Fixed by hand, in families whose heads can shrink."""
     word_embed_proj_dim: int | None = None
     """Fixed by hand, in families that have it."""
+    vocab_rows: int | None = None
+    """Rows of the tables with one for every token; None: as many as there are."""
     tie: str = "keep"
     """What becomes of a tied head: `keep`, `untie`, or `auto`, both to choose from."""
     square: bool = False
@@ -53,6 +59,11 @@ class Limits:
     """Bytes of a weight, and of an entry of the KV cache."""
     export_as: str = "same"
     """The class that the compressed model is written as: `auto`, `same` or `llama`."""
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether a size is fixed by hand, or the tie broken."""
+        return self.tie == "untie" or any(getattr(self, name) is not None for name in _BY_HAND)
 
 
 def limits_of(settings: CompressConfig, itemsize: int) -> Limits:

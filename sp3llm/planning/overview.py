@@ -1,22 +1,26 @@
 """What `sp3llm plan` finds out: the shapes within a budget, what they cost, what a run will need.
 
-From `config.json` alone: no weights are read.
+From `config.json` alone, and the tokenizer where text says which tokens stay: no weights are read.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sp3llm.models import families
 from sp3llm.models.families import Family
 from sp3llm.models.shapes import Cost, Shape
-from sp3llm.models.source import resolve_config
+from sp3llm.models.source import read_config, resolve_config, resolve_tokenizer
 from sp3llm.options import PlanConfig
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits, cost_within, limits_of
 from sp3llm.planning.needs import Needs, Workload, needs_of
 from sp3llm.planning.recovery_needs import RecoveryNeeds, recovery_needs_of
 from sp3llm.planning.windows import window_length
+
+if TYPE_CHECKING:
+    from sp3llm.vocabulary.choosing import ChosenVocabulary
 
 # Bytes of a weight by the dtype that a config states, where it is not two.
 _ITEMSIZES = {"float64": 8, "float32": 4}
@@ -33,6 +37,8 @@ class Overview:
     family: Family
     config: Mapping[str, Any]
     """`config.json` of the dense model."""
+    vocabulary: "ChosenVocabulary | None"
+    """The tokens that stay; None: all."""
     limits: Limits
     shapes: list[Shape]
     """Within the budget, the one that spends all of it on the hidden size first."""
@@ -54,6 +60,9 @@ class Overview:
             "shapes": [{**asdict(shape), **asdict(cost)} for shape, cost in costs],
             "needs": asdict(self.needs),
         }
+        if self.vocabulary is not None:
+            kept = self.vocabulary.kept
+            plain["vocabulary"] = {"tokens": len(kept.old_ids), "rows": kept.rows}
         if self.recovery_needs is not None:
             plain["recovery_needs"] = asdict(self.recovery_needs)
         return plain
@@ -64,11 +73,19 @@ def overview_of(settings: PlanConfig) -> Overview:
 
     Raises UserError if there is no such model, it cannot be compressed, or no shape fits.
     """
-    config, name, note = resolve_config(settings.model)
+    if settings.vocab_from is None:
+        config, name, note = resolve_config(settings.model)
+    else:
+        folder, name, note = resolve_tokenizer(settings.model)
+        config = read_config(folder)
     family = families.family_of(config)
     stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     itemsize = _ITEMSIZES.get(stated.removeprefix("torch."), 2)
     limits = limits_of(settings.compression, itemsize)
+    vocabulary = None
+    if settings.vocab_from is not None:
+        vocabulary = _vocabulary(settings, folder, family, config)
+        limits = replace(limits, vocab_rows=vocabulary.kept.rows)
     shapes = candidates(family, config, limits)
     seq_len = window_length(family, config, settings.seq_len)
     workload = Workload(settings.samples, settings.eval_samples, seq_len, itemsize)
@@ -80,5 +97,19 @@ def overview_of(settings: PlanConfig) -> Overview:
         )
     costs = [cost_within(family, config, limits, shape) for shape in shapes]
     return Overview(
-        name, note, family, config, limits, shapes, costs, seq_len, needs, recovery_needs
+        *(name, note, family, config, vocabulary, limits, shapes, costs),
+        *(seq_len, needs, recovery_needs),
     )
+
+
+def _vocabulary(
+    settings: PlanConfig, folder: Path, family: Family, config: Mapping[str, Any]
+) -> "ChosenVocabulary":
+    """The tokens that stay of the tokenizer in a model folder."""
+    from sp3llm.vocabulary.choosing import choose_vocabularies
+    from sp3llm.vocabulary.wanted import wanted_tokens
+
+    rows = families.axis_sizes(family, config)[families.VOCAB]
+    wanted = wanted_tokens(settings.vocab_from, folder, rows)
+    size, devices = settings.vocab_size, settings.tensor_parallel
+    return choose_vocabularies(folder, wanted, size, devices, most=1)[0]

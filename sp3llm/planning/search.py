@@ -61,6 +61,8 @@ class Losses:
     """By the narrower stream, and by a narrower table of embeddings."""
     units: float
     """By fewer FFN neurons and KV groups, and by smaller heads."""
+    vocabulary: float = 0.0
+    """By fewer tokens, which is known and needs no scale."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,14 @@ def expected(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) ->
     trials leave a mix of them open, it is that of one scale for both.
     """
     scale_stream, scale_units = _scales(
-        [(predicted[shape], loss) for shape, loss in tried.items() if loss > 0]
+        [
+            (predicted[shape], loss - predicted[shape].vocabulary)
+            for shape, loss in tried.items()
+            if loss > predicted[shape].vocabulary
+        ]
     )
     return {
-        shape: scale_stream * losses.stream + scale_units * losses.units
+        shape: scale_stream * losses.stream + scale_units * losses.units + losses.vocabulary
         for shape, losses in predicted.items()
     }
 

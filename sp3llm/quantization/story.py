@@ -39,6 +39,7 @@ from sp3llm.reporting.record import (
     QuantizationCost,
     QuantizationEntry,
     Record,
+    SameText,
     read_record,
     without_measurements,
     write_record,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from sp3llm.models.objectives.schema import Objective
     from sp3llm.models.shapes import Shape
     from sp3llm.runtime.devices import Execution
+    from sp3llm.vocabulary.same_text import HeldOut
 
 
 # Of a weight, its share of the scales included: a float32 for a row, or for 64 weights.
@@ -65,10 +67,17 @@ _BYTES = {"int8": 1.02, "nf4": 0.5625}
 class Measuring:
     """What models are measured on, and where."""
 
-    tokens: "Tensor"
-    """Held-out token ids, `(windows, seq_len)`."""
+    held_out: "HeldOut"
     execution: "Execution"
     progress: "Progress"
+
+    def reading(self, what: str) -> "tuple[Tensor, Callable[[Tensor], Tensor]]":
+        """Token ids as the `dense` or the `compressed` model has them, `(windows, tokens)`, and
+        what makes losses on them, `(windows, tokens - 1)`, comparable with the other's.
+        """
+        if what == "dense":
+            return self.held_out.tokens, self.held_out.dense_nats
+        return self.held_out.small_tokens, self.held_out.small_nats
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Found:
     """What was measured of one model."""
 
     losses: "Tensor"
-    """Nats, `(windows, tokens - 1)`."""
+    """Nats a token of the dense model, a row a window (`HeldOut.small_nats`)."""
     weight_bytes: int
     """Of its files of weights."""
     linear_bytes: int
@@ -90,7 +99,7 @@ def quantize(settings: QuantizeConfig, console: "Console") -> Record:
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
     from sp3llm.quantization.bits import check_installed, check_widths
-    from sp3llm.reporting.origins import held_out_tokens
+    from sp3llm.reporting.origins import held_out_text
     from sp3llm.reporting.quantization import closing_table, next_steps
     from sp3llm.runtime.devices import arithmetic_of, resolve_execution
     from sp3llm.runtime.folders import output_folder
@@ -109,16 +118,16 @@ def quantize(settings: QuantizeConfig, console: "Console") -> Record:
         folder = Path(folder.name)
     out = settings.out or quantized_folder(folder, settings.to)
     _check_output(out, settings.to, small, dense)
-    tokens = held_out_tokens(record, small.checkpoint.folder)
+    held_out = held_out_text(record, small.checkpoint.folder, dense.checkpoint.folder)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
 
     with output_folder(out, say) as partial, progress_bars(console) as progress:
-        measuring = Measuring(tokens, execution, progress)
+        measuring = Measuring(held_out, execution, progress)
         stock, models = _measure_four(dense, small, settings.to, partial, measuring)
         sources = {"dense": dense, "small": small}
-        entry = _entry(settings, out, sources, models, execution, started)
+        entry = _entry(settings, out, sources, models, measuring, started)
         record = replace(without_measurements(record), quantization=entry)
         _finish(small, dense, record, stock, partial)
     console.print(closing_table(record.model, record.evaluation, entry))
@@ -250,16 +259,17 @@ def _in_full(model: Source, measuring: Measuring, what: str) -> Found:
     """A model as it is, streamed; `what` is how progress calls it."""
     from sp3llm.evaluation.perplexity import measure_losses
 
+    tokens, nats = measuring.reading(what)
     losses = measure_losses(
         model.checkpoint,
         model.family,
-        measuring.tokens,
+        tokens,
         measuring.execution,
         measuring.progress,
         what=f"{what} model, perplexity",
     )
     linear = linear_parameters(model) * model.checkpoint.dtype().itemsize
-    return Found(losses, weight_bytes(model.checkpoint), linear)
+    return Found(nats(losses), weight_bytes(model.checkpoint), linear)
 
 
 def _in_few_bits(
@@ -271,7 +281,8 @@ def _in_few_bits(
     """
     from sp3llm.quantization.bits import take_any_width, unfit
 
-    tokens, execution, progress = measuring.tokens, measuring.execution, measuring.progress
+    execution, progress = measuring.execution, measuring.progress
+    tokens, nats = measuring.reading(what)
     bar = progress.add_task(f"{what} model, to {to}", total=1)
     stock = write_quantized(model, to, execution.device, folder)
     progress.update(bar, completed=1)
@@ -286,7 +297,7 @@ def _in_few_bits(
     )
     sizes = tensor_bytes(files)
     linear = sum(sizes[name] for name in sizes if _is_of(name, model.linear()))
-    return stock, Found(losses, sum(path.stat().st_size for path in files), linear)
+    return stock, Found(nats(losses), sum(path.stat().st_size for path in files), linear)
 
 
 def _is_of(name: str, modules: Iterable[str]) -> bool:
@@ -328,7 +339,7 @@ def _entry(
     out: Path,
     sources: Mapping[str, Source],
     measured: Mapping[str, Found],
-    execution: "Execution",
+    measuring: Measuring,
     started: float,
 ) -> QuantizationEntry:
     """What the record has of a quantization into `out` that began at `started`, by
@@ -340,6 +351,7 @@ def _entry(
     from sp3llm.quantization import bits
     from sp3llm.runtime.machine import device_memory, machine, peak_memory, versions
 
+    execution = measuring.execution
     losses = {name: model.losses for name, model in measured.items()}
     small, dense = sources["small"], sources["dense"]
     models = {
@@ -352,6 +364,8 @@ def _entry(
         )
         for name, model in measured.items()
     }
+    perplexities = {name: model.perplexity for name, model in models.items()}
+    same = measuring.held_out.describe(**perplexities)
     resolved = replace(settings, dense=dense.name, out=out, device=str(execution.device))
     is_cpu = execution.device.type == "cpu"
     return QuantizationEntry(
@@ -373,11 +387,12 @@ def _entry(
         seconds=round(time.monotonic() - started, 2),
         peak_memory_bytes=peak_memory(),
         device_memory_bytes=device_memory(str(execution.device)),
+        same_text=from_json(SameText, same) if same else None,
     )
 
 
 def _excess(losses: "Tensor", baseline: "Tensor") -> Excess:
-    """Log-perplexity over another model's, from token losses `(windows, tokens - 1)`."""
+    """Log-perplexity over another model's, from both `Found.losses`."""
     from sp3llm.maths.paired import excess_log_perplexity
 
     return from_json(Excess, excess_log_perplexity(losses, baseline).describe())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sp3llm.models.objectives.schema import Objective
     from sp3llm.runtime.processes import Ranks
     from sp3llm.text.windows import Windows
+    from sp3llm.vocabulary.same_text import HeldOut
 
 
 # Settings that change neither the course of training nor what its checkpoints hold.
@@ -40,6 +41,9 @@ class Pair:
     dense: "Checkpoint"
     dense_family: "Family"
     teacher: str
+    rows: tuple[int, ...] | None = None
+    """By row of the compressed model's tables the teacher's, where it has some of its tokens only;
+    None: it has all."""
 
     @property
     def compression(self) -> Record | None:
@@ -60,7 +64,8 @@ class Texts:
 
     training: "Windows"
     stopping: "Windows"
-    evaluation: "Windows"
+    held_out: "HeldOut"
+    """What is reported on."""
 
     def taught(self) -> "Tensor":
         """What the teacher is asked about: training windows, then those for stopping."""
@@ -100,6 +105,7 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
     from sp3llm.models.source import resolve_model
     from sp3llm.runtime.folders import RECORD
     from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.vocabulary.restricting import shared_rows
 
     folder, name, note = resolve_model(settings.model)
     record = read_any_record(folder)
@@ -122,13 +128,16 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
         for f, c in ((family, small), (dense_family, dense))
     ]
     tokenizers = [load_tokenizer(folder).get_vocab() for folder in (folder, dense_folder)]
-    if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:
+    rows, is_same = None, sizes[0] == sizes[1] and tokenizers[0] == tokenizers[1]
+    if not is_same:
+        rows = shared_rows(tokenizers[1], tokenizers[0], *sizes)
+    if not is_same and rows is None:
         raise UserError(
-            f"Expected a teacher with the vocabulary of '{name}' ({sizes[0]} tokens), found "
-            f"another in '{dense_name}' ({sizes[1]} tokens): name the dense model that it was "
-            "made from."
+            f"Expected a teacher with the vocabulary of '{name}' ({sizes[0]} tokens), or with "
+            f"more, found another in '{dense_name}' ({sizes[1]} tokens): name the dense model "
+            "that it was made from."
         )
-    return Pair(small, family, name, record, dense, dense_family, dense_name)
+    return Pair(small, family, name, record, dense, dense_family, dense_name, rows)
 
 
 def disk_bytes(settings: RecoverConfig, pair: Pair) -> int:
@@ -181,18 +190,23 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
     from sp3llm.models import families
     from sp3llm.text.tokenizer import load_tokenizer
     from sp3llm.text.windows import check_token_ids
+    from sp3llm.vocabulary.same_text import held_out_text
 
     tokenizer = load_tokenizer(pair.small.folder)
     seq_len = window_length_of(settings, pair)
     compression = pair.compression
     names, eval_names = _sets_to_train_and_report_on(settings, pair)
-    evaluation = pair.objective.evaluation_windows(
+    whole = tokenizer if pair.rows is None else load_tokenizer(pair.dense.folder)
+    held_out = held_out_text(
+        pair.objective.evaluation_windows,
         eval_names,
-        tokenizer,
+        (whole, tokenizer),
         settings.eval_samples,
         compression.evaluation.seq_len if compression else seq_len,
-        _calibrated_documents(pair, eval_names, tokenizer),
+        _calibrated_documents(pair, eval_names, (whole, tokenizer)),
+        families.setting(pair.family, pair.small.config, "max_position_embeddings"),
     )
+    evaluation = held_out.windows
     training = pair.objective.training_windows(
         names,
         tokenizer,
@@ -210,16 +224,21 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
         evaluation.documents | training.documents,
         stopping=settings.stop_text is None,
     )
-    vocab_size = families.axis_sizes(pair.family, pair.small.config)[families.VOCAB]
-    check_token_ids((training, stopping, evaluation), vocab_size, pair.small.folder)
-    return Texts(training, stopping, evaluation)
+    for family, model, windows in (
+        (pair.family, pair.small, (training, stopping)),
+        (pair.dense_family, pair.dense, (evaluation,)),
+    ):
+        vocab_size = families.axis_sizes(family, model.config)[families.VOCAB]
+        check_token_ids(windows, vocab_size, model.folder)
+    return Texts(training, stopping, held_out)
 
 
-def _calibrated_documents(pair: Pair, names: str, tokenizer: Any) -> frozenset[str]:
+def _calibrated_documents(pair: Pair, names: str, tokenizers: tuple[Any, Any]) -> frozenset[str]:
     """Documents that the compression was calibrated on, where it read sets that are also to be
     reported on: they are left out, as the compression left them out.
     """
     from sp3llm.text.sources import resolve_source
+    from sp3llm.vocabulary.same_text import calibrated_documents
 
     compression = pair.compression
     if compression is None:
@@ -228,13 +247,14 @@ def _calibrated_documents(pair: Pair, names: str, tokenizer: Any) -> frozenset[s
     shared = set(calibrated.sources) & {name.strip() for name in names.split(",")}
     if all(resolve_source(name).stdlib for name in shared):
         return frozenset()  # divided by content already
-    return pair.objective.calibration_windows(
+    return calibrated_documents(
+        pair.objective.calibration_windows,
         ",".join(calibrated.sources),
-        tokenizer,
+        tokenizers,
         calibrated.samples,
         calibrated.seq_len,
         compression.settings["seed"],
-    ).documents
+    )
 
 
 def say_epochs(settings: RecoverConfig, texts: Texts, console: "Console") -> None:

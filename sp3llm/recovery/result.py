@@ -12,6 +12,7 @@ from sp3llm.reporting.record import (
     Excess,
     Record,
     RecoveryEntry,
+    SameText,
     TextSet,
     TunedRecord,
     without_measurements,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.recovery.checkpoints import State
     from sp3llm.text.windows import Windows
+    from sp3llm.vocabulary.same_text import HeldOut
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Recovery:
     trained_parameters: int
     training: "Windows"
     stopping: "Windows"
-    evaluation: "Windows"
+    held_out: "HeldOut"
     dense_perplexity: float
     perplexity_before: float
     perplexity: float
@@ -93,22 +95,23 @@ def export(
 def measure_three(
     pair: Pair, written: "Checkpoint", texts: Texts, device: str, progress: "Progress"
 ) -> "tuple[Tensor, Tensor, Tensor]":
-    """Losses of the recovered model, the one before and the dense one, `(windows, tokens - 1)`
-    each, float64, in nats, on the held-out windows.
+    """Losses of the recovered model, the one before and the dense one on the held-out windows,
+    float64, in nats a token of the dense one, a row a window (`HeldOut.small_nats`).
     """
     from sp3llm.evaluation.perplexity import measure_losses
     from sp3llm.runtime.devices import arithmetic_of, resolve_execution
 
-    tokens = texts.evaluation.tokens
+    held_out = texts.held_out
+    small = (held_out.small_tokens, held_out.small_nats)
     losses = []
-    for checkpoint, family in (
-        (written, pair.family),
-        (pair.small, pair.family),
-        (pair.dense, pair.dense_family),
+    for checkpoint, family, (tokens, nats) in (
+        (written, pair.family, small),
+        (pair.small, pair.family, small),
+        (pair.dense, pair.dense_family, (held_out.tokens, held_out.dense_nats)),
     ):
         dtype = arithmetic_of(pair.dense.dtype(), checkpoint.dtype())
         execution = resolve_execution(device, dtype)
-        losses.append(measure_losses(checkpoint, family, tokens, execution, progress))
+        losses.append(nats(measure_losses(checkpoint, family, tokens, execution, progress)))
     return tuple(losses)
 
 
@@ -169,7 +172,10 @@ def _entry(
     from sp3llm.models import families
     from sp3llm.runtime.machine import machine, versions
 
-    state, training = result.state, result.training
+    state, training, evaluation = result.state, result.training, result.held_out.windows
+    same = result.held_out.describe(
+        dense=result.dense_perplexity, before=result.perplexity_before, small=result.perplexity
+    )
     width = families.axis_sizes(pair.family, pair.small.config)[families.RESIDUAL]
     resolved = replace(
         settings,
@@ -177,7 +183,7 @@ def _entry(
         teacher=pair.teacher,
         train=",".join(training.sources),
         stop_text=",".join(result.stopping.sources),
-        eval_text=",".join(result.evaluation.sources),
+        eval_text=",".join(evaluation.sources),
         seq_len=training.tokens.shape[1],
         lr=settings.lr or default_lr(width, settings.lora is not None),
         check_every=settings.checked_every,
@@ -195,7 +201,7 @@ def _entry(
         training_losses=tuple(map(tuple, state.trained)),
         training=from_json(TextSet, training.describe()),
         stopping=from_json(TextSet, result.stopping.describe()),
-        evaluation=from_json(TextSet, result.evaluation.describe()),
+        evaluation=from_json(TextSet, evaluation.describe()),
         dense_perplexity=result.dense_perplexity,
         perplexity_before=result.perplexity_before,
         perplexity=result.perplexity,
@@ -208,4 +214,5 @@ def _entry(
         device_memory_bytes=result.device_memory,
         versions=versions(),
         machine=machine(device),
+        same_text=from_json(SameText, same) if same else None,
     )

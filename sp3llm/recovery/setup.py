@@ -136,7 +136,7 @@ def _teacher(run: Run, tokens: "Tensor", progress: "Progress") -> "LiveTeacher |
     from sp3llm.recovery.stored_logits import stored_logits
     from sp3llm.recovery.teacher import live_teacher
 
-    settings, device = run.settings, run.accelerator.device
+    settings, device, rows = run.settings, run.accelerator.device, run.pair.rows
     if settings.teacher_logits is None:
         return live_teacher(run)
     vocab_size = families.axis_sizes(run.pair.family, run.pair.small.config)[families.VOCAB]
@@ -149,6 +149,7 @@ def _teacher(run: Run, tokens: "Tensor", progress: "Progress") -> "LiveTeacher |
         **of_files("teacher", run.teacher_files),
         "teacher_dtype": settings.teacher_dtype,
         "device": device.type,
+        "rows": None if rows is None else hashlib.sha256(repr(rows).encode()).hexdigest(),
         "text": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "windows": list(tokens.shape),
         "temperature": settings.temperature,

@@ -163,7 +163,7 @@ def _write(
             trained_parameters=trained_parameters(run.work),
             training=texts.training,
             stopping=texts.stopping,
-            evaluation=texts.evaluation,
+            held_out=texts.held_out,
             dense_perplexity=pair.objective.merit(dense),
             perplexity_before=pair.objective.merit(before),
             perplexity=pair.objective.merit(losses),

@@ -131,12 +131,20 @@ class LiveTeacher:
     """Where hidden states are compared too."""
     device: torch.device
     """Where its answers are wanted."""
+    rows: Tensor | None = None
+    """By token of the model it teaches its own, where that has some of them only; None: all."""
 
     @torch.no_grad()
     def answers(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits `(B, S, V)` for token ids `(B, S)`, and the stream if it is tapped."""
+        """Logits `(B, S, V)` for token ids `(B, S)`, and the stream if it is tapped; of a model
+        with some of its tokens both are that one's.
+        """
+        if self.rows is not None:
+            tokens = self.rows.to(tokens.device)[tokens]
         # An offloaded model's hooks bring inputs to where each layer runs.
         logits = self.model(**self.objective.inputs(tokens)).logits
+        if self.rows is not None:
+            logits = logits[..., self.rows.to(logits.device)]
         streams = [] if self.tap is None else self.tap.take()
         return logits.to(self.device), [stream.to(self.device) for stream in streams]
 
@@ -163,4 +171,5 @@ def live_teacher(run: Run) -> LiveTeacher:
     if settings.hidden_weight:
         family = run.pair.dense_family
         tap = StreamTap(model, family.layers_module, family.final_norm)
-    return LiveTeacher(model, run.pair.objective, tap, device)
+    rows = None if run.pair.rows is None else torch.tensor(run.pair.rows)
+    return LiveTeacher(model, run.pair.objective, tap, device, rows)

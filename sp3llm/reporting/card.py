@@ -12,6 +12,7 @@ from sp3llm.reporting.tables import (
     markdown_table,
     part_rows,
     rows,
+    same_text_line,
     score_rows,
     speed_rows,
     what_was_done,
@@ -95,6 +96,7 @@ A stock `{record.architecture}`: it loads with plain transformers, {loads}. Made
 def _comparison(record: Record) -> str:
     evaluation, calibration = record.evaluation, record.calibration
     table = "\n".join(f"| {name} | {dense} | {small} |" for name, dense, small in rows(record))
+    same_text = f"{line}\n" if (line := same_text_line(record.same_text)) else ""
     return f"""
 | | dense | compressed |
 |---|---|---|
@@ -102,7 +104,7 @@ def _comparison(record: Record) -> str:
 
 Perplexity on {evaluation.tokens:,} tokens of held-out text
 ({", ".join(evaluation.sources)}), the standard error paired over
-{evaluation.samples} windows. Calibrated on {calibration.samples} windows of
+{evaluation.samples} windows. {same_text}Calibrated on {calibration.samples} windows of
 {calibration.seq_len} tokens from {", ".join(calibration.sources)}. Everything needed to
 repeat it is in `sp3llm.json`.
 """

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from sp3llm.reporting.plans import vocabulary_line
 from sp3llm.reporting.record import Record
 from sp3llm.reporting.serving import loading_lines, servers_refusing
 from sp3llm.reporting.tables import held_out_line, resources_line, rows, terminal_table
@@ -26,11 +27,18 @@ def next_steps(out: Path, record: Record, has_page: bool) -> str:
     )
 
 
+def _vocabulary_line(record: Record) -> str:
+    """That the vocabulary is much of what is left, on a line of its own, where all of it stayed."""
+    plan = record.plan
+    line = vocabulary_line("these", plan.shape, plan.parameters)
+    return f"\n{line}" if line and record.vocabulary is None else ""
+
+
 def closing_table(record: Record) -> Table:
     """The table printed at the end of a run."""
     return terminal_table(
         f"{record.model}, compressed",
         [("", "dense", "compressed"), *rows(record)],
         f"{held_out_line(record.evaluation)}, {record.evaluation.dropped_documents} documents "
-        f"dropped as calibrated on\n{resources_line(record)}",
+        f"dropped as calibrated on\n{resources_line(record)}{_vocabulary_line(record)}",
     )

@@ -4,7 +4,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sp3llm.reporting.record import QuantizationEntry, Record, RecoveryEntry, Scores, TextSet
+from sp3llm.reporting.record import (
+    QuantizationEntry,
+    Record,
+    RecoveryEntry,
+    SameText,
+    Scores,
+    TextSet,
+)
+from sp3llm.reporting.tables import perplexity_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -122,11 +130,14 @@ def _perplexity_of(record: Record) -> "list[EvalResult]":
     elif record.recoveries:
         last = record.recoveries[-1]
     if isinstance(last, QuantizationEntry):  # measured on the windows of the compression
-        return _perplexity(last.models.small_quantized.perplexity, record.evaluation)
-    return _perplexity(last.perplexity, last.evaluation)
+        perplexity = last.models.small_quantized.perplexity
+        return _perplexity(perplexity, record.evaluation, last.same_text)
+    return _perplexity(last.perplexity, last.evaluation, last.same_text)
 
 
-def _perplexity(value: float, text: TextSet) -> "list[EvalResult]":
+def _perplexity(
+    value: float, text: TextSet, same_text: SameText | None = None
+) -> "list[EvalResult]":
     """One result; none where the value is no number, which the hub would refuse."""
     from huggingface_hub import EvalResult
 
@@ -137,7 +148,7 @@ def _perplexity(value: float, text: TextSet) -> "list[EvalResult]":
             task_type=_TASK,
             **_dataset_of(text),
             metric_type="perplexity",
-            metric_name=f"perplexity (sp3llm, windows of {text.seq_len} tokens)",
+            metric_name=f"{perplexity_of(same_text)} (sp3llm, windows of {text.seq_len} tokens)",
             metric_value=value,
         )
     ]

@@ -1,5 +1,6 @@
 """Find again what a record speaks of: the dense model, and the held-out text."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,8 @@ from sp3llm.reporting.record import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sp3llm.vocabulary.same_text import HeldOut
 
 
 def dense_folder(record: Record, named: str | None = None) -> Path | None:
@@ -38,7 +41,10 @@ def find_dense(record: Record, named: str | None = None) -> Path:
     family = families.family_of(config)
     shape, count = Shape.of(family, config), families.count_parameters(family, config)
     plan = record.plan
-    if (shape, count) != (plan.dense_shape, plan.dense_parameters):
+    # Earlier versions did not record all sizes.
+    recorded = {name: size for name, size in asdict(plan.dense_shape).items() if size is not None}
+    is_other = any(getattr(shape, name) != size for name, size in recorded.items())
+    if is_other or count != plan.dense_parameters:
         raise UserError(
             f"Expected the dense model that this one was made from "
             f"({plan.dense_parameters:,} parameters) in '{folder}', found another "
@@ -63,30 +69,47 @@ def _cached(base_model: str | None, recorded: str) -> Path:
     )
 
 
-def held_out_tokens(record: Record, folder: Path) -> "Tensor":
-    """The evaluation windows of a run once more, `(windows, tokens)`.
+def held_out_text(record: Record, folder: Path, dense: Path | None = None) -> "HeldOut":
+    """The held-out text of a run once more, as the `dense` model in that folder and the compressed
+    one in `folder` read it; the former is asked for where they have different vocabularies.
 
     Raises UserError if the text cannot be read, or is not what it was.
     """
+    from sp3llm.models import families
     from sp3llm.models.objectives.catalogue import objective_of
+    from sp3llm.models.source import read_config
     from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.vocabulary.same_text import calibrated_documents, held_out_text
 
     settings, objective = record.settings, objective_of(record.architecture)
     tokenizer = load_tokenizer(folder)
-    calibration = objective.calibration_windows(
-        settings["calib"], tokenizer, settings["samples"], settings["seq_len"], settings["seed"]
+    whole, positions = tokenizer, settings["seq_len"]
+    if record.vocabulary is not None:
+        dense = dense or find_dense(record)
+        whole, config = load_tokenizer(dense), read_config(dense)
+        positions = families.setting(families.family_of(config), config, "max_position_embeddings")
+    drawn = (settings["samples"], settings["seq_len"], settings["seed"])
+    calibrated = calibrated_documents(
+        objective.calibration_windows, settings["calib"], (whole, tokenizer), *drawn
     )
-    evaluation = objective.evaluation_windows(
+    held_out = held_out_text(
+        objective.evaluation_windows,
         settings["eval_text"],
-        tokenizer,
+        (whole, tokenizer),
         settings["eval_samples"],
         settings["seq_len"],
-        calibration.documents,
+        calibrated,
+        positions,
     )
-    if evaluation.sha256 != record.evaluation.sha256:
+    if held_out.windows.sha256 != record.evaluation.sha256:
         raise UserError(
             f"The held-out text '{settings['eval_text']}' is not what it was when the model was "
             "compressed (its files changed, or for stdlib the Python): run the same command "
             "where it is the same."
         )
-    return evaluation.tokens
+    return held_out
+
+
+def held_out_tokens(record: Record, folder: Path) -> "Tensor":
+    """Those of `held_out_text` that the dense model reads, token ids, `(windows, tokens)`."""
+    return held_out_text(record, folder).tokens

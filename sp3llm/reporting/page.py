@@ -13,9 +13,11 @@ from sp3llm.reporting.record import Record
 from sp3llm.reporting.tables import (
     considered,
     part_rows,
+    perplexity_of,
     quantization_rows,
     recovery_rows,
     rows,
+    same_text_line,
     score_rows,
     sizes_of,
     speed_rows,
@@ -90,7 +92,7 @@ def _head(record: Record) -> dict[str, Any]:
                 f"of {human_bytes(record.dense_weight_bytes)}",
             ),
             (
-                "perplexity",
+                perplexity_of(present.same_text),
                 f"{present.perplexity:.2f}",
                 f"dense {present.dense_perplexity:.2f}",
             ),
@@ -134,7 +136,7 @@ def _trial_rows(record: Record) -> list[list[str]]:
     if not shapes:
         return []
     shown = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
-    for key in ("head_dim", "word_embed_proj_dim", "tie_word_embeddings"):
+    for key in ("head_dim", "word_embed_proj_dim", "tie_word_embeddings", "vocab_size"):
         if len({getattr(shape, key) for shape in shapes}) > 1:
             shown.append(key)
     figures = {
@@ -162,6 +164,7 @@ def _scores(record: Record) -> dict[str, Any]:
         "evaluation_tokens": f"{record.evaluation.tokens:,}",
         "perplexity": f"{record.perplexity:.2f}, dense {record.dense_perplexity:.2f}",
         "excess": str(record.excess_log_perplexity),
+        "same_text": same_text_line(record.same_text),
         "recovery": recovery_rows(recoveries[-1]) if recoveries else [],
         "recoveries": recoveries,
         "quantization": quantization_rows(quantization) if quantization else [],

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from sp3llm.planning.recovery_needs import RecoveryNeeds
 
 
+# Of a model's parameters, the share from which on a vocabulary is worth a line.
+_LARGE_VOCABULARY = 0.15
+
+
 def changed_sizes(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Sizes of two shapes: the main ones, and any other that changes."""
     main = ("hidden_size", "intermediate_size", "num_key_value_heads")
@@ -72,6 +76,17 @@ def plan_table(
             end_section=shape == dense,
         )
     return table
+
+
+def vocabulary_line(whose: str, shape: "Shape", parameters: int) -> str | None:
+    """How much of a model of that shape its vocabulary is; None: not much."""
+    share = shape.vocabulary_parameters() / parameters
+    if share < _LARGE_VOCABULARY:
+        return None
+    return (
+        f"{100 * share:.0f} % of {whose} parameters are the vocabulary; --vocab-from TEXT keeps "
+        "what your text uses."
+    )
 
 
 def needs_line(settings: "CompressConfig", seq_len: int, needs: "Needs") -> str:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from sp3llm.errors import UserError
 from sp3llm.models.shapes import Shape
 from sp3llm.planning.limits import Plan
-from sp3llm.reporting.typed_json import MismatchError, from_json, to_json
+from sp3llm.reporting.typed_json import LATER, MismatchError, from_json, to_json
 from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.json_files import read_object
 
@@ -33,6 +33,8 @@ _SETTINGS_READ = (
 _LEFT_OUT_EMPTY = (
     "dense_architecture",
     "mask",
+    "vocabulary",
+    "same_text",
     "predictions",
     "scores",
     "speed",
@@ -84,6 +86,43 @@ class Excess:
 
         error = self.paired_standard_error
         return str(paired.Excess(self.mean, math.nan if error is None else error))
+
+
+@dataclass(frozen=True)
+class SameText:
+    """Held-out text of which models with different vocabularies predict exactly the same."""
+
+    dense_tokens: int
+    """That are predicted, in the dense model's tokens."""
+    tokens: int
+    """The same text in those of the compressed one."""
+    bytes: int
+    """The same text in UTF-8."""
+    bits_a_byte: Mapping[str, float]
+    """What it costs each model: `dense`, `small`, `before` a recovery, and in few bits."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which tokens stayed of the vocabulary (`--vocab-from`)."""
+
+    sources: tuple[str, ...]
+    """Text that they were chosen by."""
+    counted_tokens: int
+    """Of that text."""
+    used_tokens: int
+    """Different ones among them."""
+    covered: float
+    """Share of the text's tokens that stay one token."""
+    dense_tokens: int
+    """Of the dense tokenizer."""
+    tokens: int
+    """Of the compressed model's."""
+    parameters: int
+    """Of the dense model with these tokens, before anything else is cut."""
+    files_left_out: Mapping[str, str]
+    """Files of the dense model that could not come along, and why."""
+    other: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +259,8 @@ class RecoveryEntry:
     """Of the GPU; 0: there was none."""
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
+    same_text: SameText | None = field(default=None, metadata={LATER: True})
+    """As in `Record`."""
     other: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -282,6 +323,8 @@ class QuantizationEntry:
     """Of the host."""
     device_memory_bytes: int
     """Of the GPU; 0: there was none."""
+    same_text: SameText | None = field(default=None, metadata={LATER: True})
+    """As in `Record`."""
     other: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -358,6 +401,11 @@ class Record:
     parameters: PartCounts
     files_copied: tuple[str, ...] = ()
     """From the dense model's folder."""
+    vocabulary: Vocabulary | None = None
+    """None: all of it stayed."""
+    same_text: SameText | None = None
+    """Where the vocabulary was cut: the held-out text in both. Perplexities are then of a dense
+    token, for the compressed model too."""
     scores: Scores | None = None
     speed: tuple[Mapping[str, Any], ...] = ()
     """What `sp3llm bench` found (`report --add` of its --output): rows of a table, a text or number

@@ -14,6 +14,7 @@ from sp3llm.reporting.tables import (
     markdown_table,
     recovery_rows,
     resources_line,
+    same_text_line,
     terminal_table,
 )
 
@@ -54,7 +55,7 @@ Tuned afterwards by distillation from {entry.settings["teacher"]}: {_what_was_do
 Perplexity on {evaluation.tokens:,} tokens of held-out text
 ({", ".join(evaluation.sources)}), which shares no document with the text trained on
 ({", ".join(entry.training.sources)}) or the text that decided when to stop; the standard error is
-paired over {evaluation.samples} windows.
+paired over {evaluation.samples} windows. {same_text_line(entry.same_text)}
 
     {entry.command}
 """

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.errors import UserError, reason
-from sp3llm.reporting.origins import find_dense, held_out_tokens
+from sp3llm.reporting.origins import find_dense, held_out_text
 from sp3llm.reporting.record import Record, Sample, Samples, add_to_record
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from torch import Tensor
+
+    from sp3llm.vocabulary.same_text import HeldOut
 
 
 _TEXTS = 4
@@ -29,7 +31,7 @@ def with_samples(
     device: str,
     named: str | None = None,
     dense: Path | None = None,
-    tokens: "Tensor | None" = None,
+    held_out: "HeldOut | None" = None,
 ) -> tuple[Record, str | None]:
     """The record with samples, made where it has none or a dense model is `named`, and otherwise
     the reason why it has none.
@@ -40,8 +42,8 @@ def with_samples(
         return record, None
     try:
         dense = dense or find_dense(record, named)
-        tokens = held_out_tokens(record, folder) if tokens is None else tokens
-        samples = continuations(folder, record, dense, tokens, device, console)
+        held_out = held_out or held_out_text(record, folder, dense)
+        samples = continuations(folder, record, dense, held_out, device, console)
     except UserError as error:
         if named is not None:
             raise
@@ -53,13 +55,11 @@ def continuations(
     folder: Path,
     record: Record,
     dense: Path,
-    tokens: "Tensor",
+    held_out: "HeldOut",
     device: str,
     console: "Console",
 ) -> Samples:
-    """Continue held-out text with both models, greedily.
-
-    `tokens` are evaluation windows, `(windows, tokens)`, of which a few are taken, spread evenly.
+    """Continue held-out text with both models, greedily: a few of its windows, spread evenly.
 
     Raises UserError if memory does not hold the models, or one does not run.
     """
@@ -69,29 +69,34 @@ def continuations(
     from sp3llm.runtime.devices import resolve_execution
     from sp3llm.text.tokenizer import load_tokenizer
 
-    execution = resolve_execution(device, torch.float32).device
+    execution, tokens = resolve_execution(device, torch.float32).device, held_out.tokens
     _check_memory(max(record.dense_weight_bytes, record.weight_bytes), execution)
     rows = torch.linspace(0, len(tokens) - 1, min(_TEXTS, len(tokens))).long()
     prompt = min(_PROMPT_TOKENS, tokens.shape[1] // 2)
     new = min(_NEW_TOKENS, tokens.shape[1] - prompt)
     texts = tokens[rows]
     tokenizer = load_tokenizer(folder)
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    whole, prompts = tokenizer, [texts[:, :prompt]]
+    if held_out.same is not None:
+        whole = load_tokenizer(dense)
+        # Models with other tokens begin from the same words.
+        words = [whole.decode(row[:prompt], skip_special_tokens=True) for row in texts]
+        prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in words]
     stock_class = objective_of(record.architecture).stock_class()
     with console.status("samples of the dense model"):
-        dense_ids = _continued(stock_class, dense, texts[:, :prompt], new, pad, execution)
+        dense_ids = _continued(stock_class, dense, [texts[:, :prompt]], new, whole, execution)
     with console.status("samples of the compressed model"):
-        small_ids = _continued(stock_class, folder, texts[:, :prompt], new, pad, execution)
+        small_ids = _continued(stock_class, folder, prompts, new, tokenizer, execution)
 
-    def text(ids: "Tensor") -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
+    def text(ids: "Tensor", of: Any = whole) -> str:
+        return of.decode(ids, skip_special_tokens=True)
 
     samples = [
         Sample(
             prompt=text(row[:prompt]),
             text=text(row[prompt : prompt + new]),
             dense=text(by_dense),
-            small=text(by_small),
+            small=text(by_small, tokenizer),
         )
         for row, by_dense, by_small in zip(texts, dense_ids, small_ids, strict=True)
     ]
@@ -101,26 +106,30 @@ def continuations(
 def _continued(
     stock_class: Any,
     folder: Path,
-    prompts: "Tensor",
+    prompts: "list[Tensor]",
     new: int,
-    pad: int,
+    tokenizer: Any,
     execution: "torch.device",
-) -> "Tensor":
-    """What a model adds to prompts `(texts, tokens)`: `(texts, new)` at most."""
+) -> "list[Tensor]":
+    """What a model adds to prompts, each `(texts, tokens)`: for every text `new` tokens at most."""
     import torch
 
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     try:
         with _quiet(), torch.no_grad():
             # Not moved there: a quantized model does not let itself be.
             place = {"dtype": "auto", "device_map": {"": execution}}
             model = stock_class.from_pretrained(folder, **place).eval()
-            ids = model.generate(
-                prompts.to(execution),
-                attention_mask=torch.ones_like(prompts, device=execution),
-                do_sample=False,
-                max_new_tokens=new,
-                pad_token_id=pad,
-            )
+            ids = [
+                model.generate(
+                    prompt.to(execution),
+                    attention_mask=torch.ones_like(prompt, device=execution),
+                    do_sample=False,
+                    max_new_tokens=new,
+                    pad_token_id=pad,
+                )[:, prompt.shape[1] :]
+                for prompt in prompts
+            ]
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _too_large(f"memory ran out on {execution}") from error
     except Exception as error:  # transformers raises many kinds
@@ -128,7 +137,7 @@ def _continued(
             f"The model in '{folder}' does not continue text ({type(error).__name__}: "
             f"{reason(error)}): try it in transformers alone."
         ) from error
-    return ids[:, prompts.shape[1] :].cpu()
+    return [row for some in ids for row in some.cpu()]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,13 @@ from rich.text import Text
 from sp3llm.models.shapes import Shape
 from sp3llm.reporting.formatting import cell, figure, human_bytes
 from sp3llm.reporting.plans import changed_sizes
-from sp3llm.reporting.record import QuantizationEntry, Record, RecoveryEntry, TextSet
+from sp3llm.reporting.record import (
+    QuantizationEntry,
+    Record,
+    RecoveryEntry,
+    SameText,
+    TextSet,
+)
 from sp3llm.runtime.progress import human_time
 
 
@@ -24,7 +30,7 @@ class Part:
     """Share kept, as text; `new` where the dense model has none."""
 
 
-def rows(record: Record) -> list[tuple[str, str, str]]:
+def rows(record: Record) -> list[Sequence[str]]:
     """The before/after table: name, dense, compressed."""
     plan = record.plan
     return [
@@ -35,6 +41,7 @@ def rows(record: Record) -> list[tuple[str, str, str]]:
             (key, str(before), str(after))
             for key, before, after in changed_sizes(asdict(plan.dense_shape), asdict(plan.shape))
         ],
+        *_vocabulary(record),
         *_tie(record),
         *(
             [("class", record.dense_architecture, record.architecture)]
@@ -42,12 +49,64 @@ def rows(record: Record) -> list[tuple[str, str, str]]:
             else []
         ),
         (
-            f"perplexity ({', '.join(record.evaluation.sources)})",
+            perplexity_of(record.same_text, record.evaluation),
             f"{record.dense_perplexity:.3f}",
             f"{record.perplexity:.3f}",
         ),
-        ("excess log-perplexity", "", str(record.excess_log_perplexity)),
+        *_bits_row(record.same_text, "dense", "small"),
+        (excess_of(record.same_text), "", str(record.excess_log_perplexity)),
     ]
+
+
+def perplexity_of(same_text: SameText | None, text: TextSet | None = None) -> str:
+    """What a perplexity is called: of which tokens, where models have different ones, and on which
+    text, where that is to be said.
+    """
+    of = "perplexity" if same_text is None else "perplexity a dense token"
+    return of if text is None else f"{of} ({', '.join(text.sources)})"
+
+
+def excess_of(same_text: SameText | None) -> str:
+    """What the excess is called, in nats a token."""
+    return "excess log-perplexity" if same_text is None else "excess, nats a dense token"
+
+
+def _bits_row(same_text: SameText | None, *models: str) -> list[Sequence[str]]:
+    """The row of what the text costs each model by its bytes, which no tokenizer changes; none
+    where there is one.
+    """
+    if same_text is None:
+        return []
+    return [("bits a byte", *(f"{same_text.bits_a_byte[model]:.4f}" for model in models))]
+
+
+def vocabulary_share(record: Record) -> float:
+    """How much of the dense model's true parameters went with its vocabulary."""
+    vocabulary = record.vocabulary
+    left = record.plan.dense_parameters if vocabulary is None else vocabulary.parameters
+    return 1 - left / record.plan.dense_parameters
+
+
+def _vocabulary(record: Record) -> list[tuple[str, str, str]]:
+    """What became of the vocabulary."""
+    if record.vocabulary is None:
+        return []
+    saved = f"saves {100 * vocabulary_share(record):.2f} %"
+    tokens = record.vocabulary.tokens
+    return [("tokens", f"{record.vocabulary.dense_tokens:,}", f"{tokens:,} ({saved})")]
+
+
+def same_text_line(same_text: SameText | None) -> str:
+    """What is compared where models have different tokens, as a sentence; empty where they have
+    the same.
+    """
+    if same_text is None:
+        return ""
+    return (
+        f"Both predict exactly the same text: {same_text.bytes:,} bytes, "
+        f"{same_text.dense_tokens:,} of the dense model's tokens, {same_text.tokens:,} of the "
+        "compressed one's; perplexity and excess are of one of the former."
+    )
 
 
 def _tie(record: Record) -> list[tuple[str, str, str]]:
@@ -109,18 +168,19 @@ def score_rows(record: Record) -> list[list[str]]:
     ]
 
 
-def recovery_rows(entry: RecoveryEntry) -> list[list[str]]:
+def recovery_rows(entry: RecoveryEntry) -> list[Sequence[str]]:
     """The table of a recovery, its head first."""
     return [
         ["", "dense", "before", "recovered"],
         [
-            f"perplexity ({', '.join(entry.evaluation.sources)})",
+            perplexity_of(entry.same_text, entry.evaluation),
             f"{entry.dense_perplexity:.3f}",
             f"{entry.perplexity_before:.3f}",
             f"{entry.perplexity:.3f}",
         ],
+        *_bits_row(entry.same_text, "dense", "before", "small"),
         [
-            "excess log-perplexity",
+            excess_of(entry.same_text),
             "",
             str(entry.excess_log_perplexity_before),
             str(entry.excess_log_perplexity),
@@ -128,15 +188,16 @@ def recovery_rows(entry: RecoveryEntry) -> list[list[str]]:
     ]
 
 
-def quantization_rows(entry: QuantizationEntry) -> list[list[str]]:
+def quantization_rows(entry: QuantizationEntry) -> list[Sequence[str]]:
     """The table of a quantization, its head first."""
     bits, of = entry.bits, entry.models
     models = [of.dense, of.dense_quantized, of.small, of.small_quantized]
     excesses = [str(model.excess_log_perplexity) for model in models[1:]]
     return [
         ["", "dense", f"dense {bits}", "compressed", f"compressed {bits}"],
-        ["perplexity", *(f"{model.perplexity:.3f}" for model in models)],
-        ["excess log-perplexity", "", *excesses],
+        [perplexity_of(entry.same_text), *(f"{model.perplexity:.3f}" for model in models)],
+        *_bits_row(entry.same_text, "dense", "dense_quantized", "small", "small_quantized"),
+        [excess_of(entry.same_text), "", *excesses],
         [f"cost of {bits}", "", str(entry.cost.dense), "", str(entry.cost.small)],
         ["weights", *(human_bytes(model.weight_bytes) for model in models)],
         ["linear layers alone", *(human_bytes(model.linear_bytes) for model in models)],
@@ -161,6 +222,9 @@ def what_was_done(record: Record) -> str:
         "gradient": "directions that the loss depends on",
     }[settings["basis"]]
     steps = []
+    if record.vocabulary is not None:
+        of, sources = record.vocabulary, ", ".join(record.vocabulary.sources)
+        steps.append(f"{of.tokens:,} of {of.dense_tokens:,} tokens kept, by {sources}")
     if small.hidden_size < dense.hidden_size:
         steps.append(
             f"the residual stream was projected onto {small.hidden_size} of "
@@ -181,7 +245,7 @@ def what_was_done(record: Record) -> str:
         steps.append(f"by a mask learned on {tokens:,} tokens")
     if settings.get("turn") == "hadamard":
         steps.append("the kept basis turned by a Hadamard matrix")
-    if settings["refit"]:
+    if settings["refit"] and record.fits:
         steps.append("what is left refitted in closed form")
     return ", ".join(steps)
 

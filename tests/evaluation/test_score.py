@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from sp3llm.compression.story import compress
 from sp3llm.errors import UserError
-from sp3llm.evaluation.comparison import Row, Scored, compare, mean, paired_standard_error
+from sp3llm.evaluation.comparison import (
+    Row,
+    Scored,
+    compare,
+    mean,
+    not_compared,
+    paired_standard_error,
+)
 from sp3llm.evaluation.harness import _Model, _within_positions, score, select
 from sp3llm.evaluation.selection import (
     Mean,
@@ -34,7 +41,7 @@ from sp3llm.options import CompressConfig, ScoreConfig
 from sp3llm.text.split import part_of
 from sp3llm.text.stdlib import stdlib_documents
 from sp3llm.text.tokenizer import load_tokenizer
-from sp3llm.text.windows import unbroken_windows
+from sp3llm.text.windows import Windows, unbroken_windows
 from tests.conftest import save_model, tiny_model
 from tests.helpers import QUIET, weights
 
@@ -170,6 +177,22 @@ def test_token_perplexity_is_that_of_the_papers(tmp_path):
     assert logarithm.standard_error == pytest.approx(
         losses.mean(1).std().item() / math.sqrt(samples)
     )
+
+
+def test_token_perplexities_of_other_tokens_do_not_stand_side_by_side():
+    asked = TokenPerplexity("text", 4)
+    text, losses = torch.arange(8).reshape(2, 4), torch.rand(2, 3).double()
+    dense, small = (
+        Scored({}, {}, {}, {}, {}, {asked: Windows(tokens, (), frozenset(), False)},
+               {asked: losses}, {})
+        for tokens in (text, text % 5)
+    )  # fmt: skip
+    for row in compare(NOTHING, Selection((), (asked,), ()), small, dense):
+        assert row.dense is row.difference is row.paired_standard_error is None
+        assert row.small > 0
+    (note,) = not_compared(small, dense)
+    assert "the other's tokens are not the same" in note
+    assert not_compared(dense, dense) == []
 
 
 def test_windows_are_too_long_for_the_model(tmp_path):

@@ -1,6 +1,7 @@
 """A budget is a number of parameters, never exceeded, and every width is one that tools accept."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from sp3llm.errors import UserError
 from sp3llm.models.families import FAMILIES, count_largest_layer, count_parameters
 from sp3llm.models.shapes import Shape, cost_of, resized_config
 from sp3llm.planning.candidates import candidates
+from sp3llm.planning.fewer_rows import with_fewer_rows
 from sp3llm.planning.limits import Limits, Plan, plan_of, width_multiple
 from sp3llm.planning.search import Losses, choose, expected, shapes_to_try
 
@@ -348,3 +350,40 @@ def test_counts_equal_those_of_the_real_model(variant):
     assert counter.get_total_flops() - angles == cost.flops * tokens
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     assert held == cost.kv_cache * tokens
+
+
+def test_fewer_rows_are_spent_on_what_would_be_cut():
+    family, limits = FAMILIES["llama"], Limits(keep=0.6, vocab_rows=64_000)
+    shapes = candidates(family, LLAMA_3_8B, limits)
+    fewer = with_fewer_rows(family, LLAMA_3_8B, limits, shapes, [48_000, 32_000])
+    assert {shape.vocab_size for shape in shapes} == {64_000}
+    assert {shape.vocab_size for shape in fewer} == {48_000, 32_000}
+    dense = cost_of(family, LLAMA_3_8B, Shape.of(family, LLAMA_3_8B)).params
+    by_size = {replace(shape, intermediate_size=0, vocab_size=0): shape for shape in shapes}
+    for shape in fewer:  # of the same widths, so that bases are shared
+        assert cost_of(family, LLAMA_3_8B, shape).params <= 0.6 * dense
+        before = by_size[replace(shape, intermediate_size=0, vocab_size=0)]
+        assert shape.intermediate_size > before.intermediate_size
+
+
+def test_nothing_else_is_cut_where_rows_are_enough():
+    family, dense = FAMILIES["llama"], Shape.of(FAMILIES["llama"], LLAMA_3_8B)
+    limits = Limits(keep=0.95, vocab_rows=110_000)
+    shapes = candidates(family, LLAMA_3_8B, limits)
+    assert replace(dense, vocab_size=110_000) not in shapes
+    found = with_fewer_rows(family, LLAMA_3_8B, limits, shapes, [70_000, 60_000])
+    assert found == [replace(dense, vocab_size=70_000)]
+    limits = replace(limits, vocab_rows=70_000)
+    assert candidates(family, LLAMA_3_8B, limits) == found
+    assert with_fewer_rows(family, LLAMA_3_8B, limits, found, [60_000]) == []
+    by_hand = candidates(family, LLAMA_3_8B, replace(limits, hidden_size=3840))
+    assert {shape.hidden_size for shape in by_hand} == {3840}
+
+
+def test_known_losses_of_tokens_are_added_as_they_are():
+    few, many = (Shape(64, 128, 4, 4, 16, vocab_size=rows) for rows in (100, 200))
+    predicted = {few: Losses(0.1, 0.1, vocabulary=0.05), many: Losses(0.2, 0.1)}
+    assert expected(predicted, {})[few] == pytest.approx(0.25)
+    halved = {few: 0.1 + 0.05, many: 0.15}
+    assert expected(predicted, halved)[few] == pytest.approx(0.15, abs=1e-3)
+    assert expected(predicted, halved)[many] == pytest.approx(0.15, abs=1e-3)

@@ -542,7 +542,7 @@ def test_hidden_states_alone_can_teach(run, pairs, tmp_path):
 
 def test_the_three_texts_share_no_document(run, texts):
     result = run(train=f"{texts['train']},{texts['eval_text']}", steps=60, patience=1, lr=3.0)
-    training_set, stopping, evaluation = result.training, result.stopping, result.evaluation
+    training_set, stopping, evaluation = result.training, result.stopping, result.held_out.windows
     assert not training_set.documents & stopping.documents
     assert not training_set.documents & evaluation.documents
     assert not stopping.documents & evaluation.documents
@@ -551,8 +551,8 @@ def test_the_three_texts_share_no_document(run, texts):
 
 def test_what_was_calibrated_on_is_not_reported_on(run, texts):
     result = run(eval_text=texts["train"], steps=1, eval_samples=90)
-    assert result.evaluation.dropped_documents > 0
-    assert not result.training.documents & result.evaluation.documents
+    assert result.held_out.windows.dropped_documents > 0
+    assert not result.training.documents & result.held_out.windows.documents
 
 
 def test_stdlib_is_trained_on_its_training_part_only():
