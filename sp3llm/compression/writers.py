@@ -27,7 +27,7 @@ from sp3llm.models.shapes import Shape
 from sp3llm.models.stream import LayerPart, Stream, probe_stream, run_layer
 from sp3llm.runtime.transfer import fetch, store
 
-# Ridge of the writer that neurons and groups are chosen by, relative to the mean diagonal.
+# Ridge of the writer that neurons and groups are chosen by, relative to the diagonal.
 _CHOICE_RIDGE = 1e-4
 
 

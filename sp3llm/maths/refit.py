@@ -23,6 +23,8 @@ _LEAST_RAISED_RIDGE = 1e-15
 # left: far less than bfloat16, which such solutions are rounded to, can tell. It is measured on so
 # many random combinations of the outputs, and mended by so many steps at most.
 _RESIDUAL, _PROBES, _REFINEMENTS = 1e-6, 8, 2
+# Relative to the mean of the inputs' mean squares: the least that an input's penalty goes by.
+_LEAST_SQUARE = 1e-6
 
 
 class NotFinite(ArithmeticError):  # noqa: N818  (says what the numbers are)
@@ -179,37 +181,39 @@ def squared_error(gram: Gram, solution_PQ: Tensor, intercept_Q: Tensor | None) -
 
 
 def ridged_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:
-    """Cholesky factor of `G + lambda I`, the mean diagonal of `G`, and the relative ridge used.
+    """Cholesky factor of `G + Lambda`, the diagonal `Lambda`, `(P,)`, and the relative ridge used.
 
-    `lambda` is `ridge` times the mean diagonal. Where the matrix is not positive definite to
-    working precision the ridge is raised tenfold until it is. A matrix of zeros, inputs that never
-    fire, counts as one of mean diagonal 1. `gram_PP` stays as it is; the factor takes the only
-    other matrix of its size.
+    `Lambda` is `ridge` times the diagonal of `G` (`_own_squares`): what an input is multiplied with
+    makes no difference to a fit. Where the matrix is not positive definite to working precision the
+    ridge is raised tenfold until it is. `gram_PP` stays as it is; the factor takes the only other
+    matrix of its size.
 
     Raises NotFinite if `gram_PP` holds NaN or infinity, which no ridge makes positive definite.
     """
     check_finite(gram_PP)
-    scale = _mean_diagonal(gram_PP)
+    squares_P = _own_squares(gram_PP)
+    largest = squares_P.max().item()
     # In columns, as LAPACK has it: in rows it would be copied there and back.
     factor_PP = torch.empty_like(gram_PP).mT
     info = torch.empty((), dtype=torch.int32, device=gram_PP.device)
-    while math.isfinite(ridge * scale.item()):
+    while math.isfinite((1 + ridge) * largest):
         factor_PP.copy_(gram_PP)
-        factor_PP.diagonal().add_(ridge * scale)
+        factor_PP.diagonal().add_(ridge * squares_P)
         torch.linalg.cholesky_ex(factor_PP, out=(factor_PP, info))
         if info.item() == 0:
-            return factor_PP, scale, ridge
+            return factor_PP, ridge * squares_P, ridge
         ridge = max(10 * ridge, _LEAST_RAISED_RIDGE)
     raise NotFinite("No finite ridge makes the Gram matrix positive definite.")
 
 
-def _mean_diagonal(gram_PP: Tensor) -> Tensor:
-    """The mean of a Gram matrix's diagonal; 1 for one of zeros."""
+def _own_squares(gram_PP: Tensor) -> Tensor:
+    """A Gram matrix's diagonal, each entry at least a millionth of the mean: an input that hardly
+    ever fires is not to be free. Of a matrix of zeros, inputs that never do, 1.
+    """
     diagonal_P = gram_PP.diagonal()
-    scale = diagonal_P.mean()
-    if not torch.isfinite(scale):  # of finite numbers the sum can overflow, the mean cannot
-        scale = (diagonal_P / len(diagonal_P)).sum()
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    mean = (diagonal_P / len(diagonal_P)).sum()  # of finite numbers the sum alone can overflow
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    return torch.maximum(diagonal_P, _LEAST_SQUARE * mean)
 
 
 def solve_(factor_PP: Tensor, right_PQ: Tensor) -> Tensor:
@@ -222,11 +226,13 @@ def solve_(factor_PP: Tensor, right_PQ: Tensor) -> Tensor:
     return in_columns_PQ
 
 
-def solve_towards(factor_PP: Tensor, penalty: float, cross_PQ: Tensor, prior_PQ: Tensor) -> Tensor:
-    """`(G + lambda I)^-1 (C + lambda X_0)`, `(P, Q)`: the ridge regression that shrinks towards
-    `prior_PQ`, from the Cholesky factor of `G + lambda I`; `penalty` is `lambda`.
+def solve_towards(
+    factor_PP: Tensor, penalty_P: Tensor, cross_PQ: Tensor, prior_PQ: Tensor
+) -> Tensor:
+    """`(G + Lambda)^-1 (C + Lambda X_0)`, `(P, Q)`: the ridge regression that shrinks towards
+    `prior_PQ`, from the Cholesky factor of `G + Lambda`; `penalty_P` is the diagonal of `Lambda`.
     """
-    return solve_(factor_PP, torch.add(cross_PQ, prior_PQ, alpha=penalty))
+    return solve_(factor_PP, torch.addcmul(cross_PQ, penalty_P[:, None], prior_PQ))
 
 
 def ridge_solution(
@@ -236,12 +242,14 @@ def ridge_solution(
     intercept: bool,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor | None, float]:
-    """`argmin_X sum w |y - a X - b|^2 + lambda |X - prior|^2`, `b` unpenalised, by Cholesky.
+    """`argmin_X sum w |y - a X - b|^2 + |Lambda^1/2 (X - prior)|^2`, `b` unpenalised, by Cholesky.
 
-    `lambda` is `ridge` times the mean diagonal of `sum w a a^T` (centred if there is an
-    intercept). Where the matrix is not positive definite to working precision the ridge is raised
-    tenfold until it is. The factor is float64; or, with `dtype` float32, that, where what it leaves
-    of the equation shows that it is good enough (`_by_float32_factor`).
+    `Lambda` is `ridge` times the diagonal of `sum w a a^T` (centred if there is an intercept): each
+    input is penalised by its own mean square, as if all had the same. Real models have channels
+    thousands of times larger than others, which would set the penalty for all. Where the matrix is
+    not positive definite to working precision the ridge is raised tenfold until it is. The factor
+    is float64; or, with `dtype` float32, that, where what it leaves of the equation shows that it
+    is good enough (`_by_float32_factor`).
 
     Returns `X`, `b` (None without intercept) and the ridge used. Raises NotFinite if the Gram's
     matrix of the inputs holds NaN or infinity.
@@ -255,8 +263,8 @@ def ridge_solution(
     if dtype == torch.float32:
         solution_PQ = _by_float32_factor(inputs_PP, cross_PQ, prior_PQ, ridge)
     if solution_PQ is None:
-        factor_PP, scale, ridge = ridged_factor(inputs_PP, ridge)
-        solution_PQ = solve_towards(factor_PP, ridge * scale.item(), cross_PQ, prior_PQ)
+        factor_PP, penalty_P, ridge = ridged_factor(inputs_PP, ridge)
+        solution_PQ = solve_towards(factor_PP, penalty_P, cross_PQ, prior_PQ)
     return solution_PQ, mean_Q - mean_P @ solution_PQ if intercept else None, ridge
 
 
@@ -266,23 +274,25 @@ def _by_float32_factor(
     """`solve_towards` by a Cholesky factor in float32, refined until what is left of the equation
     is small; None: it is not, or there is no such factor.
     """
-    factor_PP, scale = float32_factor(inputs_PP, ridge)
+    factor_PP, penalty_P = float32_factor(inputs_PP, ridge)
     if factor_PP is None:
         return None
-    penalty = ridge * scale.item()
-    right_PQ = torch.add(cross_PQ, prior_PQ, alpha=penalty)
+    penalty_P1 = penalty_P[:, None]
+    right_PQ = torch.addcmul(cross_PQ, penalty_P1, prior_PQ)
+    # What is left is weighed as the inputs are, such that small ones count as much as large ones.
+    weight_P1 = (inputs_PP.diagonal() + penalty_P).rsqrt()[:, None]
     outputs = right_PQ.shape[1]
     generator = torch.Generator().manual_seed(outputs)
     signs_QS = torch.randint(2, (outputs, min(_PROBES, outputs)), generator=generator) * 2 - 1
     signs_QS = signs_QS.to(right_PQ)
-    wanted = (right_PQ @ signs_QS).norm()
+    wanted = (weight_P1 * (right_PQ @ signs_QS)).norm()
 
     def left_of(solution_PQ: Tensor, right_PQ: Tensor) -> Tensor:
-        return right_PQ - inputs_PP @ solution_PQ - penalty * solution_PQ
+        return right_PQ - inputs_PP @ solution_PQ - penalty_P1 * solution_PQ
 
     solution_PQ = solve_(factor_PP, right_PQ.float()).double()
     for _ in range(_REFINEMENTS + 1):
-        left = left_of(solution_PQ @ signs_QS, right_PQ @ signs_QS).norm()
+        left = (weight_P1 * left_of(solution_PQ @ signs_QS, right_PQ @ signs_QS)).norm()
         if left <= _RESIDUAL * wanted:
             return solution_PQ
         if not torch.isfinite(left):
@@ -296,11 +306,11 @@ def float32_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor | None, Tensor
     where float32 does not find the matrix positive definite.
     """
     check_finite(gram_PP)
-    scale = _mean_diagonal(gram_PP)
+    penalty_P = ridge * _own_squares(gram_PP)
     factor_PP = gram_PP.float()
-    factor_PP.diagonal().add_((ridge * scale).float())
+    factor_PP.diagonal().add_(penalty_P.float())
     factor_PP, info = torch.linalg.cholesky_ex(factor_PP)
-    return (factor_PP if info.item() == 0 else None), scale
+    return (factor_PP if info.item() == 0 else None), penalty_P
 
 
 def check_finite(*matrices: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sp3llm.maths.refit import Gram, add_gram_, check_finite, ridge_solution, squared_error
 
-# Relative to the mean diagonal of the Gram matrix. Infinity, plain projection, is always tried.
+# Relative to the diagonal of the Gram matrix. Infinity, plain projection, is always tried.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Tried first where nothing is known: every other one.
 _COARSE = RIDGES[1::2]
@@ -32,7 +32,7 @@ class Fit:
     intercept_Q: Tensor | None
     """`b`, float64; None where none was asked for."""
     ridge: float
-    """Chosen ridge, relative to the mean diagonal; infinity: the plain projection was kept."""
+    """Chosen ridge, relative to the diagonal; infinity: the plain projection was kept."""
     error: float
     """Relative squared error of the choice on the held-back tokens."""
     plain_error: float

@@ -27,7 +27,7 @@ def select_units(
     """Which units of a writer's input to keep: neurons (`unit` 1) or the heads of KV groups.
 
     The writer `W` that they are judged by is the ridge regression of `gram`, `ridge` relative to
-    the mean diagonal, that shrinks towards `prior_PQ`, without an intercept. `dtype` is that of
+    its diagonal, that shrinks towards `prior_PQ`, without an intercept. `dtype` is that of
     the arithmetic: float32 is as good where what is left is fitted afterwards.
 
     `obs`: drop what costs the refitted writer least; see `drop_units`. `energy`: drop what
@@ -92,11 +92,12 @@ def _factor_and_writer(
     """The ridged Gram's Cholesky factor, and the writer that units are judged by."""
     factor_PP = None
     if dtype == torch.float32:
-        factor_PP, scale = float32_factor(gram.inputs_PP, ridge)
+        factor_PP, penalty_P = float32_factor(gram.inputs_PP, ridge)
     if factor_PP is None:
-        factor_PP, scale, ridge = ridged_factor(gram.inputs_PP, ridge)
-    penalty, like = ridge * scale.item(), factor_PP.dtype
-    return factor_PP, solve_towards(factor_PP, penalty, gram.cross_PQ.to(like), prior_PQ.to(like))
+        factor_PP, penalty_P, _ = ridged_factor(gram.inputs_PP, ridge)
+    like = factor_PP.dtype
+    others = (tensor.to(like) for tensor in (penalty_P, gram.cross_PQ, prior_PQ))
+    return factor_PP, solve_towards(factor_PP, *others)
 
 
 def _losses(inverse_PP: Tensor, weight_PQ: Tensor, unit: int) -> Tensor:

@@ -51,8 +51,9 @@ def test_activations_that_overflow_are_refused_not_looped_over():
 def test_finite_values_whose_sum_overflows_are_factored():
     gram_PP = 1e308 * torch.eye(4, dtype=torch.float64)
     assert torch.isinf(gram_PP.sum())
-    factor_PP, scale, ridge = ridged_factor(gram_PP, 1e-6)
-    assert (scale.item(), ridge) == (1e308, 1e-6)
+    factor_PP, penalty_P, ridge = ridged_factor(gram_PP, 1e-6)
+    assert ridge == 1e-6
+    assert torch.equal(penalty_P, torch.full((4,), 1e-6 * 1e308, dtype=torch.float64))
     assert torch.allclose(factor_PP @ factor_PP.T / 1e308, torch.eye(4).double(), rtol=1e-5)
 
 
@@ -61,3 +62,16 @@ def test_a_matrix_that_no_finite_ridge_makes_positive_definite_is_refused():
     gram_PP = torch.tensor([[1e308, 1.7e308], [1.7e308, 0]], dtype=torch.float64)
     with pytest.raises(NotFinite, match="No finite ridge"):
         ridged_factor(gram_PP, 1e-6)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_an_input_is_multiplied_with_makes_no_difference_to_a_fit(intercept, dtype):
+    a, y, prior_PQ = normal(300, 6), normal(300, 2, seed=1), normal(6, 2, seed=2)
+    factors_P = torch.tensor([0.1, 30.0, 1.0, 25.0, 0.5, 7.0], dtype=torch.float64)
+    found = ridge_solution(gram_of(a, y), prior_PQ, 0.1, intercept, dtype)
+    scaled = gram_of(a * factors_P, y), prior_PQ / factors_P[:, None]
+    other = ridge_solution(*scaled, 0.1, intercept, dtype)
+    assert torch.allclose(other[0] * factors_P[:, None], found[0], rtol=1e-5, atol=1e-7)
+    if intercept:
+        assert torch.allclose(other[1], found[1], rtol=1e-5, atol=1e-7)
