@@ -146,16 +146,19 @@ def cut_model(
     tokens: Tensor,
     folder: Path,
     refit: bool,
+    layers: tuple[int, ...] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of that shape in float64, cut or refitted, written and read back."""
     if refit:
         refitter = Refitter(
-            checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs", 3, 4, []
+            *(checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs", 3, 4, []),
+            layers=layers,
         )
         built = refitted_groups(refitter, tokens)
     else:
-        built = plain_groups(checkpoint, family, projection, torch.float64, EXECUTION)
-    config = resized_config(family, checkpoint.config, shape)
+        cut = (checkpoint, family, projection, torch.float64, EXECUTION)
+        built = plain_groups(*cut, layers=layers)
+    config = resized_config(family, checkpoint.config, shape, layers)
     small = written_model(family, config, built, torch.float64, folder)
     return config, disk_tensors(small, family)
 

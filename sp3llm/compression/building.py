@@ -6,15 +6,21 @@ inputs are chosen and the writer is fitted to bring the small stream back to the
 has been fitted is rounded to the dtype of the export before the next fit sees its output.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from sp3llm.compression.projecting import gate_and_cut, prefetch_groups, project_and_round
-from sp3llm.compression.readers import fit_head, fit_readers, stream_grams
+from sp3llm.compression.projecting import (
+    gate_and_cut,
+    kept_groups,
+    prefetch_groups,
+    project_and_round,
+    renamed,
+)
+from sp3llm.compression.readers import fit_head, stream_grams
 from sp3llm.compression.refitter import (
     DenseLayer,
     FinishedGroup,
@@ -22,24 +28,12 @@ from sp3llm.compression.refitter import (
     Refitter,
     overflow_refused,
 )
-from sp3llm.compression.writers import fit_embeddings, fit_parallel, fit_writer
-from sp3llm.maths.refit import Gram
+from sp3llm.compression.sequential import fit_first_writers, fit_last_writer, run_dense
+from sp3llm.compression.writers import fit_embeddings, fit_parallel
 from sp3llm.models import families
-from sp3llm.models.checkpoint import head_tensors
 from sp3llm.models.families import Group
-from sp3llm.models.head import End
-from sp3llm.models.hooks import ValueCounts, value_counts
 from sp3llm.models.shapes import Shape, resized_config
-from sp3llm.models.stream import (
-    LayeredModel,
-    LayerPart,
-    LinearWriter,
-    Stream,
-    add_to_stream,
-    open_stream,
-    run_layer,
-)
-from sp3llm.runtime.transfer import store
+from sp3llm.models.stream import LayeredModel, Stream, open_stream, run_layer
 
 
 @dataclass
@@ -47,9 +41,13 @@ class _Side:
     """One of the small models that are built beside the dense one."""
 
     refitter: Refitter
+    groups: list[int]
+    """Numbers of the dense groups that it keeps."""
     models: list[LayeredModel]
     """Small models whose first 0, 1, ... writers have their inputs cut already."""
     stream: Stream | None = None
+    finish: Callable[[], FinishedGroup] | None = None
+    """Of the group at hand what waits for the dense stream to stand in front of the next one."""
 
 
 def refitted_groups(
@@ -61,11 +59,12 @@ def refitted_groups(
     """Project, choose and refit every group in order, on `tokens`, `(windows, tokens)`, of which
     every process takes its share.
 
-    From group `start` on, with the dense and small streams as they were `saved` before it.
+    From group `start` of the small model on, with the dense and small streams as they were `saved`
+    before it.
 
     Raises UserError where activations or weights of the small model hold NaN or infinity.
     """
-    for (finished,) in refitted_side_by_side([refitter], tokens, start, saved):
+    for _, finished in refitted_side_by_side([refitter], tokens, start, saved):
         yield finished
 
 
@@ -74,16 +73,23 @@ def refitted_side_by_side(
     tokens: Tensor,
     start: int = 0,
     saved: tuple[Tensor, ...] | None = None,
-) -> Iterator[list[FinishedGroup]]:
+) -> Iterator[tuple[int, FinishedGroup]]:
     """`refitted_groups` of several small models beside one dense one, which is read and run once
-    for all; `saved` are the dense stream and each small one.
+    for all; each group comes with the number of its model. `saved` are the dense stream and each
+    small one.
+
+    Where layers go, the dense stream runs ahead through them, and the last writer before the gap
+    chases it behind (docs/design.md 3.14).
     """
     own = [_own_share(refitter, tokens) for refitter in refitters]
     tokens = own[0][1]
-    sides = [_Side(refitter, _small_models(refitter)) for refitter, _ in own]
-    first = sides[0].refitter
+    first = own[0][0]
     family, dense, device = first.family, first.dense, first.execution.device
     groups = families.groups(family, dense.config)
+    sides = [
+        _Side(refitter, kept_groups(groups, refitter.layers), _small_models(refitter))
+        for refitter, _ in own
+    ]
     dense_model = LayeredModel.of(dense.config, family, first.objective, first.execution)
     if saved is not None:
         table = dense.read(groups[0].parameters)
@@ -91,32 +97,41 @@ def refitted_side_by_side(
         for side, hidden in zip(sides, saved[1:], strict=True):
             ((_, projected),) = _projected([side.refitter], groups[0], table)
             side.stream = open_stream(side.models[0], projected, tokens, hidden)
-    for index, (group, source) in enumerate(
-        prefetch_groups(dense, family, groups[start:], device), start
-    ):
-        made = _projected([side.refitter for side in sides], group, source)
+    begin = min(side.groups[start] for side in sides)
+    sources = prefetch_groups(dense, family, groups[begin:], device)
+    for number, (group, source) in enumerate(sources, begin):
+        here = [side for side in sides if number in side.groups]
+        made = _projected([side.refitter for side in here], group, source)
         with overflow_refused():
             if group.name == "embeddings":
                 dense_stream = open_stream(dense_model, source, tokens)
-                for side, (_, tensors) in zip(sides, made, strict=True):
+                for side, (_, tensors) in zip(here, made, strict=True):
                     side.stream = open_stream(side.models[0], tensors, tokens)
                     pair = (dense_stream, side.stream)
                     if fit_embeddings(side.refitter, tensors, tokens, *pair):
                         side.stream = open_stream(side.models[0], tensors, tokens)
+                    side.finish = partial(_finished, side, 0, group, tensors, dense_stream)
             elif group.name == "head":
-                for side, (_, tensors) in zip(sides, made, strict=True):
+                for side, (_, tensors) in zip(here, made, strict=True):
                     fit_head(side.refitter, source, tensors, dense_stream, side.stream)
+                    last = len(side.groups) - 1
+                    side.finish = partial(_finished, side, last, group, tensors, dense_stream)
             else:
-                dense_layer = DenseLayer(index - 1, group, source, dense_model, dense_stream)
-                layers = [
-                    LayerFit(dense_layer, cut, tensors, side.models, side.stream)
-                    for side, (cut, tensors) in zip(sides, made, strict=True)
-                ]
-                _fit_layers([side.refitter for side in sides], layers)
-        yield [
-            FinishedGroup(index, group, tensors, dense_stream, side.stream)
-            for side, (_, tensors) in zip(sides, made, strict=True)
-        ]
+                layer = DenseLayer(number - 1, group, source, dense_model, dense_stream)
+                _fit_layers(here, layer, made)
+        for place, side in enumerate(sides):
+            if side.finish is not None and number + 1 in (*side.groups, len(groups)):
+                with overflow_refused():
+                    finished = side.finish()
+                side.finish = None
+                yield place, finished
+
+
+def _finished(
+    side: _Side, index: int, group: Group, tensors: Mapping[str, Tensor], dense: Stream
+) -> FinishedGroup:
+    """A group of a side that nothing is left to fit in."""
+    return FinishedGroup(index, group, tensors, dense, side.stream)
 
 
 def _projected(
@@ -148,39 +163,6 @@ def _own_share(refitter: Refitter, tokens: Tensor) -> tuple[Refitter, Tensor]:
     return refitter, tokens[local_windows]
 
 
-def trial_losses(refitters: Sequence[Refitter], tokens: Tensor) -> list[float]:
-    """How far each of several refitted models is from the dense one, on the windows no fit saw: the
-    mean divergence of what it predicts from what the dense model does, in nats a token.
-
-    That is what a loss on text grows by where the dense model is right about text, and varies much
-    less from text to text. Nothing is written: streams go through each layer as it is fitted.
-    """
-    first = refitters[0]
-    family, config, execution = first.family, first.dense.config, first.execution
-    for finished in refitted_side_by_side(refitters, tokens):
-        if finished[0].group.name == "embeddings":
-            tables = [one.tensors[family.embedding] for one in finished]
-    local_windows = execution.local_windows(*tokens.shape)
-    unseen = local_windows >= first.unseen_from
-
-    def end_of(model_config: Mapping[str, Any], head: Mapping[str, Tensor], stream: Stream) -> End:
-        model = LayeredModel.of(model_config, family, first.objective, execution)
-        return End(model, head, Stream(stream.hidden[unseen], stream.calls))
-
-    dense = end_of(config, head_tensors(first.dense, family), finished[0].dense)
-    losses = []
-    for refitter, one, table in zip(refitters, finished, tables, strict=True):
-        head = one.tensors
-        if refitter.shape.tie_word_embeddings:
-            head = {**head, f"{family.head}.weight": table}
-        small = end_of(resized_config(family, config, refitter.shape), head, one.small)
-        found = first.objective.divergences(small, dense)
-        total = torch.tensor([found.sum(), found.numel()], dtype=torch.float64)
-        execution.ranks.all_reduce_(total)
-        losses.append((total[0] / total[1]).item())
-    return losses
-
-
 def _small_models(refitter: Refitter) -> list[LayeredModel]:
     """Small models whose first 0, 1, ... writers have their inputs cut already."""
     family, dense, shape = refitter.family, refitter.dense.config, refitter.shape
@@ -192,96 +174,43 @@ def _small_models(refitter: Refitter) -> list[LayeredModel]:
     for writer in family.writers:
         axis = family.layer[f"{writer}.weight"][1]
         steps.append(steps[-1].with_axis_of(shape, axis))
-    configs = [resized_config(family, dense, step) for step in steps]
+    configs = [resized_config(family, dense, step, refitter.layers) for step in steps]
     objective, execution = refitter.objective, refitter.execution
     return [LayeredModel.of(config, family, objective, execution) for config in configs]
 
 
-def _fit_layers(refitters: Sequence[Refitter], layers: Sequence[LayerFit]) -> None:
-    """Fit one layer of every small model, their tensors in place, and send all streams through it.
-
-    The dense layer runs once. Before it does, the sites in front of which the streams stand are
-    looked at.
-    """
-    dense = layers[0].dense
-    pairs = list(zip(refitters, layers, strict=True))
-    first_grams = [
-        stream_grams(refitter, dense.stream.hidden, layer.small_stream) for refitter, layer in pairs
-    ]
-    if families.is_parallel(refitters[0].family, refitters[0].dense.config):
-        run_layer(dense.model, dense.index, dense.source, [(dense.stream, {})])
-        for (refitter, layer), grams in zip(pairs, first_grams, strict=True):
-            fit_parallel(refitter, layer, grams)
-        return
-    targets, counts = _run_dense(refitters[0], dense)
-    for (refitter, layer), grams in zip(pairs, first_grams, strict=True):
-        _fit_in_turn(refitter, layer, grams, targets, counts)
-
-
-def _fit_in_turn(
-    refitter: Refitter,
-    layer: LayerFit,
-    grams: tuple[Gram, Gram],
-    targets: list[Tensor],
-    counts: ValueCounts,
+def _fit_layers(
+    sides: Sequence[_Side],
+    dense: DenseLayer,
+    made: Sequence[tuple[Mapping[str, Tensor], dict[str, Tensor]]],
 ) -> None:
-    """Fit the readers and writers of one layer, one block after the other.
+    """Send the dense stream through a layer, once for all, and fit it, `made` for each of the small
+    models that keep it, but for what chases the dense stream in front of their next one.
 
-    The small stream moves on by each fitted writer's own output; of the blocks behind it nothing
-    runs again, and what is before it is silent. Experts' writers, each of which sees some tokens
-    only, stay projected: of a block of experts the readers are fitted, the router among them.
-
-    `grams` are those of the first site, `targets` the dense stream behind each writer, `counts` how
-    many values each block returns.
+    Before the dense layer runs, the sites in front of which the streams stand are looked at.
     """
-    group, small_stream = layer.group, layer.small_stream
-    last = len(group.sites) - 1
-    for number, site in enumerate(group.sites):
-        if number:
-            grams = stream_grams(refitter, targets[number - 1], small_stream)
-        fit_readers(refitter, layer, site, grams)
-        zeroed = {done.block: counts[done.block] for done in group.sites[:number]}
-        if group.sparse and number == last:
-            break
-        target = targets[number]
-        keep_inputs = number < last or refitter.execution.keeps_inputs
-        inputs, kept_P = fit_writer(refitter, layer, number, target, zeroed, keep_inputs)
-        if keep_inputs:
-            writer = _linear_writer(refitter, layer, number, kept_P)
-            add_to_stream(small_stream, inputs, writer, refitter.execution)
-        if number == last and keep_inputs:
-            return
-    # The last writer's inputs are the widest of all: running its block again costs less memory.
-    part = LayerPart(zeroed=zeroed)
-    run_layer(layer.small_models[-1], layer.index, layer.tensors, [(small_stream, {})], part)
+    layers, first_grams = [], []
+    for side, (cut, tensors) in zip(sides, made, strict=True):
+        index = side.groups.index(dense.index + 1) - 1
+        small = families.renumbered(side.refitter.family, dense.group, index)
+        own = (renamed(cut, dense.group, small), renamed(tensors, dense.group, small))
+        layers.append(LayerFit(dense, small, *own, side.models, side.stream))
+        first_grams.append(stream_grams(side.refitter, dense.stream.hidden, side.stream))
+    fits = list(zip(sides, layers, first_grams, strict=True))
+    if not sides or families.is_parallel(dense.model.family, sides[0].refitter.dense.config):
+        run_layer(dense.model, dense.index, dense.source, [(dense.stream, {})])
+        for side, layer, grams in fits:
+            rest = partial(fit_parallel, side.refitter, layer, grams)
+            side.finish = partial(_finish_layer, side, layer, rest)
+        return
+    targets, counts = run_dense(sides[0].refitter, dense)
+    for side, layer, grams in fits:
+        fit_first_writers(side.refitter, layer, grams, targets, counts)
+        rest = partial(fit_last_writer, side.refitter, layer, counts)
+        side.finish = partial(_finish_layer, side, layer, rest)
 
 
-def _linear_writer(
-    refitter: Refitter, layer: LayerFit, number: int, kept_P: Tensor | None
-) -> LinearWriter:
-    """A layer's fitted writer, which reads those at `kept_P` of its inputs; None: all."""
-    name = layer.name(refitter.family.writers[number])
-    weight_KP, bias_K = layer.tensors[f"{name}.weight"], layer.tensors.get(f"{name}.bias")
-    return LinearWriter(f"the small {name}", weight_KP, bias_K, kept_P, refitter.multiplier)
-
-
-def _run_dense(refitter: Refitter, dense: DenseLayer) -> tuple[list[Tensor], ValueCounts]:
-    """Run the dense layer.
-
-    Returns the stream after each of its writers, and how many values each of its blocks returns.
-    """
-    family, hidden = refitter.family, dense.stream.hidden
-    between = [
-        refitter.execution.empty_stream(tuple(hidden.shape), hidden.dtype) for _ in family.sites[1:]
-    ]
-    probes = {}
-    for site, place in zip(family.sites[1:], between, strict=True):
-
-        def keep(rows: slice, x: Tensor, place: Tensor = place) -> None:
-            store(place[rows], x, refitter.execution.device)
-
-        probes[site.norm] = keep
-    blocks = [site.block for site in family.sites]
-    with value_counts(dense.model.layer(dense.index), blocks) as counts:
-        run_layer(dense.model, dense.index, dense.source, [(dense.stream, probes)])
-    return [*between, hidden], counts
+def _finish_layer(side: _Side, layer: LayerFit, fit_rest: Callable[[], None]) -> FinishedGroup:
+    """Fit the rest of a side's layer."""
+    fit_rest()
+    return _finished(side, layer.index + 1, layer.group, layer.tensors, layer.dense.stream)

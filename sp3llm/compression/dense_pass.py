@@ -31,6 +31,9 @@ class DensePass:
     basis: str
     predicts: bool
     """Whether what shapes lose is to be predicted, for which gradients are taken."""
+    gaps: str | None
+    """What stands for layers that go: `bridged`, what the refit can put there, or `cut`, nothing;
+    None: no layer goes. What layers are worth then takes gradients to measure."""
     least_units: Mapping[str, int]
     """By the axis that a writer reads: the fewest of its units, neurons or KV groups, that any
     shape to choose from keeps, and by `HEAD_DIM` the smallest head; only of axes along which the
@@ -58,7 +61,7 @@ class DensePass:
     @property
     def takes_gradients(self) -> bool:
         """Whether the loss's gradients are taken."""
-        return self.basis == "gradient" or self.predicts
+        return self.basis == "gradient" or self.predicts or self.gaps is not None
 
     def model(self, checkpoint: Checkpoint) -> LayeredModel:
         """The dense model, with some or all of its vocabulary, without weights."""
@@ -82,3 +85,9 @@ class DensePass:
     def traced_windows(self) -> list[int]:
         """Which windows of this process loss gradients are taken on."""
         return self.first_windows(gradient_windows(self.calibration.shape[1]))
+
+    @property
+    def traced_tokens(self) -> int:
+        """In the windows of all processes that loss gradients are taken on."""
+        windows, length = self.calibration.shape
+        return min(gradient_windows(length), windows) * length

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sp3llm.compression.dense_pass import DensePass
+from sp3llm.compression.depth import layer_loss
 from sp3llm.compression.projection import norm_of
 from sp3llm.maths.moments import add_second_moment
 from sp3llm.maths.products import operand, widen
 from sp3llm.models.checkpoint import head_tensors
 from sp3llm.models.stream import Stream, backward_layer, open_stream, run_layer
-from sp3llm.planning.needs import gradient_windows
 from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.progress import tracked
 from sp3llm.runtime.transfer import fetched
@@ -50,6 +50,8 @@ def measure_gradients(run: DensePass) -> None:
     )
     bar = tracked(run.progress, "dense model, loss gradients", sources, start, len(layers))
     for done, ((index, group), tensors) in enumerate(bar, start + 1):
+        if run.gaps is not None:
+            sums.layers_L[index] = layer_loss(run, index, *inputs[index : index + 2], upstream)
         found = backward_layer(model, index, tensors, Stream(inputs[index], calls), upstream)
         upstream = found.below
         for number, (gradients, site) in enumerate(zip(found.by_norm, family.sites, strict=True)):
@@ -104,7 +106,7 @@ def _mean_square(run: DensePass, gradients: Tensor, scale_D: Tensor | None = Non
     """Mean `g g^T` of gradients, `(windows, tokens, D)`, each channel times its scale, over all
     processes and the tokens that are traced; `(D, D)`, float64.
     """
-    width, sequence = gradients.shape[-1], run.calibration.shape[1]
+    width = gradients.shape[-1]
     total_DD = torch.zeros(width, width, dtype=torch.float64, device=run.execution.device)
     rows = [slice(row, row + 1) for row in range(len(gradients))]
     for _, window in fetched(gradients, rows, run.execution.device):
@@ -113,4 +115,4 @@ def _mean_square(run: DensePass, gradients: Tensor, scale_D: Tensor | None = Non
             scaled = (scaled * scale_D.to(widen(scaled))).to(scaled.dtype)
         add_second_moment(total_DD, scaled)
     run.execution.ranks.all_reduce_(total_DD)
-    return total_DD / (min(gradient_windows(sequence), len(run.calibration)) * sequence)
+    return total_DD / run.traced_tokens

@@ -38,6 +38,8 @@ class Result:
     plan: "Plan"
     findings: "Findings"
     """Of the search for the shape."""
+    layers: tuple[int, ...]
+    """Of the dense model, those that stay; none: all do."""
     fits: list[dict[str, Any]]
     eigenvalues: "Tensor"
     energy_kept: float
@@ -202,9 +204,14 @@ def same_basis_for_all(job: Job, basis: "tuple[Tensor, Projection]") -> "tuple[T
 
 
 def refitter_of(
-    job: Job, shape: "Shape", projection: "Projection", held_from: int, unseen_from: int
+    job: Job,
+    shape: "Shape",
+    projection: "Projection",
+    layers: tuple[int, ...] | None,
+    held_from: int,
+    unseen_from: int,
 ) -> "Refitter":
-    """What every fit of the second pass needs, of a job; see `Refitter` for the last two."""
+    """What every fit of the second pass needs, of a job; see `Refitter` for the last three."""
     from sp3llm.compression.refitter import Refitter
 
     return Refitter(
@@ -218,4 +225,5 @@ def refitter_of(
         held_from=held_from,
         unseen_from=unseen_from,
         log=[],
+        layers=layers,
     )

@@ -51,6 +51,7 @@ def measure_dense(
     journal: Journal = NOTHING_KEPT,
     least_units: Mapping[str, int] | None = None,
     original: Checkpoint | None = None,
+    gaps: str | None = None,
 ) -> tuple[Moments, Tensor | None]:
     """Stream the dense model over calibration and evaluation windows, and measure it.
 
@@ -59,9 +60,10 @@ def measure_dense(
     measured too: `readers`, by the readers' weights, relative to all that they read; `gradient`,
     by the second moments of loss gradients (`compression.gradients`). With `least_units` all that
     predictions need is measured, and for the axes in it, along which shapes to choose from are cut,
-    what writers lose with no fewer units than given (`compression.curves`). What `journal` has from
-    a run before is not done again. `original` is the checkpoint whose table and head the evaluation
-    windows go through, where `dense` has only some of its tokens.
+    what writers lose with no fewer units than given (`compression.curves`). With `gaps`, `bridged`
+    or `cut`, what layers are worth is (`compression.depth`). What `journal` has from a run before
+    is not done again. `original` is the checkpoint whose table and head the evaluation windows go
+    through, where `dense` has only some of its tokens.
 
     Returns the moments and the token losses on the evaluation windows, `(windows, tokens - 1)`,
     float64, in nats. Raises UserError where activations, moments or gradients hold NaN or
@@ -78,9 +80,9 @@ def measure_dense(
     )
     run = DensePass(
         *(dense, family, calibration, evaluation, moments, basis),
-        *(least_units is not None, least_units or {}, execution, progress, journal),
+        *(least_units is not None, gaps, least_units or {}, execution, progress, journal),
         slots=SiteSlots.of(sites, most, width, execution),
-        fisher=FisherSums.of(sites, most, width, execution),
+        fisher=FisherSums.of(sites, most, depth, width, execution),
         original=original or dense,
     )
     if run.takes_gradients:
@@ -142,6 +144,7 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
         head_DD=head_DD,
         heads=tuple(heads),
         fisher=run.fisher.finished() if run.takes_gradients else None,
+        layers_L=run.fisher.layers_L if run.gaps is not None else None,
         curves=curves,
     )
     return measured, losses

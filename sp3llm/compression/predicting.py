@@ -3,16 +3,17 @@
 Every axis of a shape loses by itself, and losses add up to first order: the hidden size what its
 readers cannot get back from the subspace that is kept, the FFN and the KV groups what their
 writers' curves say (`compression.curves`), smaller heads and narrower tables what their own
-projections leave out. All are weighed by the Fisher information of what they disturb, to second
-order. What the refit does for one matrix is in it, what later matrices do for an earlier one is
-not: so losses come out too large, much alike within an axis, and trials set the scale of each
-(`compression.shape_search`).
+projections leave out, layers that go all that they add (`compression.depth`). All are weighed by
+the Fisher information of what they disturb, to second order. What the refit does for one matrix is
+in it, what later matrices do for an earlier one is not: so losses come out too large, much alike
+within an axis, and trials set the scale of each (`compression.shape_search`).
 """
 
 import torch
 from torch import Tensor
 
 from sp3llm.compression.basis_choice import table_roles
+from sp3llm.compression.depth import depth_loss
 from sp3llm.compression.projection import Projection, unembedding
 from sp3llm.compression.statistics import Moments
 from sp3llm.models import families
@@ -37,7 +38,7 @@ def predicted_losses(
     stream = _stream_loss(dense, family, moments, projection)
     if projection.embedding_EJ is not None:
         stream += _table_loss(dense, family, moments, projection, tokens)
-    return Losses(stream, _units_loss(moments, shape))
+    return Losses(stream, _units_loss(moments, shape), depth_loss(moments, shape))
 
 
 def _stream_loss(

@@ -1,6 +1,6 @@
 """Fold, rotate and cut groups of parameters, prefetched and rounded for the export."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,15 +28,34 @@ def plain_groups(
     dtype: torch.dtype,
     execution: Execution,
     start: int = 0,
+    layers: Sequence[int] | None = None,
 ) -> Iterator[FinishedGroup]:
-    """Fold, rotate and cut every group from number `start` on, and nothing else."""
-    groups = families.groups(family, dense.config)[start:]
-    sources = prefetch_groups(dense, family, groups, execution.device)
+    """Fold, rotate and cut every group of the small model from number `start` on, and nothing else.
+
+    `layers` are the numbers of the dense layers that stay, rising; None: all.
+    """
+    groups = families.groups(family, dense.config)
+    kept = [groups[number] for number in kept_groups(groups, layers)[start:]]
+    sources = prefetch_groups(dense, family, kept, execution.device)
     for index, (group, source) in enumerate(sources, start):
         cut = gate_and_cut(family, projection, execution.device, group, source)
         tensors = project_and_round(family, projection, dtype, execution.device, group, cut)
         tensors = _without_masked_units(dense, family, projection, group, tensors)
-        yield FinishedGroup(index, group, tensors)
+        small = families.renumbered(family, group, index - 1)
+        yield FinishedGroup(index, small, renamed(tensors, group, small))
+
+
+def kept_groups(groups: Sequence[Group], layers: Sequence[int] | None) -> list[int]:
+    """Of all groups of a model the numbers of those that stay with some of its layers only; None:
+    all.
+    """
+    inner = range(len(groups) - 2) if layers is None else layers
+    return [0, *(layer + 1 for layer in inner), len(groups) - 1]
+
+
+def renamed(tensors: Mapping[str, Tensor], group: Group, small: Group) -> dict[str, Tensor]:
+    """A group's tensors by the names that it has among the small model's groups."""
+    return {small.prefix + name.removeprefix(group.prefix): t for name, t in tensors.items()}
 
 
 def whole_groups(

@@ -49,6 +49,7 @@ def record_of(job: Job, result: Result, parameters: PartCounts, mask: LearnedMas
         dense_perplexity=result.dense_perplexity,
         perplexity=result.perplexity,
         excess_log_perplexity=from_json(Excess, result.excess.describe()),
+        layers=result.layers,
         trials=tuple(
             Trial(**asdict(shape), trial_loss=loss) for shape, loss in result.findings.tried.items()
         ),

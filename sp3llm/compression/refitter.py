@@ -48,6 +48,8 @@ class Refitter:
     """First window that no fit sees at all, for trials to be scored on."""
     log: list[dict[str, Any]]
     """One entry a fit."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the dense model's layers that stay, rising; None: all."""
 
     @property
     def objective(self) -> Objective:
@@ -70,12 +72,14 @@ class FinishedGroup:
     """A group of the small model's parameters as they are to be written."""
 
     index: int
-    """Its number among all groups: embeddings, layers, head."""
+    """Its number among all groups of the small model: embeddings, layers, head."""
     group: Group
+    """As the small model numbers its layers."""
     tensors: Mapping[str, Tensor]
     """The small model's, by their names on disk."""
     dense: Stream | None = None
-    """The dense model's stream behind this group; None where nothing was refitted."""
+    """The dense model's stream behind this group, and behind the layers after it that go; None
+    where nothing was refitted."""
     small: Stream | None = None
     """The small model's."""
 
@@ -98,6 +102,8 @@ class LayerFit:
     """One layer while it is fitted: its weights, both models, and their streams in front of it."""
 
     dense: DenseLayer
+    group: Group
+    """The layer's parameters in the dense model, named as the small one numbers its layers."""
     cut: Mapping[str, Tensor]
     """Dense weights with attention cut, still in the coordinates of the dense stream."""
     tensors: dict[str, Tensor]
@@ -108,13 +114,8 @@ class LayerFit:
 
     @property
     def index(self) -> int:
-        """Its number among the layers."""
-        return self.dense.index
-
-    @property
-    def group(self) -> Group:
-        """The layer's parameters, in the dense model."""
-        return self.dense.group
+        """Its number among the small model's layers."""
+        return self.group.layer
 
     def name(self, module: str) -> str:
         """The full name of a module of the layer."""

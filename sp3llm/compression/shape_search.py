@@ -74,6 +74,16 @@ def least_units(job: Job) -> dict[str, int] | None:
     return fewest
 
 
+def gaps(job: Job) -> str | None:
+    """What stands for layers that go, for `measuring.measure_dense`; None where none may."""
+    from sp3llm.models.shapes import Shape
+
+    depth = Shape.of(job.family, job.dense.config).num_hidden_layers
+    if all(shape.num_hidden_layers == depth for shape in job.shapes):
+        return None
+    return "bridged" if job.settings.refit else "cut"
+
+
 def choose_shape(
     job: Job,
     moments: "Moments",
@@ -144,7 +154,8 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
     """Find out what shapes lose, side by side: refitted with the tokens that the calibration text
     is in, and what fewer of them lose added.
     """
-    from sp3llm.compression.building import trial_losses
+    from sp3llm.compression.depth import kept_layers
+    from sp3llm.compression.trials import trial_losses
     from sp3llm.models.shapes import Shape
 
     job, windows = found.job, found.calibration[:, :_TRIAL_TOKENS]
@@ -156,7 +167,7 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
     refitters = [
         refitter_of(
             *(job, replace(shape, vocab_size=rows), _projection(found, shape)),
-            *(fitted, fitted + held),
+            *(kept_layers(found.moments, shape), fitted, fitted + held),
         )
         for shape in cut
     ]

@@ -106,6 +106,7 @@ def build(
     job: Job,
     shape: "Shape",
     projection: "Projection | None",
+    layers: tuple[int, ...] | None,
     tokens: "Tensor",
     export: "Export",
     model: Path,
@@ -113,7 +114,8 @@ def build(
     progress: "Progress",
 ) -> list[dict[str, Any]]:
     """Make the small model's groups in order, in the dense model's family, and write them as they
-    come, as `export` has them; a log of all fits. Without a `projection` they are the dense ones.
+    come, as `export` has them; a log of all fits. `layers` are those of the dense model that stay.
+    Without a `projection` the groups are the dense ones.
     """
     from sp3llm.compression.projecting import plain_groups, whole_groups
     from sp3llm.compression.refitter import FinishedGroup
@@ -122,8 +124,8 @@ def build(
     from sp3llm.runtime.progress import tracked
 
     ranks = job.execution.ranks
-    count = len(families.groups(job.family, job.dense.config))
     written_as = (export.family, export.config)
+    count = len(families.groups(*written_as))
     done = ranks.from_first(lambda: groups_written(*written_as, job.dtype, journal))
     refits = job.settings.refit and projection is not None
     if projection is None:
@@ -131,10 +133,12 @@ def build(
         groups = whole_groups(job.dense, job.family, job.dtype, done)
     elif refits:
         what = "fold, rotate, cut, refit"
-        start, fits, groups = _refitted(job, shape, projection, tokens, journal, done)
+        of_shape = (shape, projection, layers)
+        start, fits, groups = _refitted(job, *of_shape, tokens, journal, done)
     else:
         what, start, fits = "fold, rotate, cut", done, []
-        groups = plain_groups(job.dense, job.family, projection, job.dtype, job.execution, done)
+        of_export = (job.dtype, job.execution, done)
+        groups = plain_groups(job.dense, job.family, projection, *of_export, layers)
     latest: FinishedGroup | None = None
     zeros = export.zeros()
 
@@ -159,6 +163,7 @@ def _refitted(
     job: Job,
     shape: "Shape",
     projection: "Projection",
+    layers: tuple[int, ...] | None,
     tokens: "Tensor",
     journal: "Journal",
     done: int,
@@ -175,7 +180,7 @@ def _refitted(
         start, fits = before.step, list(before.facts["fits"])
         streams = (before.tensors["dense"], before.tensors["small"])
     windows = len(tokens)
-    refitter = refitter_of(job, shape, projection, held_back_from(windows), windows)
+    refitter = refitter_of(job, shape, projection, layers, held_back_from(windows), windows)
     groups = refitted_groups(replace(refitter, log=fits), tokens, start, streams)
     return start, fits, groups
 

@@ -29,6 +29,8 @@ class Moments:
     """Of every layer, where the width is heads times head size."""
     fisher: "Fisher | None" = None
     """What the loss's gradients say of errors; None where they were not taken."""
+    layers_L: Tensor | None = None
+    """What goes with each layer, nats a token (`compression.depth`); None: none is to go."""
     curves: Mapping[str, Tensor] = field(default_factory=dict)
     """By the axis that a writer reads, what all layers' writers lose with some of their units,
     after a refit: rows of the number of units, falling, and nats a token, `(points, 2)`."""
@@ -67,10 +69,12 @@ class FisherSums:
     sites_DD: list[Tensor]
     head_DD: Tensor
     behind_DD: list[Tensor]
+    layers_L: Tensor
+    """What `Moments.layers_L` is, of the layers that were measured so far."""
     sites: int
 
     @staticmethod
-    def of(sites: int, most: int, width: int, execution: Execution) -> "FisherSums":
+    def of(sites: int, most: int, layers: int, width: int, execution: Execution) -> "FisherSums":
         """Zeros, for so many read sites, the head's among them; otherwise as `SiteSlots.of`."""
 
         def zeros(count: int) -> list[Tensor]:
@@ -79,7 +83,9 @@ class FisherSums:
                 for _ in range(count)
             ]
 
-        return FisherSums(zeros(min(most, sites)), zeros(1)[0], zeros(min(most, sites - 1)), sites)
+        behind_DD = zeros(min(most, sites - 1))
+        layers_L = torch.zeros(layers, dtype=torch.float64, device=execution.device)
+        return FisherSums(zeros(min(most, sites)), zeros(1)[0], behind_DD, layers_L, sites)
 
     def add_site(self, site: int, metric_DD: Tensor) -> None:
         """Add a site's metric."""
@@ -100,7 +106,7 @@ class FisherSums:
 
     def pack(self) -> dict[str, Tensor]:
         """As named tensors; `restore` is the inverse."""
-        return _pack_fisher(self.finished())
+        return {**_pack_fisher(self.finished()), "layers": self.layers_L}
 
     def restore(self, named: Mapping[str, Tensor]) -> None:
         """Set the sums to those that `pack` has named."""
@@ -225,6 +231,7 @@ def pack(moments: Moments) -> dict[str, Tensor]:
     if moments.fisher is not None:
         named |= _pack_fisher(moments.fisher)
     named |= {f"curves.{axis}": tensor for axis, tensor in moments.curves.items()}
+    named["layers"] = moments.layers_L
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -245,8 +252,10 @@ def unpack(named: Mapping[str, Tensor], execution: Execution) -> Moments:
 
     layers = {int(name.split(".")[1]) for name in named if name.startswith("heads.")}
     heads = tuple(HeadMoments(**under(f"heads.{layer}")) for layer in sorted(layers))
-    head_DD = named.get("head")
-    head_DD = None if head_DD is None else head_DD.to(execution.device, copy=True)
+    head_DD, layers_L = (
+        None if name not in named else named[name].to(execution.device, copy=True)
+        for name in ("head", "layers")
+    )
     fisher = None
     if "fisher.head" in named:
         fisher = Fisher(listed("fisher.sites"), under("fisher")["head"], listed("fisher.behind"))
@@ -256,5 +265,6 @@ def unpack(named: Mapping[str, Tensor], execution: Execution) -> Moments:
         head_DD=head_DD,
         heads=heads,
         fisher=fisher,
+        layers_L=layers_L,
         curves=under("curves"),
     )

@@ -36,7 +36,7 @@ from sp3llm.compression.attempts import compress_resumably
 from sp3llm.compression.job import Job, Result, with_dtype
 from sp3llm.compression.preparing import prepare
 from sp3llm.compression.recording import record_of
-from sp3llm.compression.shape_search import choose_shape, least_units
+from sp3llm.compression.shape_search import choose_shape, gaps, least_units
 from sp3llm.compression.stages import (
     build,
     energy_kept,
@@ -121,6 +121,7 @@ def run_stages(
     """
     import torch
 
+    from sp3llm.compression.depth import kept_layers
     from sp3llm.compression.measuring import measure_dense
     from sp3llm.compression.vocabulary_losses import vocabulary_losses
     from sp3llm.evaluation.perplexity import measure_losses
@@ -160,6 +161,7 @@ def run_stages(
         journal,
         least_units(job),
         job.original,
+        gaps(job),
     )
     if mask_windows is not None:
         mask = learn_mask(job, moments, mask_windows, journal, progress)
@@ -175,7 +177,8 @@ def run_stages(
             calibration, held_out = draw_texts(job, journal)
     plan = plan_of(family, job.original.config, job.limits, shape)
     progress.console.print(plan_line(job.name, plan), highlight=False, markup=False)
-    small_config = resized_config(family, dense.config, shape)
+    layers = kept_layers(moments, shape)
+    small_config = resized_config(family, dense.config, shape, layers)
     small_config = with_dtype(small_config, job.dtype, job.dense_dtype)
     # What is computed stays in the dense model's family; what is written, and scored, may not.
     export = export_of(family, small_config, settings.export_as)
@@ -187,7 +190,8 @@ def run_stages(
         energy = energy_kept(moments, projection)
     del moments  # at large widths several matrices that nothing needs any more
     trim_memory()
-    fits = build(job, shape, projection, calibration.tokens, export, model, journal, progress)
+    of_shape = (shape, projection, layers)
+    fits = build(job, *of_shape, calibration.tokens, export, model, journal, progress)
     small = execution.ranks.from_first(
         lambda: written(export.family, export.config, job.dtype, model)
     )
@@ -201,6 +205,7 @@ def run_stages(
         command=command_line(settings),
         plan=plan,
         findings=findings,
+        layers=layers or (),
         fits=fits,
         eigenvalues=eigenvalues,
         energy_kept=energy,

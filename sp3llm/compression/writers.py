@@ -237,7 +237,7 @@ def _survivors(
     sizes = families.axis_sizes(family, refitter.dense.config)
     axis = family.layer[f"{writer}.weight"][1]
     unit = units[axis]
-    kept_U = None if kept_units is None else kept_units.kept(axis, layer.group.layer)
+    kept_U = None if kept_units is None else kept_units.kept(axis, layer.dense.group.layer)
     if kept_U is None:
         method = refitter.unit_selection
         dtype = solves_in(refitter.execution)

@@ -1,6 +1,6 @@
 """The sizes that compression may change, and what a model of such sizes costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from sp3llm.models.families import (
     axis_sizes,
     count_matrix_parameters,
     count_parameters,
+    is_sparse,
     is_tied,
     key_value_heads,
     setting,
@@ -48,6 +49,9 @@ class Shape:
     # Records of before tokens could go have none (`reporting.typed_json.LATER`).
     vocab_size: int | None = field(default=None, metadata={"later": True})
     """Rows of the tables with one for every token; None: all that the dense model has."""
+    # Records of before layers could go have none (`reporting.typed_json.LATER`).
+    num_hidden_layers: int | None = field(default=None, metadata={"later": True})
+    """Layers; None: all that the dense model has."""
 
     @staticmethod
     def of(family: Family, config: Mapping[str, Any]) -> "Shape":
@@ -63,6 +67,7 @@ class Shape:
             word_embed_proj_dim=sizes[EMBEDDING] if family.projections else None,
             tie_word_embeddings=is_tied(family, config),
             vocab_size=sizes[VOCAB],
+            num_hidden_layers=setting(family, config, "num_hidden_layers"),
         )
 
     def vocabulary_parameters(self) -> int:
@@ -117,8 +122,16 @@ class Cost:
         return getattr(self, what.replace("-", "_"))
 
 
-def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+def resized_config(
+    family: Family,
+    config: Mapping[str, Any],
+    shape: Shape,
+    layers: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """`config.json` of the compressed model: the dense one's own, with the new shape.
+
+    `layers` are the numbers of the dense model's layers that stay, rising, which lists with an
+    entry a layer follow; None: which ones does not matter, as for a count, or all stay.
 
     The file is carried over key by key rather than written anew, so that RoPE scaling, sliding
     windows and whatever else a tool reads there stay as their author wrote them. Sizes that the
@@ -130,13 +143,34 @@ def resized_config(family: Family, config: Mapping[str, Any], shape: Shape) -> d
     resized = carried_config(config)
     if "architectures" in config:
         resized["architectures"] = [family.architecture]
+    depth = shape.num_hidden_layers or dense["num_hidden_layers"]
     rows = shape.vocab_size or dense["vocab_size"]
-    for name, size in asdict(replace(shape, vocab_size=rows)).items():
+    whole = replace(shape, vocab_size=rows, num_hidden_layers=depth)
+    for name, size in asdict(whole).items():
         key = family.keys.get(name, name)
         stated = size != dense[name] or (name in derived and size is not None)
         if stated and key is not None:
             resized[key] = size
+    kept = range(depth) if layers is None else layers
+    for name in family.layer_lists:
+        if depth < dense["num_hidden_layers"] and resized.get(name) is not None:
+            resized[name] = [resized[name][layer] for layer in kept]
     return resized
+
+
+def keeps_every_layer(family: Family, config: Mapping[str, Any]) -> str | None:
+    """Why no layer of a model can go, as a relative clause; None: any can.
+
+    A rule by the layers' numbers would take the layers behind a gap for others, and which of two
+    kinds of layers go would be a part of what a shape costs.
+    """
+    for name, rule in family.layer_lists.items():
+        if rule is not None and config.get(name) is None and setting(family, config, rule):
+            return f"whose layers differ by their numbers ({rule} without {name} in config.json)"
+    depth = setting(family, config, "num_hidden_layers")
+    if len({is_sparse(family, config, layer) for layer in range(depth)}) > 1:
+        return "of which some layers have experts and some have none"
+    return None
 
 
 def cost_of(

@@ -136,6 +136,10 @@ class CompressConfig:
     hidden_size: int | None = option("fix the hidden size", default=None)
     intermediate_size: int | None = option("fix the FFN width", default=None)
     num_key_value_heads: int | None = option("fix the number of key-value heads", default=None)
+    num_hidden_layers: int | None = option(
+        "fix the number of layers; those go whose addition to the stream the loss misses least",
+        default=None,
+    )
     head_dim: int | None = option("fix the head size that an OPT is projected to", default=None)
     word_embed_proj_dim: int | None = option("fix the embedding width of a tied OPT", default=None)
     tie: str = option(
@@ -263,6 +267,11 @@ class CompressConfig:
             raise UserError(
                 f"Expected --basis pca with --moments raw, found '{self.basis}', which weighs "
                 "errors in the normalised stream: add --basis pca, or leave --moments raw out."
+            )
+        if self.mask == "learned" and self.num_hidden_layers is not None:
+            raise UserError(
+                "Expected no --num-hidden-layers with --mask learned, whose gates are on every "
+                f"layer, found {self.num_hidden_layers}: leave one of them out."
             )
         if not (self.refit or self.mask == "learned") and (
             self.allocate == "search"

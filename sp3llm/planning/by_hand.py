@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from sp3llm.errors import UserError
-from sp3llm.models.shapes import Shape
+from sp3llm.models.shapes import Shape, keeps_every_layer
 from sp3llm.options.field import flag
 from sp3llm.planning.limits import width_step
 from sp3llm.planning.spending import Request
@@ -16,6 +16,7 @@ def start_shape(request: Request) -> Shape:
     Raises UserError if a size fixed by hand is not one that the model can be cut to.
     """
     _check_bounds(request)
+    _check_layers(request)
     _check_experts(request)
     _check_embedding_width(request)
     _check_tie(request)
@@ -23,8 +24,12 @@ def start_shape(request: Request) -> Shape:
     _check_multiple(request)
     limits, dense = request.limits, request.dense
     shape = dense.with_groups(limits.num_key_value_heads or dense.num_key_value_heads)
-    shape = replace(shape, intermediate_size=limits.intermediate_size or dense.intermediate_size)
-    shape = replace(shape, vocab_size=limits.vocab_rows or dense.vocab_size)
+    shape = replace(
+        shape,
+        intermediate_size=limits.intermediate_size or dense.intermediate_size,
+        num_hidden_layers=limits.num_hidden_layers or dense.num_hidden_layers,
+        vocab_size=limits.vocab_rows or dense.vocab_size,
+    )
     shape = shape.untied() if limits.tie == "untie" else shape
     _check_width_of_heads(request, shape)
     _check_tensor_parallel(request, shape)
@@ -32,13 +37,23 @@ def start_shape(request: Request) -> Shape:
 
 
 def _check_bounds(request: Request) -> None:
-    for name in ("hidden_size", "intermediate_size", "num_key_value_heads"):
+    for name in ("hidden_size", "intermediate_size", "num_key_value_heads", "num_hidden_layers"):
         asked, most = getattr(request.limits, name), getattr(request.dense, name)
         if asked is not None and not 0 < asked <= most:
             raise UserError(
                 f"Expected {flag(name)} between 1 and the model's {most}, found "
                 f"{asked}: give a smaller number."
             )
+
+
+def _check_layers(request: Request) -> None:
+    asked = request.limits.num_hidden_layers
+    obstacle = keeps_every_layer(request.family, request.config)
+    if obstacle is not None and asked not in (None, request.dense.num_hidden_layers):
+        raise UserError(
+            f"Expected a model whose layers can go for --num-hidden-layers, found a "
+            f"{request.family.model_type} model {obstacle}: leave it out."
+        )
 
 
 def _check_experts(request: Request) -> None:

@@ -1,14 +1,16 @@
 """From a budget to the shapes worth trying, before any weight is touched."""
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sp3llm.errors import UserError
 from sp3llm.models.families import Family
 from sp3llm.models.served import check_export
-from sp3llm.models.shapes import Shape
+from sp3llm.models.shapes import Shape, keeps_every_layer
 from sp3llm.planning.by_hand import start_shape
 from sp3llm.planning.limits import Limits, width_step
 from sp3llm.planning.spending import (
@@ -25,15 +27,18 @@ from sp3llm.planning.square import square_candidates
 _GROUP_EIGHTHS = (7, 6, 5, 4, 3)
 # Hidden sizes rise in steps of the dense one over this, at least: every step is a trial as well.
 _MOST_WIDTHS = 16
+# Layers fall in steps of the dense model's number over this, down to this part of it.
+_MOST_DEPTHS, _LEAST_DEPTH = 16, 0.75
 
 
 def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> list[Shape]:
     """Shapes worth trying at the budget, the one that spends all of it on the width first.
 
-    KV groups fall in steps of about an eighth; for each number of them hidden sizes rise from the
-    widest that leaves the FFN whole, in steps of a sixteenth at least, and the FFN takes up the
-    remainder of the budget, down to three tenths. Sizes fixed by hand stay, and so do experts.
-    Where fewer rows of the vocabulary are all that the budget asks for, nothing else is cut.
+    Layers fall in steps of a sixteenth, KV groups of about an eighth; for each number of them
+    hidden sizes rise from the widest that leaves the FFN whole, in steps of a sixteenth at least,
+    and the FFN takes up the remainder of the budget, down to three tenths. Sizes fixed by hand
+    stay, and so do experts. Where fewer rows of the vocabulary are all that the budget asks for,
+    nothing else is cut.
 
     Raises UserError if none fits, a size fixed by hand is impossible, or the model cannot be
     written as the class asked for.
@@ -47,8 +52,57 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
 
 
 def _candidates(request: Request) -> list[Shape]:
-    if request.limits.tie == "auto":
-        return _of_either_tie(request)
+    """Candidates of every number of layers, the most first, and for each of either tie."""
+    shapes: list[Shape] = []
+    refusals = []
+    for depth in _depths(request):
+        of_depth: list[Shape] = []
+        for tie in _ties(request):
+            limits = replace(request.limits, tie=tie, num_hidden_layers=depth)
+            try:
+                of_depth += _of_one_kind(replace(request, limits=limits))
+            except UserError as refusal:  # any may be impossible, or over the budget
+                refusals.append(refusal)
+        sizes = [_sizes(more) for more in shapes]
+        shapes += [shape for shape in of_depth if not any(map(partial(_holds, shape), sizes))]
+    if not shapes:
+        raise refusals[-len(_ties(request))]
+    return shapes
+
+
+def _depths(request: Request) -> list[int | None]:
+    """Numbers of layers that are tried, the most first; None: all."""
+    limits, most = request.limits, request.dense.num_hidden_layers
+    searched = not (limits.only_width or limits.every_layer) and limits.num_hidden_layers is None
+    if not searched or keeps_every_layer(request.family, request.config) is not None:
+        return [limits.num_hidden_layers]
+    step = max(1, round(most / _MOST_DEPTHS))
+    return [None, *range(most - step, math.ceil(_LEAST_DEPTH * most) - 1, -step)]
+
+
+def _ties(request: Request) -> list[str]:
+    """What becomes of a tied head, in the order in which it is tried."""
+    if request.limits.tie != "auto":
+        return [request.limits.tie]
+    return ["keep", "untie"] if request.dense.tie_word_embeddings else ["keep"]
+
+
+def _holds(shape: Shape, more: tuple[int, ...]) -> bool:
+    """Whether another shape, of sizes `more`, has whatever a shape has, which then loses more."""
+    tied, *sizes = _sizes(shape)
+    return tied == more[0] and all(map(operator.ge, more[1:], sizes))
+
+
+def _sizes(shape: Shape) -> tuple[int, ...]:
+    """Whether the head is tied, and everything that a shape has a number of."""
+    return (
+        *(shape.tie_word_embeddings, shape.hidden_size, shape.intermediate_size, shape.head_dim),
+        *(shape.num_key_value_heads, shape.num_hidden_layers, shape.word_embed_proj_dim or 0),
+    )
+
+
+def _of_one_kind(request: Request) -> list[Shape]:
+    """Candidates of one number of layers and one tie."""
     start = start_shape(request)
     if request.is_square:
         return square_candidates(request, start)
@@ -63,21 +117,6 @@ def _candidates(request: Request) -> list[Shape]:
         least = request.limits.hidden_size or width_step(request.limits, request.dense)
         raise nothing_fits(request, start.with_groups(group_counts[-1]).with_width(least))
     return shapes if request.family.experts is None else list(_ever_wider(shapes))
-
-
-def _of_either_tie(request: Request) -> list[Shape]:
-    """Candidates with the head tied to the embeddings, then those with a head of its own."""
-    ties = ("keep", "untie") if request.dense.tie_word_embeddings else ("keep",)
-    shapes: list[Shape] = []
-    refusals = []
-    for tie in ties:
-        try:
-            shapes += _candidates(replace(request, limits=replace(request.limits, tie=tie)))
-        except UserError as refusal:  # one of the two may be impossible, or over the budget
-            refusals.append(refusal)
-    if not shapes:
-        raise refusals[0]
-    return shapes
 
 
 def _group_counts(request: Request) -> list[int]:

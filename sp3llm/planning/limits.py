@@ -18,7 +18,7 @@ _COARSEST = 8
 # Heads shrink in steps of this many dimensions, as small widths do.
 HEAD_DIM_STEP = 8
 _BY_HAND = (
-    *("hidden_size", "intermediate_size", "num_key_value_heads"),
+    *("hidden_size", "intermediate_size", "num_key_value_heads", "num_hidden_layers"),
     *("head_dim", "word_embed_proj_dim"),
 )
 
@@ -39,6 +39,8 @@ class Limits:
     """Fixed by hand."""
     num_key_value_heads: int | None = None
     """Fixed by hand."""
+    num_hidden_layers: int | None = None
+    """Fixed by hand."""
     head_dim: int | None = None
     """Fixed by hand, in families whose heads can shrink."""
     word_embed_proj_dim: int | None = None
@@ -51,6 +53,8 @@ class Limits:
     """Keep `hidden_size = num_attention_heads * head_dim`, where the family does not demand it."""
     only_width: bool = False
     """Spend all of the budget on the hidden size; what is not fixed by hand stays."""
+    every_layer: bool = False
+    """Search among shapes with all layers only."""
     tensor_parallel: int = 1
     """Heads, KV groups and widths stay divisible by this many devices."""
     context: int = 2048
@@ -69,13 +73,14 @@ class Limits:
 def limits_of(settings: CompressConfig, itemsize: int) -> Limits:
     """The limits that settings put on a plan.
 
-    With `--allocate width`, which `--no-refit` implies, FFN and KV groups stay as they are; without
-    the refit there are no trials, and a tie is kept.
+    With `--allocate width`, which `--no-refit` implies, FFN, KV groups and layers stay as they are;
+    without the refit there are no trials, and a tie is kept. A learned mask keeps every layer.
     """
     names = {field.name for field in fields(Limits)} & {field.name for field in fields(settings)}
     limits = Limits(itemsize=itemsize, **{name: getattr(settings, name) for name in names})
     tie = "keep" if settings.tie == "auto" and not settings.refit else settings.tie
-    return replace(limits, only_width=settings.allocation == "width", tie=tie)
+    only_width, every_layer = settings.allocation == "width", settings.mask == "learned"
+    return replace(limits, only_width=only_width, every_layer=every_layer, tie=tie)
 
 
 @dataclass(frozen=True)

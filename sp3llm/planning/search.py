@@ -10,7 +10,7 @@ from sp3llm.models.shapes import Shape
 
 # Trials at most, and how much more than the best one a candidate may promise to lose and still be
 # worth one at first: predictions were right to a tenth (eval/NOTES.md).
-_MOST_TRIALS, _CLOSE = 4, 1.3
+_MOST_TRIALS, _CLOSE = 5, 1.3
 # How strongly scales are drawn towards each other, against one trial, and how small a share of the
 # common one each is at least: errors of trials cannot make a part of a loss a gain.
 _DRAWN, _LEAST_SHARE = 0.1, 0.1
@@ -61,8 +61,18 @@ class Losses:
     """By the narrower stream, and by a narrower table of embeddings."""
     units: float
     """By fewer FFN neurons and KV groups, and by smaller heads."""
+    depth: float = 0.0
+    """By the layers that go."""
     vocabulary: float = 0.0
     """By fewer tokens, which is known and needs no scale."""
+
+    @property
+    def parts(self) -> tuple[float, ...]:
+        """Those that trials set the scale of."""
+        return self.stream, self.units, self.depth
+
+
+_PARTS = len(Losses(0.0, 0.0).parts)
 
 
 @dataclass(frozen=True)
@@ -78,22 +88,33 @@ class Findings:
 def shapes_to_try(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> list[Shape]:
     """Which candidates are worth a trial next; none: what is known is enough.
 
-    At first those of three mixes that promise most: the best, and the best of those that lose more
-    and less of it by the stream, unless it is far behind; none where both are. Then whatever the
-    scales that these have set promise more of than the best of them, while there are trials left.
+    At first those of a few mixes that promise most: the best, and the best of those that lose more
+    and less of it by the stream, and by the layers that go, unless it is far behind; none where all
+    are. Then whatever the scales that these have set promise more of than the best of them, while
+    there are trials left.
     """
     promised = expected(predicted, tried)
     best = min(promised, key=promised.__getitem__)
     if not tried:
-        at = predicted[best].stream
-        more = [shape for shape in predicted if predicted[shape].stream > at]
-        less = [shape for shape in predicted if predicted[shape].stream < at]
-        sides = [min(side, key=promised.__getitem__) for side in (more, less) if side]
-        close = [side for side in sides if promised[side] <= _CLOSE * promised[best]]
-        return [best, *close] if close else []
+        return _first_tries(predicted, promised, best)
     if best in tried or len(tried) >= _MOST_TRIALS:
         return []
     return [best]
+
+
+def _first_tries(
+    predicted: Mapping[Shape, Losses], promised: Mapping[Shape, float], best: Shape
+) -> list[Shape]:
+    """The first of `shapes_to_try`."""
+    sides: list[list[Shape]] = []
+    for part in ("stream", "depth"):
+        at = getattr(predicted[best], part)
+        sides.append([shape for shape in predicted if getattr(predicted[shape], part) > at])
+        sides.append([shape for shape in predicted if getattr(predicted[shape], part) < at])
+    others = dict.fromkeys(min(side, key=promised.__getitem__) for side in sides if side)
+    close = [shape for shape in others if promised[shape] <= _CLOSE * promised[best]]
+    close.sort(key=promised.__getitem__)
+    return [best, *close[: _MOST_TRIALS - 2]] if close else []
 
 
 def choose(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> Shape:
@@ -103,13 +124,13 @@ def choose(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> S
 
 
 def expected(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> dict[Shape, float]:
-    """What each candidate will lose, nats a token: the prediction, the scales of both its parts
-    set by the trials.
+    """What each candidate will lose, nats a token: the prediction, the scales of all its parts set
+    by the trials.
 
     The scales minimise the squared relative errors of the predictions of what was tried; where
-    trials leave a mix of them open, it is that of one scale for both.
+    trials leave a mix of them open, it is that of one scale for all.
     """
-    scale_stream, scale_units = _scales(
+    scales = _scales(
         [
             (predicted[shape], loss - predicted[shape].vocabulary)
             for shape, loss in tried.items()
@@ -117,25 +138,24 @@ def expected(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) ->
         ]
     )
     return {
-        shape: scale_stream * losses.stream + scale_units * losses.units + losses.vocabulary
+        shape: sum(scale * part for scale, part in zip(scales, losses.parts, strict=True))
+        + losses.vocabulary
         for shape, losses in predicted.items()
     }
 
 
-def _scales(known: Sequence[tuple[Losses, float]]) -> tuple[float, float]:
-    """Of stream and units, from predictions and what came out; 1 where nothing is known."""
-    known = [(losses, loss) for losses, loss in known if losses.stream + losses.units > 0]
-    if not known:
-        return 1.0, 1.0
-    common = math.exp(
-        sum(math.log(loss / (losses.stream + losses.units)) for losses, loss in known) / len(known)
-    )
-    # Least squares over (stream, units) with both scales drawn towards the common one.
-    rows = [(losses.stream / loss, losses.units / loss, 1.0) for losses, loss in known]
-    rows += [(_DRAWN / common, 0.0, _DRAWN), (0.0, _DRAWN / common, _DRAWN)]
-    ss, su, uu = (sum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-    st, ut = (sum(row[i] * row[2] for row in rows) for i in (0, 1))
-    det = ss * uu - su * su
-    stream, units = (st * uu - ut * su) / det, (ut * ss - st * su) / det
-    least = _LEAST_SHARE * common
-    return max(stream, least), max(units, least)
+def _scales(known: Sequence[tuple[Losses, float]]) -> list[float]:
+    """Of the parts of `Losses`, from predictions and what came out; 1 where nothing is known."""
+    import numpy as np
+
+    pairs = [(losses.parts, loss) for losses, loss in known if sum(losses.parts) > 0]
+    if not pairs:
+        return [1.0] * _PARTS
+    logs = [math.log(loss / sum(losses)) for losses, loss in pairs]
+    common = math.exp(sum(logs) / len(logs))
+    # Least squares over the scales, all of them drawn towards the common one.
+    rows = [[part / loss for part in losses] for losses, loss in pairs]
+    design = np.concatenate([np.array(rows), np.eye(_PARTS) * _DRAWN / common])
+    wanted = np.array([1.0] * len(pairs) + [_DRAWN] * _PARTS)
+    found = np.linalg.lstsq(design, wanted, rcond=None)[0]
+    return np.maximum(found, _LEAST_SHARE * common).tolist()

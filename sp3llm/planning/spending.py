@@ -111,6 +111,6 @@ def nothing_fits(request: Request, smallest: Shape) -> UserError:
         f"No {'square ' if limits.square else ''}shape keeps {limits.keep:.4g} of the model's "
         f"{limits.of}: the smallest that the "
         f"limits allow (hidden_size {smallest.hidden_size}, intermediate_size "
-        f"{smallest.intermediate_size}, num_key_value_heads {smallest.num_key_value_heads}) "
-        f"keeps {least:.4f}; raise --keep."
+        f"{smallest.intermediate_size}, num_key_value_heads {smallest.num_key_value_heads}, "
+        f"num_hidden_layers {smallest.num_hidden_layers}) keeps {least:.4f}; raise --keep."
     )

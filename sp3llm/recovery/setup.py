@@ -109,15 +109,25 @@ def _stream_target(run: Run) -> "Tensor":
 
 
 def _check_basis(basis_DK: "Tensor", pair: Pair) -> None:
-    """Raise UserError if the basis is not one from the teacher's stream to the model's."""
+    """Raise UserError if the basis is not one from the teacher's stream to the model's, or they
+    are not as deep.
+    """
     from sp3llm.models.shapes import Shape
 
-    wanted = tuple(
-        Shape.of(family, model.config).hidden_size
+    shapes = [
+        Shape.of(family, model.config)
         for family, model in ((pair.dense_family, pair.dense), (pair.family, pair.small))
+    ]
+    wanted, layers = (
+        tuple(getattr(shape, name) for shape in shapes)
+        for name in ("hidden_size", "num_hidden_layers")
     )
-    layers = [model.config.get("num_hidden_layers") for model in (pair.dense, pair.small)]
-    if tuple(basis_DK.shape) != wanted or layers[0] != layers[1]:
+    if layers[0] != layers[1]:
+        raise UserError(
+            f"Expected as many layers as the teacher's {layers[0]} for --hidden-weight, which "
+            f"compares the streams between them, found {layers[1]} in '{pair.name}': leave it out."
+        )
+    if tuple(basis_DK.shape) != wanted:
         raise UserError(
             f"Expected a basis of {wanted} for --hidden-weight, as wide as the teacher and "
             f"'{pair.name}', found {tuple(basis_DK.shape)}: name the dense model that it was made "

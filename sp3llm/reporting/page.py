@@ -136,7 +136,8 @@ def _trial_rows(record: Record) -> list[list[str]]:
     if not shapes:
         return []
     shown = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
-    for key in ("head_dim", "word_embed_proj_dim", "tie_word_embeddings", "vocab_size"):
+    optional = ("head_dim", "word_embed_proj_dim", "tie_word_embeddings", "num_hidden_layers")
+    for key in (*optional, "vocab_size"):
         if len({getattr(shape, key) for shape in shapes}) > 1:
             shown.append(key)
     figures = {

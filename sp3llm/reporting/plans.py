@@ -48,9 +48,10 @@ def plan_table(
     from sp3llm.models.shapes import Shape
     from sp3llm.planning.limits import cost_within
 
-    table = Table(title=Text(f"{name}: shapes that keep {limits.keep:g} of the {limits.of}"))
+    title = Text(f"{name}: shapes that keep {limits.keep:g} of the {limits.of}")
+    table = Table(title=title, collapse_padding=True)
     dense = Shape.of(family, config)
-    columns = ["width", "FFN", "heads/KV", "parameters", "kept", "weights", "FLOPs", "cache"]
+    columns = ["width", "FFN", "heads/KV", "layers", "params", "kept", "weights", "FLOPs", "cache"]
     if dense.tie_word_embeddings:
         # In 80 columns there is room for one of the two.
         columns[columns.index("weights")] = "table"
@@ -66,6 +67,7 @@ def plan_table(
             str(shape.hidden_size),
             str(shape.intermediate_size),
             f"{shape.num_attention_heads}/{shape.num_key_value_heads}",
+            str(shape.num_hidden_layers),
             f"{cost.params / 1e6:,.1f} M",
             f"{100 * cost.of(limits.of) / whole.of(limits.of):.1f} %",
             f"{tie} {width or ''}".strip()

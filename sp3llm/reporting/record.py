@@ -32,6 +32,7 @@ _SETTINGS_READ = (
 # Entries that are left out of the file while there is nothing in them.
 _LEFT_OUT_EMPTY = (
     "dense_architecture",
+    "layers",
     "mask",
     "vocabulary",
     "same_text",
@@ -375,6 +376,8 @@ class Record:
     dense_perplexity: float
     perplexity: float
     excess_log_perplexity: Excess
+    layers: tuple[int, ...] = ()
+    """Numbers of the dense model's layers that stay; none: all do."""
     trials: tuple[Trial, ...]
     """In the order of the search; none where there was nothing to choose."""
     fits: tuple[Fit, ...]

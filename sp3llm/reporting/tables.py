@@ -238,6 +238,10 @@ def what_was_done(record: Record) -> str:
         before, after = getattr(dense, key), getattr(small, key)
         if after < before:
             steps.append(what.format(after, before))
+    if record.layers:
+        gone = sorted(set(range(dense.num_hidden_layers)) - set(record.layers))
+        numbers = " and ".join(filter(None, [", ".join(map(str, gone[:-1])), str(gone[-1])]))
+        steps.append(f"layer{'s' * (len(gone) > 1)} {numbers} (from 0) left out")
     if dense.tie_word_embeddings and not small.tie_word_embeddings:
         steps.append("the head untied from the embeddings")
     if record.mask is not None:

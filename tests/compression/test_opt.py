@@ -337,12 +337,13 @@ def side_by_side(tokens, tmp_path, monkeypatch):
 def test_heads_are_decomposed_once_a_layer_for_all_small_models(side_by_side, tokens):
     refitters, depth, asked = side_by_side
     together = list(refitted_side_by_side(refitters, tokens))
+    by_side = [[one for side, one in together if side == at] for at in range(len(refitters))]
     # Scores once, values and what is written once for each of the two bases.
     assert len(asked) == depth * (1 + 2)
     for number, refitter in enumerate(refitters):
         alone = refitted_groups(replace(refitter, log=[]), tokens)
-        for finished, one in zip(together, alone, strict=True):
-            assert finished[number].tensors.keys() == one.tensors.keys()
+        for finished, one in zip(by_side[number], alone, strict=True):
+            assert finished.tensors.keys() == one.tensors.keys()
             for name, tensor in one.tensors.items():
-                assert torch.equal(finished[number].tensors[name], tensor), name
+                assert torch.equal(finished.tensors[name], tensor), name
     assert len(asked) == depth * (1 + 2) + depth * len(refitters)  # scores not again

@@ -170,8 +170,8 @@ def test_neurons_and_groups_are_cut_and_the_output_is_stock(variant, sizes, tmp_
 
 def test_dropping_dead_neurons_and_groups_costs_nothing(tmp_path, tokens):
     """What writes nothing is what goes, with its query heads, keys, values, gate and up."""
-    from sp3llm.compression.building import trial_losses
     from sp3llm.compression.refitter import Refitter
+    from sp3llm.compression.trials import trial_losses
     from sp3llm.models import families
     from sp3llm.models.shapes import Shape
 

@@ -167,9 +167,16 @@ def test_tensor_parallel_divides_everything():
 def test_sizes_fixed_by_hand_stay():
     family = FAMILIES["llama"]
     limits = Limits(0.6, intermediate_size=10000, num_key_value_heads=6)
-    (shape,) = candidates(family, LLAMA_3_8B, limits)
-    assert (shape.intermediate_size, shape.num_key_value_heads) == (10000, 6)
-    assert shape.num_attention_heads == 24
+    found = candidates(family, LLAMA_3_8B, limits)
+    for shape in found:
+        assert (shape.intermediate_size, shape.num_key_value_heads) == (10000, 6)
+        assert shape.num_attention_heads == 24
+    # Where fewer layers buy no width, they are not tried.
+    assert [(shape.hidden_size, shape.num_hidden_layers) for shape in found] == [
+        (3072, 32), (3840, 26)
+    ]  # fmt: skip
+    limits = replace(limits, num_hidden_layers=26)
+    assert candidates(family, LLAMA_3_8B, limits) == found[1:]
     for wrong in ({"hidden_size": 5000}, {"hidden_size": 1001}, {"intermediate_size": 0}):
         with pytest.raises(UserError):
             candidates(family, LLAMA_3_8B, Limits(0.6, **wrong))
@@ -186,7 +193,7 @@ def test_flops_of_llama_2_7b_are_two_a_parameter_and_attention():
     assert more.flops - cost.flops == 4 * 32 * 4096 * 100
 
 
-def _predictions(shapes: list[Shape]) -> dict[Shape, Losses]:
+def _predictions(shapes: list[Shape], layers: float = 8) -> dict[Shape, Losses]:
     """Losses that grow faster than what is taken away, as measured ones do."""
     dense = Shape.of(FAMILIES["llama"], LLAMA_3_8B)
     return {
@@ -194,33 +201,39 @@ def _predictions(shapes: list[Shape]) -> dict[Shape, Losses]:
             stream=(1 - shape.hidden_size / dense.hidden_size) ** 1.5,
             units=(1 - shape.intermediate_size / dense.intermediate_size) ** 2
             + 3 * (1 - shape.num_key_value_heads / dense.num_key_value_heads) ** 2,
+            depth=layers * (1 - shape.num_hidden_layers / dense.num_hidden_layers) ** 1.5,
         )
         for shape in shapes
     }
 
 
-@given(st.floats(0.8, 1.25), st.floats(0.8, 1.25), st.floats(0.1, 3))
+SHAPES = candidates(FAMILIES["llama"], LLAMA_3_8B, Limits(0.7, multiple_of=32))
+
+
+@given(*[st.floats(0.8, 1.25)] * 3, st.floats(0.1, 3), st.sampled_from([0.5, 2, 8]))
 @settings(max_examples=50, deadline=None)
-def test_a_few_trials_find_the_best_where_predictions_are_roughly_right(stream, units, common):
-    """Losses that are the predicted ones, either part times a factor that nobody knows."""
-    stream, units = stream * common, units * common
-    shapes = candidates(FAMILIES["llama"], LLAMA_3_8B, Limits(0.7, multiple_of=32))
-    predicted = _predictions(shapes)
-    losses = {s: stream * found.stream + units * found.units for s, found in predicted.items()}
+def test_a_few_trials_find_the_best_where_predictions_are_roughly_right(
+    stream, units, depth, common, layers
+):
+    """Losses that are the predicted ones, each part times a factor that nobody knows."""
+    scales = [stream * common, units * common, depth * common]
+    predicted = _predictions(SHAPES, layers)
+    losses = {
+        shape: sum(scale * part for scale, part in zip(scales, found.parts, strict=True))
+        for shape, found in predicted.items()
+    }
     tried: dict[Shape, float] = {}
     while wanted := shapes_to_try(predicted, tried):
         assert not tried.keys() & set(wanted)
         tried |= {shape: losses[shape] for shape in wanted}
     assert losses[choose(predicted, tried)] <= 1.02 * min(losses.values())
-    assert len(tried) <= 4 < len(shapes)
+    assert len(tried) <= 5 < len(SHAPES)
 
 
 def test_without_trials_the_best_prediction_is_chosen():
     predicted = _predictions(candidates(FAMILIES["llama"], LLAMA_3_8B, Limits(0.7)))
     best = choose(predicted, {})
-    assert predicted[best].stream + predicted[best].units == min(
-        found.stream + found.units for found in predicted.values()
-    )
+    assert sum(predicted[best].parts) == min(sum(found.parts) for found in predicted.values())
 
 
 def test_a_trial_that_loses_nothing_leaves_the_scales_as_they_are():
@@ -300,11 +313,12 @@ def test_of_experts_only_width_and_groups_are_cut(config, of):
     found = candidates(family, config, Limits(0.7, of=of, multiple_of=32))
     for shape in found:
         same = shape.with_width(dense.hidden_size).with_groups(dense.num_key_value_heads)
-        assert same == dense
+        assert replace(same, num_hidden_layers=dense.num_hidden_layers) == dense
         assert cost_of(family, config, shape).of(of) <= 0.7 * cost_of(family, config, dense).of(of)
     assert len(found) > 1
-    widths = [shape.hidden_size for shape in found]
-    assert widths == sorted(set(widths))  # fewer groups buy width, or are not tried
+    for depth in {shape.num_hidden_layers for shape in found}:
+        widths = [shape.hidden_size for shape in found if shape.num_hidden_layers == depth]
+        assert widths == sorted(set(widths))  # fewer groups buy width, or are not tried
     with pytest.raises(UserError, match="no --intermediate-size"):
         candidates(family, config, Limits(0.7, intermediate_size=1024))
 

@@ -60,7 +60,7 @@ def test_every_candidate_is_square_and_within_the_budget(keep, config, only_widt
 
 
 def test_wider_shapes_spend_the_budget_on_less_ffn():
-    found = candidates(LLAMA, LLAMA_2_7B, Limits(0.75, square=True))
+    found = candidates(LLAMA, LLAMA_2_7B, Limits(0.75, square=True, num_hidden_layers=32))
     assert len(found) > 3
     widths = [shape.hidden_size for shape in found]
     ffn = [shape.intermediate_size for shape in found]

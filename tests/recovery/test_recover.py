@@ -691,6 +691,13 @@ def test_hidden_states_need_the_basis_of_this_model(recovery_refused, pairs, tmp
     assert "compress the model again" in recovery_refused("--hidden-weight", 1, model=model)
 
 
+def test_hidden_states_need_as_many_layers_as_the_teacher(recovery_refused, tmp_path):
+    deeper = tiny_model("llama", vocab_size=4096)
+    save_model(deeper, tmp_path / "other", tokenizer=True)
+    options = ("--hidden-weight", 1, "--teacher", tmp_path / "other")
+    assert "as many layers as the teacher's 3" in recovery_refused(*options)
+
+
 def test_text_too_short_to_stop_by_is_refused(recovery_refused, tmp_path):
     text = write_texts(tmp_path / "short.jsonl", 3, 5)
     assert "--stop-text" in recovery_refused("--train", text)

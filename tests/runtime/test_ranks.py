@@ -98,6 +98,18 @@ def test_processes_make_what_one_makes(count, dense, alone, tmp_path):  # noqa: 
     assert [fit["ridge"] for fit in found["fits"]] == [fit["ridge"] for fit in expected["fits"]]
 
 
+def test_processes_leave_out_the_layers_that_one_does(dense, tmp_path):  # noqa: F811
+    changes = {"num_hidden_layers": 2, "keep": 0.9, "allocate": "width"}
+    alone, shared = (options_for(dense, tmp_path / name, **changes) for name in ("alone", "shared"))
+    process = FORKS.Process(target=run, args=(alone,))
+    process.start()
+    process.join()
+    assert together(2, shared) == [0, 0]
+    kept = [json.loads((one.out / RECORD).read_text())["layers"] for one in (alone, shared)]
+    assert kept[0] == kept[1]
+    assert close(shared.out, alone.out)
+
+
 def test_processes_learn_the_mask_that_one_learns(dense, tmp_path):  # noqa: F811
     alone, out = tmp_path / "alone" / "small", tmp_path / "small"
     changes = learned(tmp_path, mask_steps=4, mask_batch=6)

@@ -149,6 +149,22 @@ def test_killed_run_continues_to_the_same_bytes(writes, dense, expected, tmp_pat
     assert finish(options) == expected
 
 
+# Of 63 renames: in the refit between its two layers; in the gradients, and around those layers.
+@pytest.mark.parametrize(
+    "writes", [46, *(pytest.param(n, marks=pytest.mark.slow) for n in (17, 42, 50))]
+)
+def test_a_run_without_some_layers_killed_continues_to_the_same_bytes(writes, dense, tmp_path):
+    changes = {"num_hidden_layers": 2, "keep": 0.9, "allocate": "width"}
+    whole = settings(dense, tmp_path / "whole" / "small", **changes)
+    killed = settings(dense, tmp_path / "killed" / "small", **changes)
+    expected = finish(whole)
+    assert len(expected[RECORD]["layers"]) == 2
+    process = start(run_and_die, killed, writes)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert finish(killed) == expected
+
+
 def learned(folder: Path, **changes: Any) -> dict[str, Any]:
     """Changes to `settings` for a learned mask, on documents enough to keep some apart."""
     words, path = random.Random(1), folder / "documents.txt"

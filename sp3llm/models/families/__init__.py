@@ -53,6 +53,7 @@ from sp3llm.models.families.sizes import (
     key_value_heads,
     norm_eps,
     parameter_shapes,
+    renumbered,
     residual_multiplier,
     setting,
 )
@@ -119,6 +120,7 @@ __all__ = [
     "linear_modules",
     "norm_eps",
     "parameter_shapes",
+    "renumbered",
     "residual_multiplier",
     "setting",
 ]

@@ -100,6 +100,7 @@ QWEN2 = replace(
     },
     layer={**LLAMA_LAYER, **QKV_BIAS},
     optional={},
+    layer_lists={"layer_types": "use_sliding_window"},
     square_in=SERVERS,
     served_as=ServedAs(
         model_type="llama",
@@ -171,7 +172,10 @@ SMOLLM3 = replace(
         "vocab_size": 128256,
         "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
+        "no_rope_layer_interval": 4,
     },
+    # Its class makes the types of layers from the other list.
+    layer_lists={"layer_types": None, "no_rope_layers": "no_rope_layer_interval"},
 )
 PHI3 = replace(
     LLAMA,

@@ -86,6 +86,7 @@ QWEN3_MOE = replace(
     QWEN3,
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    layer_lists={"layer_types": None},
     defaults={
         **COMMON_DEFAULTS,
         "hidden_size": 2048,
@@ -131,6 +132,7 @@ QWEN2_MOE = replace(
         "qkv_bias": True,
     },
     optional={"qkv_bias": QKV_BIAS},
+    layer_lists={"layer_types": "use_sliding_window"},
     square_in=SERVERS,
     experts=replace(
         QWEN3_MOE.experts,

@@ -156,6 +156,9 @@ class Family:
     """Config key that says whether a layer's blocks read the same stream and are added together."""
     experts: Experts | None = None
     """What sparse layers have instead; with it no FFN width is cut, nor the number of experts."""
+    layer_lists: Mapping[str, str | None] = field(default_factory=lambda: {"layer_types": None})
+    """Config key of a list with an entry a layer to the key that, where it is set, has the class
+    make the list from the layers' numbers if it is not stated; None: nothing does."""
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """Config key to the only value that is supported, and why no other is."""
 

@@ -231,6 +231,17 @@ def _of_each(names: Sequence[str], experts: int) -> tuple[str, ...]:
     )
 
 
+def renumbered(family: Family, group: Group, layer: int) -> Group:
+    """The group of a layer as one of another number has it; other groups as they are."""
+    if not group.prefix or layer == group.layer:
+        return group
+    prefix = family.layer_prefix.format(layer=layer)
+    parameters = {
+        prefix + name.removeprefix(group.prefix): axes for name, axes in group.parameters.items()
+    }
+    return replace(group, name=f"layer {layer}", parameters=parameters, prefix=prefix, layer=layer)
+
+
 def parameter_shapes(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter on disk, tied weights once."""
     sizes = axis_sizes(family, config)
