@@ -11,7 +11,9 @@ class UserError(Exception):
     """
 
     of_all = False
-    """Every process of the run raises it, so that the first one's word is enough."""
+    """Every process of the run raises it, so that on each host one's word is enough."""
+    found_by = ""
+    """Which process of the run found it, where that is another than the one that raises it."""
 
 
 class ResumableError(UserError):

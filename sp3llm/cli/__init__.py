@@ -50,19 +50,32 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     """Run the command line; exits with 2 and one sentence where the input is wrong.
 
     `argv` is what was typed, without the program's name (None: `sys.argv`); `prefix` goes before
-    it. Of several processes the first one speaks; another one does where it fails by itself.
+    it. Of several processes the first one on each host speaks; another one does where it fails by
+    itself.
     """
     _check_system(os.name)
     _check_working_folder()
     _print_what_the_terminal_can()
     arguments = [*(prefix or []), *(sys.argv[1:] if argv is None else argv)]
-    given = vars(parser().parse_args(arguments))
-    module = _module_of(given.pop("command"))
     rank = int(os.environ.get("RANK", "0"))
+    speaks = int(os.environ.get("LOCAL_RANK", rank)) == 0
     try:
+        _run(arguments, speaks, rank)
+    finally:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # others may be waiting for this process
+            from sp3llm.runtime.processes import leave
+
+            leave()
+
+
+def _run(arguments: list[str], speaks: bool, rank: int) -> None:
+    """Understand the arguments and do what they say, as process `rank` of those of a launcher."""
+    try:
+        given = vars(parser().parse_args(arguments))
+        module = _module_of(given.pop("command"))
         settings = settings_from(module.SETTINGS, given)
     except UserError as error:
-        if rank == 0:
+        if speaks:
             print(f"sp3llm: {error}", file=sys.stderr)
         sys.exit(2)
     if threading.current_thread() is threading.main_thread():  # no other may
@@ -72,15 +85,15 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     try:
         module.run(settings)
     except UserError as error:
-        if rank == 0 or not error.of_all:
-            where = f" (process {rank})" if rank else ""
-            print(f"sp3llm{where}: {error}", file=sys.stderr)
+        if speaks or not error.of_all:
+            by = error.found_by or (f"process {rank}" if rank else "")
+            print(f"sp3llm{f' ({by})' if by else ''}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         ended = stop.number if isinstance(stop, _Terminated) else None
         goes_on = module in (compress, recover)
         after = "the same command continues where it was" if goes_on else "start anew"
-        if rank == 0:
+        if speaks:
             word = "terminated" if ended else "interrupted"
             print(f"sp3llm: {word}; {after}.", file=sys.stderr)
         sys.exit(128 + (ended or signal.SIGINT))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sp3llm.compression.job import Job, Result, run_identity
-from sp3llm.errors import ResumableError
+from sp3llm.errors import ResumableError, UserError
 from sp3llm.options import CompressConfig
 from sp3llm.reporting.record import Record
 from sp3llm.runtime.folders import RECORD
@@ -38,6 +38,7 @@ def compress_resumably(
 
     from sp3llm.runtime.folders import MODEL, run_folder
     from sp3llm.runtime.journal import open_journal
+    from sp3llm.runtime.locks import is_shared
     from sp3llm.runtime.memory import is_out_of_memory
     from sp3llm.runtime.progress import progress_bars
 
@@ -47,6 +48,8 @@ def compress_resumably(
         console.print(line, highlight=False, markup=False)
 
     with run_folder(job.out, settings.fresh, ranks, say) as folder:
+        if (settings.recover_steps or settings.score) and not is_shared(folder, ranks):
+            raise _unshared(job.out)
         journal = open_journal(folder / f"state-{ranks.index}", run_identity(job), ranks, say)
         model = folder / MODEL
         _take_back(journal, job.out, model)
@@ -66,6 +69,16 @@ def compress_resumably(
         journal.save(_FINISHED, 0)
         ranks.all_gather(None)  # the first process clears up when all have come here
     return result, record, job
+
+
+def _unshared(out: Path) -> UserError:
+    """What all processes raise where they go on with a result that not all of them can read."""
+    error = UserError(
+        f"Expected a file system that all hosts share at '{out}' for --recover-steps and --score, "
+        "found one on each: leave them out, and tune or score the result on the first host."
+    )
+    error.of_all = True
+    return error
 
 
 def _take_back(journal: "Journal", out: Path, model: Path) -> None:

@@ -117,31 +117,42 @@ class Job:
 def run_identity(job: Job) -> dict[str, Any]:
     """Everything that the weights depend on, for a run to be continued by the same one only.
 
-    The first of several processes reads the model's weights for all.
+    The first process of every host reads the model's weights there, and the first of all the text.
+
+    Raises UserError, naming what differs, where hosts have different settings, models or versions.
     """
     import json
 
+    from sp3llm.text.sources import local_files
+
+    ranks = job.execution.ranks
+    of_hosts = ranks.same_on_hosts(lambda: _of_host(job))
+    texts = ranks.from_first(
+        lambda: {
+            f"the text of {name}": _content(path)
+            for name, path in local_files(text_sets(job.settings)).items()
+        }
+    )
+    return json.loads(json.dumps({**of_hosts, **texts, "the number of processes": ranks.count}))
+
+
+def _of_host(job: Job) -> dict[str, Any]:
+    """What has to be the same on every host."""
     from sp3llm.models import checkpoint
     from sp3llm.models.companions import text_files
     from sp3llm.runtime import machine
-    from sp3llm.text.sources import local_files
 
-    texts = local_files(text_sets(job.settings))
     versions = machine.versions()
-    model = job.execution.ranks.from_first(lambda: checkpoint.identity(job.dense))
-    identity = {
+    return {
         **job.settings.of_result(),
-        **{f"the model's {name}": content for name, content in model.items()},
+        **{f"the model's {name}": hash for name, hash in checkpoint.identity(job.dense).items()},
         **{f"the model's {path.name}": _content(path) for path in text_files(job.folder)},
-        **{f"the text of {name}": _content(path) for name, path in texts.items()},
-        "the number of processes": job.execution.ranks.count,
         "the kind of device": job.execution.device.type,
         "the arithmetic": str(job.execution.dtype),
         **{
             f"the version of {name}": versions[name] for name in ("sp3llm", "torch", "transformers")
         },
     }
-    return json.loads(json.dumps(identity))
 
 
 def _content(path: Path) -> str:

@@ -95,8 +95,9 @@ def prepare(
     out = settings.out or Path(f"{Path(name).name.replace(' ', '-')}-keep{100 * settings.keep:g}")
     check_output(out)
     check_not_input(out, folder, "the model that is compressed")
-    for text, path in local_files(text_sets(settings)).items():
-        check_not_input(out, path, f"the text '{text}'")
+    if ranks.is_first:  # the others do not read it
+        for text, path in local_files(text_sets(settings)).items():
+            check_not_input(out, path, f"the text '{text}'")
     if settings.refit:
         held_back_from(settings.samples)
     if not learned and len(shapes) > 1 and settings.samples < _FEWEST_TRIAL_WINDOWS:
@@ -113,7 +114,8 @@ def prepare(
         dense_dtype.itemsize,
     )
     kept = needs_of(family, dense.config, shapes[0], workload, limits.export_as).kept
-    check_disk(out, largest * dtype.itemsize + kept - held_by_run(out))
+    result_bytes = largest * dtype.itemsize if ranks.is_first else 0
+    check_disk(out, result_bytes + kept - held_by_run(out))
     max_memory = memory_limits(settings.max_memory)
     arithmetic = arithmetic_of(dense_dtype, dtype)
     execution = resolve_execution(device, arithmetic, ranks, max_memory, settings.compute_dtype)

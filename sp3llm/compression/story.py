@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from sp3llm.runtime.journal import Journal
+    from sp3llm.runtime.processes import Ranks
     from sp3llm.vocabulary.wanted import Wanted
 
 
@@ -72,12 +73,21 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
 
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
+    from sp3llm.runtime.processes import init_distributed, lost_process_told
+
+    ranks, device = init_distributed(settings.device)
+    with lost_process_told():
+        return _compress(settings, ranks, device, console)
+
+
+def _compress(
+    settings: CompressConfig, ranks: "Ranks", device: str, console: "Console"
+) -> Result | None:
+    """`compress`, as one of `ranks`."""
     from sp3llm.evaluation.harness import score_compressed
     from sp3llm.reporting.card import write_card
     from sp3llm.reporting.compression import closing_table, next_steps
-    from sp3llm.runtime.processes import init_distributed
 
-    ranks, device = init_distributed(settings.device)
     job = None
 
     def look() -> "Wanted | None":
@@ -85,8 +95,9 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
         job = prepare(settings, ranks, device, console)
         return None if job.vocabulary is None else job.vocabulary.wanted
 
-    wanted = ranks.from_first(look)  # it may download; the others then find everything there
-    job = job or prepare(settings, ranks, device, console, wanted)
+    # It may download; the others on its host then find everything there.
+    wanted = ranks.from_first(look)
+    job = ranks.in_all(lambda: job or prepare(settings, ranks, device, console, wanted))
     out = Path(os.path.realpath(job.out))  # where `.` is when it has been replaced
     result = None
     if ranks.from_first(lambda: is_being_recovered(job)):
@@ -99,7 +110,6 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
         if ranks.is_first:
             write_report(job, out, held_out, record, console)
         console.print(next_steps(job.out, record, settings.report), highlight=False, markup=False)
-        ranks.from_first(lambda: None)  # the result has its final name when the others go on
     if settings.recover_steps:
         recover_result(job, ranks.from_first(lambda: read_record(out)), console)
     if settings.score:

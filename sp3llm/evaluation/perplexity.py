@@ -1,11 +1,13 @@
 """Losses of a checkpoint, streamed layer by layer."""
 
+from collections.abc import Mapping
+
 from rich.progress import Progress
 from torch import Tensor
 
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint, head_tensors
-from sp3llm.models.families import Family
+from sp3llm.models.families import Family, Group
 from sp3llm.models.objectives.catalogue import objective_of
 from sp3llm.models.stream import LayeredModel, open_stream, run_layer
 from sp3llm.runtime.devices import Execution
@@ -29,24 +31,28 @@ def measure_losses(
     """Losses of a checkpoint by its objective, streamed: `(windows, tokens - 1)`, float64, nats.
 
     `tokens` are token ids, `(windows, tokens)`, of which every process takes its share; each gets
-    all losses. `what` is the title of the progress bar. What `journal` has of the pass from a run
-    before is not done again.
+    all losses. The first process reads the checkpoint for all: what a run has written lies on its
+    host, and perhaps on no other. `what` is the title of the progress bar. What `journal` has of
+    the pass from a run before is not done again.
     """
     objective = objective_of(family.architecture)
-    model = LayeredModel.of(checkpoint.config, family, objective, execution)
+    model, ranks = LayeredModel.of(checkpoint.config, family, objective, execution), execution.ranks
+
+    def read(group: Group) -> Mapping[str, Tensor]:
+        return checkpoint.read(group.parameters) if ranks.is_first else {}
+
     embeddings, *layers, _ = families.groups(family, checkpoint.config)
     local_windows = execution.local_windows(*tokens.shape)
     own = tokens[local_windows]
     before = journal.latest(LOSSES)
     start, saved = (0, None) if before is None else (before.step, before.tensors["stream"])
-    stream = open_stream(model, checkpoint.read(embeddings.parameters), own, saved)
-    sources = prefetch(
-        layers[start:], lambda group: checkpoint.read(group.parameters), execution.device
-    )
+    stream = open_stream(model, ranks.tensors_of_first(read(embeddings)), own, saved)
+    sources = prefetch(layers[start:], read, execution.device)
     bar = tracked(progress, what, sources, start, len(layers))
     for index, (_, tensors) in enumerate(bar, start):
-        run_layer(model, index, tensors, [(stream, {})])
+        run_layer(model, index, ranks.tensors_of_first(tensors), [(stream, {})])
         if journal.due():
             journal.save(LOSSES, index + 1, {"stream": stream.hidden})
-    losses = objective.losses(model, head_tensors(checkpoint, family), stream, own)
-    return execution.ranks.all_gather_rows(losses, local_windows, len(tokens))
+    head = ranks.tensors_of_first(head_tensors(checkpoint, family) if ranks.is_first else {})
+    losses = objective.losses(model, head, stream, own)
+    return ranks.all_gather_rows(losses, local_windows, len(tokens))

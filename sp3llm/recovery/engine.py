@@ -8,6 +8,7 @@ from accelerate.utils import LoggerType, is_tensorboard_available, is_wandb_avai
 
 from sp3llm.errors import UserError, reason
 from sp3llm.options import RecoverConfig
+from sp3llm.runtime.processes import all_begun
 
 
 def engine(settings: RecoverConfig, logs: Path) -> Accelerator:
@@ -15,7 +16,7 @@ def engine(settings: RecoverConfig, logs: Path) -> Accelerator:
 
     Trackers that write files write to the folder `logs`.
 
-    Raises UserError if there is no such device or tracker.
+    Raises UserError if there is no such device or tracker, or not all processes begin.
     """
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     if settings.device == "cuda" and on_cpu:
@@ -33,12 +34,13 @@ def engine(settings: RecoverConfig, logs: Path) -> Accelerator:
             f"pip install {settings.track}, or leave it out."
         )
     try:
-        return Accelerator(
-            cpu=on_cpu,
-            mixed_precision="bf16" if precision == "bfloat16" else "no",
-            log_with=None if settings.track is None else LoggerType(settings.track),
-            project_dir=str(logs),
-        )
+        with all_begun():
+            return Accelerator(
+                cpu=on_cpu,
+                mixed_precision="bf16" if precision == "bfloat16" else "no",
+                log_with=None if settings.track is None else LoggerType(settings.track),
+                project_dir=str(logs),
+            )
     except ValueError as error:
         raise UserError(
             f"accelerate cannot run with --precision {precision} here ({reason(error)}): use "

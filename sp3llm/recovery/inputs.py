@@ -270,11 +270,36 @@ def say_epochs(settings: RecoverConfig, texts: Texts, console: "Console") -> Non
     )
 
 
-def identify(pair: Pair, ranks: "Ranks") -> tuple[dict[str, str], dict[str, str]]:
-    """What tells the model and the teacher from others, by file; the first process reads them."""
-    from sp3llm.models import checkpoint
+def identify(
+    settings: RecoverConfig, pair: Pair, texts: Texts, ranks: "Ranks"
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What tells the model and the teacher from others, by file; one process a host reads them.
 
-    return ranks.from_first(lambda: tuple(map(checkpoint.identity, (pair.small, pair.dense))))
+    Raises UserError where hosts have others, other texts, settings or versions.
+    """
+    from sp3llm.models import checkpoint
+    from sp3llm.options.field import flag
+    from sp3llm.runtime import machine
+
+    def look() -> dict[str, Any]:
+        chosen = {flag(k): str(v) for k, v in asdict(settings).items() if k not in _FREE}
+        versions = machine.versions()
+        return {
+            **chosen,
+            **of_files("model", checkpoint.identity(pair.small)),
+            **of_files("teacher", checkpoint.identity(pair.dense)),
+            "the training text": texts.training.sha256,
+            "the stopping text": texts.stopping.sha256,
+            **{f"the version of {name}": versions[name] for name in ("sp3llm", "torch")},
+        }
+
+    found = ranks.same_on_hosts(look)
+
+    def files(whose: str) -> dict[str, str]:
+        start = f"the {whose}'s "
+        return {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
+
+    return files("model"), files("teacher")
 
 
 def of_files(whose: str, files: Mapping[str, str]) -> dict[str, str]:

@@ -56,21 +56,23 @@ def recover(settings: RecoverConfig, console: "Console", in_place: bool = False)
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
     from sp3llm.models.served import refused_by
-    from sp3llm.recovery.checkpoints import claim, locked
+    from sp3llm.recovery.checkpoints import check_shared, claim, locked
     from sp3llm.reporting.recovery import closing_table, next_steps
-    from sp3llm.runtime.folders import empty_folder
+    from sp3llm.runtime.locks import empty_folder
+    from sp3llm.runtime.processes import lost_process_told
     from sp3llm.runtime.progress import progress_bars
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says how it casts at every call
     started = time.monotonic()
-    run, console = _prepare(settings, console, in_place)
+    with lost_process_told():
+        run, console = _prepare(settings, console, in_place)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
 
-    with contextlib.ExitStack() as stack:
-        if run.ranks.is_first:
-            stack.enter_context(locked(run.work, say))
+    with lost_process_told(), contextlib.ExitStack() as stack:
+        run.ranks.from_first(lambda: stack.enter_context(locked(run.work, say)))
+        check_shared(run.work, run.ranks)
         progress = stack.enter_context(progress_bars(console))
         run.ranks.from_first(lambda: claim(run.work, run_identity(run)))
         state = train(set_up(run, progress), progress)
@@ -97,7 +99,7 @@ def _prepare(settings: RecoverConfig, console: "Console", in_place: bool) -> "tu
     from sp3llm.recovery.checkpoints import work_folder
     from sp3llm.recovery.engine import engine
     from sp3llm.runtime.folders import check_disk, check_not_input, check_output
-    from sp3llm.runtime.processes import Ranks
+    from sp3llm.runtime.processes import ranks_of
     from sp3llm.text.sources import local_files
 
     pair = open_pair(settings, console)
@@ -113,13 +115,13 @@ def _prepare(settings: RecoverConfig, console: "Console", in_place: bool) -> "tu
         check_not_input(out, path, f"the text '{name}'")
     check_disk(out, disk_bytes(settings, pair))
     accelerator = engine(settings, out.with_name(out.name + ".logs"))
-    ranks = Ranks(accelerator.process_index, accelerator.num_processes)
+    ranks = ranks_of(accelerator)
     if not ranks.is_first:
         console = Console(quiet=True)
     micro_batch = micro_batch_of(settings, window_length_of(settings, pair), ranks.count)
-    texts = draw_texts(settings, pair)
+    texts = ranks.in_all(lambda: draw_texts(settings, pair))
     say_epochs(settings, texts, console)
-    model_files, teacher_files = identify(pair, ranks)
+    model_files, teacher_files = identify(settings, pair, texts, ranks)
     run = Run(
         settings=settings,
         accelerator=accelerator,

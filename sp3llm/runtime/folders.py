@@ -6,28 +6,29 @@ the result is whole, so that a killed run leaves nothing that loads.
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 from sp3llm.errors import ResumableError, UserError, reason
 from sp3llm.runtime.journal import MANIFEST
+from sp3llm.runtime.locks import (
+    LOCK,
+    empty_folder,
+    locked_folder,
+    mark_of,
+    marked,
+    remove_folder,
+)
 from sp3llm.runtime.processes import Ranks
 
 # What a result records of itself, which is also what tells a result of ours from other folders.
 RECORD = "sp3llm.json"
 # Inside the folder of a run: what becomes the result, written beside the journals' own files.
 MODEL = "model"
-# Held by the run that writes a folder; what tells a folder that we began from other folders.
-_LOCK = ".lock"
 # Headers, tokenizer, card, and what a file system loses to blocks.
 _DISK_MARGIN = 64 * 2**20
-# A lock file that its holder removed while we opened it is opened anew, so often at most: each time
-# another run has to end in between, so that two are plenty.
-_LOCK_ATTEMPTS = 100
 
 
 # --------------------------------------------------------------------------- writing
@@ -53,7 +54,7 @@ def output_folder(out: Path, say: Callable[[str], None] = print) -> Iterator[Pat
             raise
         _replace_folder(partial, final)
         # Only now: without it another run could begin in the folder that is about to be renamed.
-        (final / _LOCK).unlink()
+        (final / LOCK).unlink()
 
 
 @contextlib.contextmanager
@@ -64,33 +65,44 @@ def run_folder(
 
     It is called `out` + `.partial`. Bad input removes it, everything else leaves it for the same
     command to continue; `fresh` empties it first. An earlier result of sp3llm at `out` is replaced
-    at the very end. Only the first of several processes holds and clears it. `say` gets a line
-    where it cannot be locked.
+    at the very end. Only the first of several processes holds and clears it, and on every host that
+    does not share it the first there one of its own, which goes in the end. `say` gets a line where
+    it cannot be locked.
 
     Raises UserError if `out` exists and is not ours, or another run is writing it.
     """
+    partial = _partial(Path(os.path.realpath(out)))
     with contextlib.ExitStack() as stack:
 
-        def begin() -> Path:
-            partial = stack.enter_context(_working_folder(out, say))
+        def begin() -> str:
+            stack.enter_context(_working_folder(out, say))
             if fresh:
                 empty_folder(partial)
             shutil.rmtree(partial / "scratch", ignore_errors=True)
             (partial / MODEL).mkdir(exist_ok=True)
-            return partial
+            return marked(partial)
 
-        partial = ranks.from_first(begin)
+        def begin_beside(mark: str) -> bool:
+            """On a host that does not share the folder of the first process."""
+            return mark_of(partial) != mark and bool(begin())
+
+        first = ranks.from_first(begin)
+        holds = ranks.in_all(
+            lambda: ranks.is_first or (ranks.is_first_on_host and begin_beside(first))
+        )
         continued = any(partial.glob(f"state-*/{MANIFEST}"))
         try:
             with _full_output_told(partial):
                 yield partial
         except UserError as error:
             # What an earlier run has done is not this one's to throw away.
-            if ranks.is_first and not continued and not isinstance(error, ResumableError):
+            if holds and not continued and not isinstance(error, ResumableError):
                 remove_folder(partial)
             raise
         if ranks.is_first:
             _replace_folder(partial / MODEL, out)
+        ranks.all_gather(None)  # the result has its name when the others go on
+        if holds:
             remove_folder(partial)
 
 
@@ -147,63 +159,7 @@ def _earlier(out: Path) -> Path:
     return out.with_name(f"{out.name}.replaced")
 
 
-# --------------------------------------------------------------------------- locks, full disks
-
-
-@contextlib.contextmanager
-def locked_folder(
-    folder: Path, unwritable: str, taken: str, say: Callable[[str], None] = print
-) -> Iterator[None]:
-    """Hold a folder, made where there is none, against other runs for the duration of the block.
-
-    The block may remove the folder; while it does so it still holds it. On a file system without
-    locks `say` gets a line and the block runs unprotected.
-
-    Raises UserError, which begins with `unwritable` or `taken`, if the folder cannot be written or
-    another run holds it.
-    """
-    try:
-        lock = _locked_file(folder, taken, say)
-    except OSError as error:
-        raise UserError(f"{unwritable} ({error.strerror}): choose another --out.") from error
-    with lock:
-        yield
-
-
-def _locked_file(folder: Path, taken: str, say: Callable[[str], None]) -> IO[str]:
-    """The folder's lock file, open and locked; closing it ends the lock."""
-    for _ in range(_LOCK_ATTEMPTS):
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            try:
-                lock = stack.enter_context((folder / _LOCK).open("a"))
-            except FileNotFoundError:  # another run has just removed the folder
-                continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                    break
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
-                    raise
-                say(
-                    f"The file system of '{folder}' has no locks ({error.strerror}): see to it "
-                    "that no other run has the same --out."
-                )
-            # A run that ended may have removed the file between the two calls: a lock on it would
-            # keep nobody out, since the next run makes another file of the same name.
-            if _is_file_of(folder / _LOCK, lock):
-                stack.pop_all()
-                return lock
-    raise UserError(f"{taken}: wait for it, or choose another --out.")
-
-
-def _is_file_of(path: Path, file: IO[str]) -> bool:
-    """Whether an open file is still the one that a path names."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+# --------------------------------------------------------------------------- full disks
 
 
 @contextlib.contextmanager
@@ -228,23 +184,6 @@ def full_disk_told(what: str, then: str, kinds: tuple[type[Exception], ...] = ()
         if number == errno.EFBIG:
             remedy = "allow larger files (ulimit -f, the file system)"
         raise ResumableError(f"{what} ({why}): {remedy}{then}") from error
-
-
-def empty_folder(folder: Path) -> None:
-    """Remove everything in a locked folder but its lock."""
-    for leftover in folder.iterdir():
-        if leftover.name != _LOCK:
-            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a locked folder, last of all its lock, which says that it is ours.
-
-    What cannot be removed stays, with the lock: a later run removes it.
-    """
-    with contextlib.suppress(OSError):
-        empty_folder(folder)
-        shutil.rmtree(folder)
 
 
 # --------------------------------------------------------------------------- before any work
@@ -297,7 +236,7 @@ def _check_name(out: Path) -> None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether sp3llm wrote the folder, or began to."""
-    return (folder / RECORD).is_file() or (folder / _LOCK).is_file()
+    return (folder / RECORD).is_file() or (folder / LOCK).is_file()
 
 
 def held_by_run(out: Path) -> int:

@@ -215,22 +215,31 @@ def open_journal(
 ) -> Journal:
     """Continue what is in `folder`, or begin it.
 
-    `identity` is everything that the result depends on, as JSON has it.
+    `identity` is everything that the result depends on, as JSON has it. Where one of several
+    processes has nothing to continue, as on a host that was not there before, all begin.
 
     Raises ResumableError, naming what differs, if the run in `folder` was begun with another one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder, ranks, _entries(folder / MANIFEST, say), say=say)
-    began = journal.load("identity", 0)
-    if began is None:
-        for path in folder.iterdir():
-            path.unlink()
-        journal.entries.clear()
-        journal.save("identity", 0, facts=identity)
-    elif began.facts != identity:
-        raise ResumableError(_difference(began.facts, identity))
-    elif ranks.is_first:
-        say("Continuing the run that was begun with this command (--fresh starts over).")
+
+    def continues() -> bool:
+        began = journal.load("identity", 0)
+        if began is not None and began.facts != identity:
+            raise ResumableError(_difference(began.facts, identity))
+        return began is not None
+
+    all_continue = ranks.all_gather(ranks.in_all(continues))
+    if all(all_continue):
+        if ranks.is_first:
+            say("Continuing the run that was begun with this command (--fresh starts over).")
+        return journal
+    if ranks.is_first and any(all_continue):
+        say("Not every process finds what the run before has saved; starting over.")
+    for path in folder.iterdir():
+        path.unlink()
+    journal.entries.clear()
+    journal.save("identity", 0, facts=identity)
     return journal
 
 

@@ -72,7 +72,7 @@ def place_streams(
         memory = gpu_memory(execution.device, max_memory)
         budget = min(int(_SHARE_OF_GPU * memory), max(0, memory - needed.running))
     own = -(-needed.streams // execution.ranks.count)
-    host = host_memory(max_memory) // execution.ranks.count
+    host = host_memory(max_memory) // execution.ranks.local_count
     beside = 0 if on_gpu else needed.working
     if streams == "auto":
         choice = "host" if own + beside < _USABLE * host else "disk"
@@ -123,7 +123,7 @@ def weights_kept(
     """
     if execution.device.type != "cuda":
         return ReadBefore()
-    left = int(_USABLE * (host_memory(max_memory) // execution.ranks.count))
+    left = int(_USABLE * (host_memory(max_memory) // execution.ranks.local_count))
     if execution.streams == "host":
         held = needed.streams + (needed.inputs if execution.keeps_inputs else 0)
         own = -(-held // execution.ranks.count)
@@ -135,4 +135,4 @@ def free_memory(execution: Execution, max_memory: Mapping[str, int]) -> int:
     """Bytes that can be had of the device that computes, by every process on a host."""
     if execution.device.type == "cuda":
         return gpu_memory(execution.device, max_memory)
-    return host_memory(max_memory) // execution.ranks.count
+    return host_memory(max_memory) // execution.ranks.local_count

@@ -1,17 +1,29 @@
-"""The processes that share a run; they are accelerate's."""
+"""The processes that share a run, on one host or several; they are accelerate's."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sp3llm.errors import UserError
+from sp3llm.errors import ResumableError, UserError, reason
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
+
+# How long processes wait for each other to begin: a cold file system takes its time to import from.
+_ARRIVAL = timedelta(minutes=10)
+# What one says that has begun.
+_HERE = "here"
+# And later, while the first one downloads a model; who fails ends the connection, or is ended by
+# the launcher.
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -22,11 +34,20 @@ class Ranks:
     count: int = 1
     device: torch.device | None = None
     """What tensors must be on to be sent; None: any."""
+    local_index: int = 0
+    """The number of this process on its host, which may share no file with the others."""
+    local_count: int = 1
+    """How many of the processes its host has."""
 
     @property
     def is_first(self) -> bool:
         """Whether this process speaks and writes for all."""
         return self.index == 0
+
+    @property
+    def is_first_on_host(self) -> bool:
+        """Whether this process looks after what lies on its host."""
+        return self.local_index == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """The part of this process: every `count`-th item."""
@@ -70,14 +91,72 @@ class Ranks:
             try:
                 made[0] = make()
             except UserError as error:
-                made[1] = error
+                made[1] = self._signed(error)
         from accelerate.utils import broadcast_object_list
 
         broadcast_object_list(made)
-        if made[1] is not None:
-            made[1].of_all = True
-            raise made[1]
+        self._raise_for_all(made[1:])
         return made[0]
+
+    def in_all(self, make: Callable[[], Value]) -> Value:
+        """What `make`, in which processes do not wait for each other, returns here, when it has
+        returned in all of them.
+
+        A UserError that it raises in one is raised by all.
+        """
+        if self.count == 1:
+            return make()
+        made = failed = None
+        try:
+            made = make()
+        except UserError as error:
+            failed = self._signed(error)
+        self._raise_for_all(self.all_gather(failed))
+        return made
+
+    def same_on_hosts(self, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What `make`, called once a host, finds to be the same on every one, by what it is called.
+
+        Raises UserError, in all processes, where something differs, or where `make` does on one.
+        """
+        made = self.in_all(lambda: make() if self.is_first_on_host else None)
+        found = [each for each in self.all_gather((socket.gethostname(), made)) if each[1]]
+        name, first = found[0]
+        for other_name, other in found[1:]:
+            for key in (*first, *other):
+                ours, theirs = (facts.get(key, "nothing") for facts in (first, other))
+                if ours != theirs:
+                    error = UserError(
+                        f"Expected {key} to be the same on every host, found {ours} on {name} and "
+                        f"{theirs} on {other_name}: make them alike."
+                    )
+                    error.of_all = True
+                    raise error
+        return first
+
+    def _signed(self, error: UserError) -> tuple[int, str, UserError]:
+        """An error for other processes to raise."""
+        return self.index, f"process {self.index} on {socket.gethostname()}", error
+
+    def _raise_for_all(self, found: Sequence[tuple[int, str, UserError] | None]) -> None:
+        """Raise the first error that a process found, as all do."""
+        for index, by, error in filter(None, found):
+            error.of_all = True
+            error.found_by = "" if index == self.index else by
+            raise error
+
+    def tensors_of_first(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The first process's tensors by name, in all; what others pass is not looked at."""
+        if self.count == 1:
+            return tensors
+        kinds = self.from_first(lambda: {n: (t.shape, t.dtype) for n, t in tensors.items()})
+        if not self.is_first:
+            tensors = {
+                name: torch.empty(shape, dtype=dtype, device=self.device)
+                for name, (shape, dtype) in kinds.items()
+            }
+        self.broadcast_(*tensors.values())
+        return tensors
 
     def all_gather_rows(self, own: Tensor, local_windows: Tensor, count: int) -> Tensor:
         """Every process's rows, `(count, ...)`, from `own`, whose places are `local_windows`."""
@@ -92,20 +171,130 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@contextlib.contextmanager
+def all_begun() -> Iterator[None]:
+    """Begin the block when all processes that a launcher started have come here; it is for torch
+    to connect them in.
+
+    Raises UserError where one does not come.
+    """
+    if processes() == 1:
+        yield
+        return
+    try:
+        store, count = _announced(_HERE, _ARRIVAL)
+        keys = [_key(process) for process in range(count)]
+        store.wait(keys, _ARRIVAL)
+        words = [store.get(key).decode().split() for key in keys]
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"Expected {processes()} processes to begin within {_ARRIVAL.seconds // 60} minutes, "
+            f"found that not all did ({_why(error)}): what the others said says why, or else see "
+            "to it that the hosts reach each other."
+        ) from error
+    gone = [
+        f"process {process} on {host}"
+        for process, (word, host) in enumerate(words)
+        if word != _HERE
+    ]
+    if gone:
+        error = UserError(
+            f"Expected {processes()} processes to begin, found that {gone[0]} did not: what it "
+            "said says why."
+        )
+        error.of_all = True
+        raise error
+    yield
+    del store  # only now: what the first process serves it with, torch uses too
+
+
+def leave() -> None:
+    """Part from the other processes, or tell them, if they may still be waiting for this one to
+    begin, that it will not.
+    """
+    if processes() == 1:
+        return
+    if not torch.distributed.is_initialized():
+        with contextlib.suppress(RuntimeError, ValueError):
+            _announced("gone", timedelta(seconds=10))
+    elif torch.distributed.get_backend() == "gloo":
+        # Else one end in eight is an abort ("terminate called"), and its exit code that of one.
+        torch.distributed.destroy_process_group()
+
+
+def _announced(word: str, patience: timedelta) -> tuple[torch.distributed.Store, int]:
+    """Say a word to all; where they look for it, and how many there are."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, index, count = next(rendezvous("env://", timeout=patience))
+    store.set(_key(index), f"{word} {socket.gethostname()}")
+    return store, count
+
+
+def _key(process: int) -> str:
+    """Where a process leaves its word."""
+    return f"sp3llm/{process}"
+
+
 def init_distributed(device: str) -> tuple[Ranks, str]:
-    """The place of this process among those that `accelerate launch` started, and its device.
+    """The place of this process among those that a launcher started, and its device.
 
     With one process `device` is what was asked for.
+
+    Raises UserError where not all of them begin, or they do not reach each other.
     """
     if processes() == 1:
         return Ranks(), device
-    from datetime import timedelta
-
     from accelerate import PartialState
 
-    # The others wait while the first one downloads a model; who fails is ended by the launcher.
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
-    ranks = Ranks(state.process_index, state.num_processes)
+    with all_begun():
+        try:
+            state = PartialState(cpu=device == "cpu", timeout=_ARRIVAL)
+        except RuntimeError as error:
+            raise UserError(
+                f"Expected {processes()} processes to reach each other, found that not all did "
+                f"({_why(error)}): where a host's name leads to itself or to another network, name "
+                "the network interface with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+            ) from error
+    # There is no public way to wait longer for a peer at work than for one that is to begin.
+    torch.distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
+    ranks = ranks_of(state)
     if state.device.type == "cpu":  # it has an index, which no tensor's device has
         return ranks, "cpu"
     return replace(ranks, device=state.device), str(state.device)
+
+
+def ranks_of(state: Any) -> Ranks:
+    """The processes that accelerate knows: of its `PartialState` or `Accelerator`."""
+    return Ranks(
+        state.process_index,
+        state.num_processes,
+        local_index=max(0, state.local_process_index),
+        local_count=int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)),
+    )
+
+
+@contextlib.contextmanager
+def lost_process_told() -> Iterator[None]:
+    """Turn what torch raises when another process has gone into one sentence.
+
+    Raises ResumableError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
+            raise
+        lost = ResumableError(
+            f"Expected all {processes()} processes to stay until the run ends, found that one has "
+            f"gone ({_why(error)}): what it said last says why; then give the same command again, "
+            "on every host."
+        )
+        lost.of_all = True
+        raise lost from error
+
+
+def _why(error: Exception) -> str:
+    """What torch's transport says, without the place in its source."""
+    text = re.sub(r"^\[[^\]]*\] *", "", reason(error, 400))
+    return re.split(r"[.;] (?:This is typically|Exception raised)", text)[0][:200]

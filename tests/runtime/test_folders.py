@@ -15,10 +15,9 @@ from sp3llm.runtime.folders import (
     check_not_input,
     check_output,
     full_disk_told,
-    locked_folder,
     output_folder,
-    remove_folder,
 )
+from sp3llm.runtime.locks import locked_folder, remove_folder
 
 
 def lock(folder: Path, said: list[str] | None = None):
