@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "sp3llm" / "bundled" / "llama-8m"
 RECORD, WEIGHTS = "sp3llm.json", "model.safetensors"
-PORT, LONGEST = 29500, 600
+PORT, LONGEST = 29500, 900
 HERE = "here"
 
 
@@ -93,7 +93,8 @@ class Host:
     def start(self, words: list[str], name: str, **environment: str) -> subprocess.Popen[bytes]:
         """Run a command in its folder; what it says goes to `<name>.log` beside that."""
         here, hidden = self.work / HERE, self.work / f"host{1 - self.number}"
-        hosts = self.work / "hosts"
+        own_names = self.disk / "hosts"
+        hosts = own_names if own_names.is_file() else self.work / "hosts"
         inside = (
             f"hostname {self.name} && mount --bind {self.disk} {here} && mount -t tmpfs none "
             f"{hidden} && mount --bind {hosts} /etc/hosts && cd {here} && exec {shlex.join(words)}"
@@ -150,7 +151,10 @@ def connect(hosts: list[Host]) -> None:
 
 
 def disconnect(hosts: list[Host]) -> None:
+    """Nothing runs on the hosts then, and they are gone."""
     for host in hosts:
+        for process in host.processes():  # of a run that was to end and did not
+            os.kill(process, signal.SIGKILL)
         subprocess.run(["ip", "netns", "del", host.namespace], capture_output=True, check=False)
 
 
@@ -376,6 +380,11 @@ def cases(bench: Bench) -> dict[str, tuple[str, Callable[[str], list[str]]]]:
     def a_file_there() -> None:
         (disk / "sub").write_text("")
 
+    def own_names_at_home() -> None:
+        lines = (bench.hosts[0].work / "hosts").read_text()
+        for host in bench.hosts:
+            (host.disk / "hosts").write_text(lines.replace(host.address, "127.0.0.1"))
+
     hub = ["owner/small-model"]
     recover = ["--recover-steps", "2"]
     tuned = ["small", "--teacher", "model", "--train", "fit.txt", "--eval-text", "held.txt"]
@@ -398,6 +407,7 @@ def cases(bench: Bench) -> dict[str, tuple[str, Callable[[str], list[str]]]]:
         "out": ("host1: `--out` below a file", when(a_file_there, both=["--out", "sub/small"])),
         "then": ("`--recover-steps 2`", when(nothing, both=recover)),
         "recover": ("`sp3llm.recover` itself", when(with_small, command="recover", words=tuned)),
+        "names": ("each host's name leads to itself", when(own_names_at_home)),
         "killed": ("host1's process killed", lost(1, "process")),
         "host1": ("everything on host1 killed", lost(1, "host")),
         "host0": ("everything on host0 killed", lost(0, "host")),

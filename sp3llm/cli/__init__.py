@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
         _run(arguments, speaks, rank)
     finally:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # others may be waiting for this process
-            from sp3llm.runtime.processes import leave
+            from sp3llm.runtime.presence import leave
 
             leave()
 

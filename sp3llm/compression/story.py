@@ -73,7 +73,8 @@ def compress(settings: CompressConfig, console: "Console") -> Result | None:
 
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
-    from sp3llm.runtime.processes import init_distributed, lost_process_told
+    from sp3llm.runtime.presence import lost_process_told
+    from sp3llm.runtime.processes import init_distributed
 
     ranks, device = init_distributed(settings.device)
     with lost_process_told():

@@ -8,7 +8,7 @@ from accelerate.utils import LoggerType, is_tensorboard_available, is_wandb_avai
 
 from sp3llm.errors import UserError, reason
 from sp3llm.options import RecoverConfig
-from sp3llm.runtime.processes import all_begun
+from sp3llm.runtime.presence import all_begun
 
 
 def engine(settings: RecoverConfig, logs: Path) -> Accelerator:

@@ -59,7 +59,7 @@ def recover(settings: RecoverConfig, console: "Console", in_place: bool = False)
     from sp3llm.recovery.checkpoints import check_shared, claim, locked
     from sp3llm.reporting.recovery import closing_table, next_steps
     from sp3llm.runtime.locks import empty_folder
-    from sp3llm.runtime.processes import lost_process_told
+    from sp3llm.runtime.presence import lost_process_told
     from sp3llm.runtime.progress import progress_bars
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says how it casts at every call

@@ -1,10 +1,8 @@
 """The processes that share a run, on one host or several; they are accelerate's."""
 
-import contextlib
 import os
-import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,17 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sp3llm.errors import ResumableError, UserError, reason
+from sp3llm.errors import UserError
+from sp3llm.runtime.presence import ARRIVAL, all_begun, processes, unreached
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-# How long processes wait for each other to begin: a cold file system takes its time to import from.
-_ARRIVAL = timedelta(minutes=10)
-# What one says that has begun.
-_HERE = "here"
-# And later, while the first one downloads a model; who fails ends the connection, or is ended by
-# the launcher.
+# How long processes wait for each other once all have begun, as while the first one downloads a
+# model; one that fails ends the connection, or is ended by the launcher.
 _PATIENCE = timedelta(days=7)
 
 
@@ -166,76 +161,6 @@ class Ranks:
         return whole
 
 
-def processes() -> int:
-    """How many processes a launcher started, from its environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-@contextlib.contextmanager
-def all_begun() -> Iterator[None]:
-    """Begin the block when all processes that a launcher started have come here; it is for torch
-    to connect them in.
-
-    Raises UserError where one does not come.
-    """
-    if processes() == 1:
-        yield
-        return
-    try:
-        store, count = _announced(_HERE, _ARRIVAL)
-        keys = [_key(process) for process in range(count)]
-        store.wait(keys, _ARRIVAL)
-        words = [store.get(key).decode().split() for key in keys]
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"Expected {processes()} processes to begin within {_ARRIVAL.seconds // 60} minutes, "
-            f"found that not all did ({_why(error)}): what the others said says why, or else see "
-            "to it that the hosts reach each other."
-        ) from error
-    gone = [
-        f"process {process} on {host}"
-        for process, (word, host) in enumerate(words)
-        if word != _HERE
-    ]
-    if gone:
-        error = UserError(
-            f"Expected {processes()} processes to begin, found that {gone[0]} did not: what it "
-            "said says why."
-        )
-        error.of_all = True
-        raise error
-    yield
-    del store  # only now: what the first process serves it with, torch uses too
-
-
-def leave() -> None:
-    """Part from the other processes, or tell them, if they may still be waiting for this one to
-    begin, that it will not.
-    """
-    if processes() == 1:
-        return
-    if not torch.distributed.is_initialized():
-        with contextlib.suppress(RuntimeError, ValueError):
-            _announced("gone", timedelta(seconds=10))
-    elif torch.distributed.get_backend() == "gloo":
-        # Else one end in eight is an abort ("terminate called"), and its exit code that of one.
-        torch.distributed.destroy_process_group()
-
-
-def _announced(word: str, patience: timedelta) -> tuple[torch.distributed.Store, int]:
-    """Say a word to all; where they look for it, and how many there are."""
-    from torch.distributed.rendezvous import rendezvous
-
-    store, index, count = next(rendezvous("env://", timeout=patience))
-    store.set(_key(index), f"{word} {socket.gethostname()}")
-    return store, count
-
-
-def _key(process: int) -> str:
-    """Where a process leaves its word."""
-    return f"sp3llm/{process}"
-
-
 def init_distributed(device: str) -> tuple[Ranks, str]:
     """The place of this process among those that a launcher started, and its device.
 
@@ -249,13 +174,9 @@ def init_distributed(device: str) -> tuple[Ranks, str]:
 
     with all_begun():
         try:
-            state = PartialState(cpu=device == "cpu", timeout=_ARRIVAL)
+            state = PartialState(cpu=device == "cpu", timeout=ARRIVAL)
         except RuntimeError as error:
-            raise UserError(
-                f"Expected {processes()} processes to reach each other, found that not all did "
-                f"({_why(error)}): where a host's name leads to itself or to another network, name "
-                "the network interface with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
-            ) from error
+            raise unreached(error) from error
     # There is no public way to wait longer for a peer at work than for one that is to begin.
     torch.distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
     ranks = ranks_of(state)
@@ -272,29 +193,3 @@ def ranks_of(state: Any) -> Ranks:
         local_index=max(0, state.local_process_index),
         local_count=int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)),
     )
-
-
-@contextlib.contextmanager
-def lost_process_told() -> Iterator[None]:
-    """Turn what torch raises when another process has gone into one sentence.
-
-    Raises ResumableError.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
-            raise
-        lost = ResumableError(
-            f"Expected all {processes()} processes to stay until the run ends, found that one has "
-            f"gone ({_why(error)}): what it said last says why; then give the same command again, "
-            "on every host."
-        )
-        lost.of_all = True
-        raise lost from error
-
-
-def _why(error: Exception) -> str:
-    """What torch's transport says, without the place in its source."""
-    text = re.sub(r"^\[[^\]]*\] *", "", reason(error, 400))
-    return re.split(r"[.;] (?:This is typically|Exception raised)", text)[0][:200]

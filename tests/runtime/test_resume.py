@@ -69,12 +69,8 @@ def run(options: CompressConfig, console: Console | None = None) -> None:
         torch.set_num_threads(threads)
 
 
-def run_and_die(
-    options: CompressConfig, writes: int | None, shard_bytes: int | None = None
-) -> None:
-    """The run, killed before it renames for the `writes`-th time: nothing is written after it."""
-    if shard_bytes is not None:
-        export._SHARD_BYTES = shard_bytes
+def die_at(writes: int) -> None:
+    """Let this process be killed before it renames for the `writes`-th time."""
     left = writes
     replaced = os.replace
 
@@ -85,8 +81,17 @@ def run_and_die(
             os.kill(os.getpid(), signal.SIGKILL)
         replaced(*names)
 
+    os.replace = count
+
+
+def run_and_die(
+    options: CompressConfig, writes: int | None, shard_bytes: int | None = None
+) -> None:
+    """The run, killed before it renames for the `writes`-th time: nothing is written after it."""
+    if shard_bytes is not None:
+        export._SHARD_BYTES = shard_bytes
     if writes is not None:
-        os.replace = count
+        die_at(writes)
     # Every layer is worth keeping, however fast.
     journal._SHARE_OF_TIME = 10.0
     run(options)

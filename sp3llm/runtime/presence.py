@@ -1,0 +1,155 @@
+"""That the processes which a launcher started begin, stay until the end, and part in peace."""
+
+import contextlib
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+import torch
+
+from sp3llm.errors import ResumableError, UserError, reason
+from sp3llm.runtime.heartbeat import watch
+
+# How long processes wait for each other to begin: a cold file system takes its time to import from.
+ARRIVAL = timedelta(minutes=10)
+# What one says that has begun.
+_HERE = "here"
+
+
+def processes() -> int:
+    """How many processes a launcher started, from its environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def all_begun() -> Iterator[None]:
+    """Begin the block when all processes that a launcher started have come here; it is for torch
+    to connect them in. From then on this process ends where nothing is heard of another host.
+
+    Raises UserError where a process does not come.
+    """
+    if processes() == 1 or torch.distributed.is_initialized():
+        yield
+        return
+    try:
+        store, index, count = _announced(_HERE, ARRIVAL)
+        store.wait([_key(process) for process in range(count)], ARRIVAL)
+        words = [_word(store, process) for process in range(count)]
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"Expected {processes()} processes to begin within {ARRIVAL.seconds // 60} minutes, "
+            f"found that not all did ({_why(error)}): what the others said says why, or else see "
+            "to it that the hosts reach each other."
+        ) from error
+    names = [f"process {process} on {host}" for process, (_, host) in enumerate(words)]
+    gone = [name for name, (word, _) in zip(names, words, strict=True) if word != _HERE]
+    if gone:
+        error = UserError(
+            f"Expected {processes()} processes to begin, found that {gone[0]} did not: what it "
+            "said says why."
+        )
+        error.of_all = True
+        raise error
+    if _on_several_hosts():
+        _watch_others(store, index, names)
+    yield
+    del store  # only now: what the first process serves it with, torch uses too
+
+
+def _watch_others(store: torch.distributed.Store, index: int, names: Sequence[str]) -> None:
+    """End this process, number `index`, where nothing is heard of one of the others, by name."""
+
+    def has_left(other: int) -> bool:
+        return _word(store, other)[0] != _HERE
+
+    def end(other: int, seconds: float) -> None:
+        if int(os.environ.get("LOCAL_RANK", index)) == 0:
+            print(
+                f"sp3llm: Expected all {len(names)} processes to stay until the run ends, heard "
+                f"nothing of {names[other]} for {seconds / 60:g} minutes: see whether its host "
+                "runs and can be reached; then give the same command again, on every host.",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(2)  # what waits for the network hears of nothing else
+
+    others = [other for other in range(len(names)) if other != index]
+    watch(store, index, others, has_left, end)
+
+
+def leave() -> None:
+    """Part from the other processes, or tell them, if they may still be waiting for this one to
+    begin, that it will not.
+    """
+    if processes() == 1:
+        return
+    connected = torch.distributed.is_initialized()
+    if not connected or _on_several_hosts():
+        with contextlib.suppress(RuntimeError, ValueError):
+            _announced("gone", timedelta(seconds=10))
+    if connected and torch.distributed.get_backend() == "gloo":
+        # Else one end in eight is an abort ("terminate called"), and its exit code that of one.
+        torch.distributed.destroy_process_group()
+
+
+def _on_several_hosts() -> bool:
+    """Whether a launcher started processes on other hosts too."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes())) < processes()
+
+
+def _announced(word: str, patience: timedelta) -> tuple[torch.distributed.Store, int, int]:
+    """Say a word to all; where they look for it, this process's number, and how many there are."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, index, count = next(rendezvous("env://", timeout=patience))
+    store.set(_key(index), f"{word} {socket.gethostname()}")
+    return store, index, count
+
+
+def _word(store: torch.distributed.Store, process: int) -> tuple[str, str]:
+    """The word that a process left, and its host."""
+    word, host = store.get(_key(process)).decode().split()
+    return word, host
+
+
+def _key(process: int) -> str:
+    """Where a process leaves its word."""
+    return f"sp3llm/{process}"
+
+
+@contextlib.contextmanager
+def lost_process_told() -> Iterator[None]:
+    """Turn what torch raises when another process has gone into one sentence.
+
+    Raises ResumableError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
+            raise
+        lost = ResumableError(
+            f"Expected all {processes()} processes to stay until the run ends, found that one has "
+            f"gone ({_why(error)}): what it said last says why; then give the same command again, "
+            "on every host."
+        )
+        lost.of_all = True
+        raise lost from error
+
+
+def unreached(error: RuntimeError) -> UserError:
+    """What to raise where torch does not get processes that have begun connected."""
+    return UserError(
+        f"Expected {processes()} processes to reach each other, found that not all did "
+        f"({_why(error)}): where a host's name leads to itself or to another network, name the "
+        "network interface with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+    )
+
+
+def _why(error: Exception) -> str:
+    """What torch's transport says, without the place in its source."""
+    text = re.sub(r"^\[[^\]]*\] *", "", reason(error, 400))
+    return re.split(r"[.;] (?:This is typically|Exception raised)", text)[0][:200]
