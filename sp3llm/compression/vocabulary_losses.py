@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # The stage, as the journal of a run knows it.
 _LOSSES = "vocabularies"
-# Tokens of text: what few rare tokens cost is known less well than what every token does.
-_TOKENS = 2**14
+# Tokens of text, in each vocabulary: the forward over all is to cost what the gradients do.
+_TOKENS = 2**13
 # In windows of so many at most: of more documents than long ones are of.
 _WINDOW = 512
 
