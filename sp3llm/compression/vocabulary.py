@@ -36,8 +36,8 @@ def vocabularies_of(
 
     if settings.vocab_from is None:
         return []
-    _check_held_out(settings.vocab_from, evaluation)
     if wanted is None:
+        _check_held_out(settings.vocab_from, evaluation)
         with console.status("tokens that the text uses"):
             rows = axis_sizes(family, dense.config)[VOCAB]
             wanted = wanted_tokens(settings.vocab_from, dense.folder, rows)
