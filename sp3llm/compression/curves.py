@@ -32,7 +32,7 @@ from sp3llm.models.stream import OUTPUT
 
 # Tokens that the second moment of a writer's inputs is taken on, for each of the inputs.
 _TOKENS_AN_INPUT = 8
-# Relative to the diagonal: of the inputs' second moment, as units are chosen by in the refit;
+# Relative to the mean diagonal: of the inputs' second moment, as units are chosen by in the refit;
 # and of the Fisher information, which is of fewer tokens than a wide stream has channels.
 _INPUT_RIDGE, _FISHER_RIDGE = 1e-4, 1e-6
 

@@ -162,11 +162,13 @@ def fit_ridge(
     grams: tuple[Gram, Gram],
     prior_PQ: Tensor,
     prior_intercept_Q: Tensor | None = None,
+    by_input: bool = False,
 ) -> Fit:
     """A ridge fit (`maths.ridge.ridge_fit`) whose trials are shared out over processes.
 
     `name` is what the log calls it: the ridge that the last fit of such a name found, but for its
-    numbers, is where the search begins. The result is the same on every process.
+    numbers, is where the search begins. `by_input` says how inputs are penalised
+    (`maths.refit.ridge_solution`). The result is the same on every process.
     """
     ranks, priors, dtype = (
         refitter.execution.ranks,
@@ -175,11 +177,13 @@ def fit_ridge(
     )
 
     def try_all(ridges: Sequence[float]) -> Tried:
-        by_rank = ranks.all_gather(ridge_errors(*grams, *priors, ranks.share(ridges), dtype))
+        by_rank = ranks.all_gather(
+            ridge_errors(*grams, *priors, ranks.share(ridges), dtype, by_input)
+        )
         return {ridge: tried for own in by_rank for ridge, tried in own.items()}
 
     tried = search_ridge(try_all, _last_ridge(refitter, name))
-    fit = ridge_fit(*grams, *priors, tried, dtype)
+    fit = ridge_fit(*grams, *priors, tried, dtype, by_input)
     ranks.broadcast_(fit.solution_PQ, fit.intercept_Q)
     _log(refitter, name, fit)
     return fit

@@ -27,7 +27,7 @@ from sp3llm.models.shapes import Shape
 from sp3llm.models.stream import LayerPart, Stream, probe_stream, run_layer
 from sp3llm.runtime.transfer import fetch, store
 
-# Ridge of the writer that neurons and groups are chosen by, relative to the diagonal.
+# Ridge of the writer that neurons and groups are chosen by, relative to the mean diagonal.
 _CHOICE_RIDGE = 1e-4
 
 
@@ -51,7 +51,9 @@ def fit_parallel(refitter: Refitter, layer: LayerFit, site_grams: tuple[Gram, Gr
     kept = _parallel_survivors(refitter, layer, grams, priors)
     kept_P = torch.cat(kept)
     grams = tuple(restricted(gram, kept_P) for gram in grams)
-    fit = fit_ridge(refitter, " + ".join(names), grams, prior_PK[kept_P], prior_bias_K)
+    fit = fit_ridge(
+        refitter, " + ".join(names), grams, prior_PK[kept_P], prior_bias_K, by_input=True
+    )
     rows = fit.solution_PQ.split([len(members) for members in kept])
     for name, rows_PK in zip(names, rows, strict=True):
         layer.tensors[f"{name}.weight"] = rounded(f"{name}.weight", rows_PK.T, refitter.dtype)
@@ -184,7 +186,7 @@ def fit_writer(
     if _units_of(refitter, writer) is not None:
         kept_P = _survivors(refitter, layer, writer, sum_grams(*grams), prior_PK)
         grams, prior_PK = tuple(restricted(gram, kept_P) for gram in grams), prior_PK[kept_P]
-    fit = fit_ridge(refitter, name, grams, prior_PK, prior_bias_K)
+    fit = fit_ridge(refitter, name, grams, prior_PK, prior_bias_K, by_input=True)
     tensors[f"{name}.weight"] = rounded(f"{name}.weight", fit.solution_PQ.T, refitter.dtype)
     if bias_K is not None:
         tensors[f"{name}.bias"] = rounded(f"{name}.bias", fit.intercept_Q, refitter.dtype)

@@ -180,18 +180,20 @@ def squared_error(gram: Gram, solution_PQ: Tensor, intercept_Q: Tensor | None) -
     return (error / gram.energy.clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 
-def ridged_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:
+def ridged_factor(
+    gram_PP: Tensor, ridge: float, by_input: bool = False
+) -> tuple[Tensor, Tensor, float]:
     """Cholesky factor of `G + Lambda`, the diagonal `Lambda`, `(P,)`, and the relative ridge used.
 
-    `Lambda` is `ridge` times the diagonal of `G` (`_own_squares`): what an input is multiplied with
-    makes no difference to a fit. Where the matrix is not positive definite to working precision the
-    ridge is raised tenfold until it is. `gram_PP` stays as it is; the factor takes the only other
-    matrix of its size.
+    `Lambda` is `ridge` times the mean of the diagonal of `G`, or `by_input` times each entry of it
+    (`_squares`). Where the matrix is not positive definite to working precision the ridge is raised
+    tenfold until it is. `gram_PP` stays as it is; the factor takes the only other matrix of its
+    size.
 
     Raises NotFinite if `gram_PP` holds NaN or infinity, which no ridge makes positive definite.
     """
     check_finite(gram_PP)
-    squares_P = _own_squares(gram_PP)
+    squares_P = _squares(gram_PP, by_input)
     largest = squares_P.max().item()
     # In columns, as LAPACK has it: in rows it would be copied there and back.
     factor_PP = torch.empty_like(gram_PP).mT
@@ -206,13 +208,16 @@ def ridged_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]
     raise NotFinite("No finite ridge makes the Gram matrix positive definite.")
 
 
-def _own_squares(gram_PP: Tensor) -> Tensor:
-    """A Gram matrix's diagonal, each entry at least a millionth of the mean: an input that hardly
-    ever fires is not to be free. Of a matrix of zeros, inputs that never do, 1.
+def _squares(gram_PP: Tensor, by_input: bool) -> Tensor:
+    """The mean of a Gram matrix's diagonal, for every input; or by input that diagonal, each entry
+    at least a millionth of the mean: an input that hardly ever fires is not to be free. Of a matrix
+    of zeros, inputs that never do, 1.
     """
     diagonal_P = gram_PP.diagonal()
     mean = (diagonal_P / len(diagonal_P)).sum()  # of finite numbers the sum alone can overflow
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    if not by_input:
+        return mean.expand_as(diagonal_P)
     return torch.maximum(diagonal_P, _LEAST_SQUARE * mean)
 
 
@@ -241,12 +246,15 @@ def ridge_solution(
     ridge: float,
     intercept: bool,
     dtype: torch.dtype = torch.float64,
+    by_input: bool = False,
 ) -> tuple[Tensor, Tensor | None, float]:
     """`argmin_X sum w |y - a X - b|^2 + |Lambda^1/2 (X - prior)|^2`, `b` unpenalised, by Cholesky.
 
-    `Lambda` is `ridge` times the diagonal of `sum w a a^T` (centred if there is an intercept): each
-    input is penalised by its own mean square, as if all had the same. Real models have channels
-    thousands of times larger than others, which would set the penalty for all. Where the matrix is
+    `Lambda` is `ridge` times the mean diagonal of `sum w a a^T` (centred if there is an intercept),
+    which is the same however the inputs are turned; or `by_input` the diagonal itself: each input
+    is penalised by its own mean square, and what it is multiplied with makes no difference. Real
+    models have neurons thousands of times larger than others, which would set the penalty for all,
+    and which no turn mixes. Where the matrix is
     not positive definite to working precision the ridge is raised tenfold until it is. The factor
     is float64; or, with `dtype` float32, that, where what it leaves of the equation shows that it
     is good enough (`_by_float32_factor`).
@@ -261,20 +269,20 @@ def ridge_solution(
         cross_PQ = torch.addr(cross_PQ, gram.input_sum_P, mean_Q, alpha=-1)
     solution_PQ = None
     if dtype == torch.float32:
-        solution_PQ = _by_float32_factor(inputs_PP, cross_PQ, prior_PQ, ridge)
+        solution_PQ = _by_float32_factor(inputs_PP, cross_PQ, prior_PQ, ridge, by_input)
     if solution_PQ is None:
-        factor_PP, penalty_P, ridge = ridged_factor(inputs_PP, ridge)
+        factor_PP, penalty_P, ridge = ridged_factor(inputs_PP, ridge, by_input)
         solution_PQ = solve_towards(factor_PP, penalty_P, cross_PQ, prior_PQ)
     return solution_PQ, mean_Q - mean_P @ solution_PQ if intercept else None, ridge
 
 
 def _by_float32_factor(
-    inputs_PP: Tensor, cross_PQ: Tensor, prior_PQ: Tensor, ridge: float
+    inputs_PP: Tensor, cross_PQ: Tensor, prior_PQ: Tensor, ridge: float, by_input: bool
 ) -> Tensor | None:
     """`solve_towards` by a Cholesky factor in float32, refined until what is left of the equation
     is small; None: it is not, or there is no such factor.
     """
-    factor_PP, penalty_P = float32_factor(inputs_PP, ridge)
+    factor_PP, penalty_P = float32_factor(inputs_PP, ridge, by_input)
     if factor_PP is None:
         return None
     penalty_P1 = penalty_P[:, None]
@@ -301,12 +309,14 @@ def _by_float32_factor(
     return None
 
 
-def float32_factor(gram_PP: Tensor, ridge: float) -> tuple[Tensor | None, Tensor]:
+def float32_factor(
+    gram_PP: Tensor, ridge: float, by_input: bool = False
+) -> tuple[Tensor | None, Tensor]:
     """What `ridged_factor` returns but for the ridge, which is never raised, in float32; no factor
     where float32 does not find the matrix positive definite.
     """
     check_finite(gram_PP)
-    penalty_P = ridge * _own_squares(gram_PP)
+    penalty_P = ridge * _squares(gram_PP, by_input)
     factor_PP = gram_PP.float()
     factor_PP.diagonal().add_(penalty_P.float())
     factor_PP, info = torch.linalg.cholesky_ex(factor_PP)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sp3llm.maths.refit import Gram, add_gram_, check_finite, ridge_solution, squared_error
 
-# Relative to the diagonal of the Gram matrix. Infinity, plain projection, is always tried.
+# Relative to the (mean) diagonal of the Gram matrix. Infinity, plain projection, is always tried.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Tried first where nothing is known: every other one.
 _COARSE = RIDGES[1::2]
@@ -32,7 +32,7 @@ class Fit:
     intercept_Q: Tensor | None
     """`b`, float64; None where none was asked for."""
     ridge: float
-    """Chosen ridge, relative to the diagonal; infinity: the plain projection was kept."""
+    """Chosen ridge, relative to the (mean) diagonal; infinity: the plain projection was kept."""
     error: float
     """Relative squared error of the choice on the held-back tokens."""
     plain_error: float
@@ -81,8 +81,10 @@ def ridge_errors(
     prior_intercept_Q: Tensor | None,
     ridges: Sequence[float],
     dtype: torch.dtype = torch.float64,
+    by_input: bool = False,
 ) -> dict[float, tuple[float, float]]:
-    """What `search_ridge` asks of some ridges; `dtype` is that of `ridge_solution`.
+    """What `search_ridge` asks of some ridges; `dtype` and `by_input` are those of
+    `ridge_solution`.
 
     Raises NotFinite if a Gram holds NaN or infinity.
     """
@@ -97,7 +99,9 @@ def ridge_errors(
     plain = squared_error(held_back, prior_PQ, prior_intercept_Q) if ridges else 0.0
     tried = {}
     for ridge in ridges:
-        solution_PQ, intercept_Q, used = ridge_solution(fitting, prior_PQ, ridge, intercept, dtype)
+        solution_PQ, intercept_Q, used = ridge_solution(
+            fitting, prior_PQ, ridge, intercept, dtype, by_input
+        )
         tried[ridge] = (used, squared_error(held_back, solution_PQ, intercept_Q) - plain)
     return tried
 
@@ -128,6 +132,7 @@ def ridge_fit(
     prior_intercept_Q: Tensor | None = None,
     tried: Tried | None = None,
     dtype: torch.dtype = torch.float64,
+    by_input: bool = False,
 ) -> Fit:
     """Fit towards a prior, the ridge chosen on held-back tokens, then on all tokens together.
 
@@ -135,13 +140,15 @@ def ridge_fit(
     projection, with many a large one loses the gain. The grid ends in infinity, the prior itself,
     so the fit never does worse on the held-back tokens than plain projection. An intercept is
     fitted where `prior_intercept_Q` is given. `tried` is what `search_ridge` found, where several
-    processes shared that out; `dtype` is that of `ridge_solution`.
+    processes shared that out; `dtype` and `by_input` are those of `ridge_solution`.
 
     `fitting` takes in `held_back`, in place, once the ridge is chosen.
     """
     if tried is None:
         priors = (prior_PQ, prior_intercept_Q)
-        tried = search_ridge(lambda some: ridge_errors(fitting, held_back, *priors, some, dtype))
+        tried = search_ridge(
+            lambda some: ridge_errors(fitting, held_back, *priors, some, dtype, by_input)
+        )
     plain_error = squared_error(held_back, prior_PQ, prior_intercept_Q)
     best, gain = float("inf"), 0.0
     for used, more in tried.values():
@@ -151,5 +158,7 @@ def ridge_fit(
         return Fit(prior_PQ, prior_intercept_Q, best, plain_error, plain_error, False)
     both = add_gram_(fitting, held_back)
     intercept = prior_intercept_Q is not None
-    solution_PQ, intercept_Q, used = ridge_solution(both, prior_PQ, best, intercept, dtype)
+    solution_PQ, intercept_Q, used = ridge_solution(
+        both, prior_PQ, best, intercept, dtype, by_input
+    )
     return Fit(solution_PQ, intercept_Q, used, plain_error + gain, plain_error, used > best)

@@ -27,7 +27,7 @@ def select_units(
     """Which units of a writer's input to keep: neurons (`unit` 1) or the heads of KV groups.
 
     The writer `W` that they are judged by is the ridge regression of `gram`, `ridge` relative to
-    its diagonal, that shrinks towards `prior_PQ`, without an intercept. `dtype` is that of
+    the mean diagonal, that shrinks towards `prior_PQ`, without an intercept. `dtype` is that of
     the arithmetic: float32 is as good where what is left is fitted afterwards.
 
     `obs`: drop what costs the refitted writer least; see `drop_units`. `energy`: drop what

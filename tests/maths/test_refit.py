@@ -69,9 +69,9 @@ def test_a_matrix_that_no_finite_ridge_makes_positive_definite_is_refused():
 def test_what_an_input_is_multiplied_with_makes_no_difference_to_a_fit(intercept, dtype):
     a, y, prior_PQ = normal(300, 6), normal(300, 2, seed=1), normal(6, 2, seed=2)
     factors_P = torch.tensor([0.1, 30.0, 1.0, 25.0, 0.5, 7.0], dtype=torch.float64)
-    found = ridge_solution(gram_of(a, y), prior_PQ, 0.1, intercept, dtype)
+    found = ridge_solution(gram_of(a, y), prior_PQ, 0.1, intercept, dtype, by_input=True)
     scaled = gram_of(a * factors_P, y), prior_PQ / factors_P[:, None]
-    other = ridge_solution(*scaled, 0.1, intercept, dtype)
+    other = ridge_solution(*scaled, 0.1, intercept, dtype, by_input=True)
     assert torch.allclose(other[0] * factors_P[:, None], found[0], rtol=1e-5, atol=1e-7)
     if intercept:
         assert torch.allclose(other[1], found[1], rtol=1e-5, atol=1e-7)
