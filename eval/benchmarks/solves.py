@@ -401,8 +401,8 @@ written, costs {rows[0]["bfloat16_error"]:.0e}.
 
 {shapes_table(rows)}
 
-The first of these writers with all its inputs, by a float32 factor, at every ridge (relative to the
-mean of the diagonal, which the large channels make):
+The first of these writers with all its inputs, by a float32 factor, at every ridge (relative to
+each input's own mean square, in all of this page):
 
 {ridges_table(record["by_ridge"])}
 
@@ -420,7 +420,7 @@ def main() -> None:
     parser.add_argument("--name", default="solves")
     parser.add_argument("--repeats", type=int, default=2, help="the fastest counts")
     options = parser.parse_args()
-    contest(256, 128, 1)  # what is loaded and begun once
+    contest(256, 192, 1)  # what is loaded and begun once
     rows = []
     for shape in options.shapes:
         rows += contest(*map(int, shape.split("x")), options.repeats)
