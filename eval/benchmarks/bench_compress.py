@@ -34,11 +34,11 @@ from transformers import AutoModelForCausalLM
 
 from sp3llm.compression import basis_choice, curves, predicting, refitter, writers
 from sp3llm.compression.attempts import _placed
+from sp3llm.compression.depth import kept_layers
 from sp3llm.compression.job import Job
-from sp3llm.compression.measuring import measure_dense
 from sp3llm.compression.preparing import prepare
-from sp3llm.compression.shape_search import choose_shape, least_units
-from sp3llm.compression.stages import build, final_basis
+from sp3llm.compression.shape_search import choose_shape
+from sp3llm.compression.stages import build, final_basis, measure
 from sp3llm.models.served import export_of
 from sp3llm.models.shapes import Shape, cost_of, resized_config
 from sp3llm.models.source import resolve_model
@@ -221,19 +221,17 @@ def compress_seconds(job: Job, tokens: torch.Tensor, clock: dict[str, float]) ->
         model.mkdir()
         journal = open_journal(folder / "state-0", {}, Ranks(), print)
         job = _placed(job, journal, folder, job.settings)
-        settings, last = job.settings, time.perf_counter()
-        moments, _ = measure_dense(
-            job.dense, job.family, tokens, None, settings.moments, settings.basis, job.execution,
-            None, journal, least_units(job),
-        )  # fmt: skip
+        last = time.perf_counter()
+        moments, _ = measure(job, tokens, None, journal)
         passed("moments")
         shape, findings = choose_shape(job, moments, tokens, journal, progress)
         passed("search")
         _, projection = final_basis(job, shape, moments, tokens, journal)
         passed("basis")
-        config = resized_config(job.family, job.dense.config, shape)
-        export = export_of(job.family, config, settings.export_as)
-        build(job, shape, projection, tokens, export, model, journal, progress)
+        layers = kept_layers(moments, shape)
+        config = resized_config(job.family, job.dense.config, shape, layers)
+        export = export_of(job.family, config, job.settings.export_as)
+        build(job, shape, projection, layers, tokens, export, model, journal, progress)
         passed("refit, write")
     row[_TRIED] = len(findings.tried)
     if torch.cuda.is_available():

@@ -20,16 +20,16 @@ from rich.console import Console
 from torch import Tensor
 
 from sp3llm.compression.basis_choice import choose_basis
-from sp3llm.compression.building import refitted_side_by_side
+from sp3llm.compression.depth import kept_layers
 from sp3llm.compression.job import Job, refitter_of
-from sp3llm.compression.measuring import measure_dense
 from sp3llm.compression.preparing import prepare
 from sp3llm.compression.refitter import held_back_from
-from sp3llm.compression.shape_search import choose_shape, least_units
+from sp3llm.compression.shape_search import choose_shape
+from sp3llm.compression.stages import measure
 from sp3llm.compression.texts import read_texts
+from sp3llm.compression.trials import refitted_ends
 from sp3llm.maths.paired import excess_log_perplexity
-from sp3llm.models.shapes import Shape, resized_config
-from sp3llm.models.stream import LayeredModel, Stream
+from sp3llm.models.shapes import Shape
 from sp3llm.options import CompressConfig
 from sp3llm.runtime.journal import NOTHING_KEPT
 from sp3llm.runtime.processes import Ranks
@@ -43,24 +43,13 @@ def held_out_losses(
     job: Job, moments: Any, shapes: list[Shape], calibration: Tensor, evaluation: Tensor
 ) -> list[Tensor]:
     """Losses of refitted shapes on the held-out windows, `(windows, tokens - 1)` each."""
-    seen, family = len(calibration), job.family
-    refitters = []
+    seen, refitters = len(calibration), []
     for shape in shapes:
-        basis = choose_basis(job.dense, family, moments, shape, calibration, job.settings.turn)
-        refitters.append(refitter_of(job, shape, basis[1], held_back_from(seen), seen))
-    tables = []
-    for finished in refitted_side_by_side(refitters, torch.cat([calibration, evaluation])):
-        if finished[0].group.name == "embeddings":
-            tables = [one.tensors[family.embedding] for one in finished]
-    losses = []
-    for shape, one, looked_up in zip(shapes, finished, tables, strict=True):
-        config, head = resized_config(family, job.dense.config, shape), one.tensors
-        if shape.tie_word_embeddings:
-            head = {**head, f"{family.head}.weight": looked_up}
-        model = LayeredModel.of(config, family, job.objective, job.execution)
-        stream = Stream(one.small.hidden[seen:], one.small.calls)
-        losses.append(job.objective.losses(model, head, stream, evaluation))
-    return losses
+        basis = choose_basis(job.dense, job.family, moments, shape, calibration, job.settings.turn)
+        layers = kept_layers(moments, shape)
+        refitters.append(refitter_of(job, shape, basis[1], layers, held_back_from(seen), seen))
+    ends, _ = refitted_ends(refitters, torch.cat([calibration, evaluation]))
+    return [job.objective.losses(end.model, end.head, end.stream, evaluation) for end in ends]
 
 
 def run(options: argparse.Namespace, keep: float) -> dict[str, Any]:
@@ -79,11 +68,7 @@ def run(options: argparse.Namespace, keep: float) -> dict[str, Any]:
     job = prepare(settings, Ranks(), "cpu", console)
     calibration, evaluation = (windows.tokens for windows in read_texts(job))
     with progress_bars(console) as progress:
-        moments, dense = measure_dense(
-            *(job.dense, job.family, calibration, evaluation),
-            *(settings.moments, settings.basis, job.execution, progress, NOTHING_KEPT),
-            least_units(job),
-        )
+        moments, dense = measure(job, calibration, evaluation, NOTHING_KEPT, progress)
         chosen, findings = choose_shape(job, moments, calibration, NOTHING_KEPT, progress)
     predicted = findings.predicted
     bound = options.within * min(predicted.values())
@@ -139,6 +124,7 @@ def main() -> None:
                 str(row["shape"]["hidden_size"]),
                 str(row["shape"]["intermediate_size"]),
                 str(row["shape"]["num_key_value_heads"]),
+                str(row["shape"]["num_hidden_layers"]),
                 "tied" if row["shape"]["tie_word_embeddings"] else "untied",
                 f"{row['predicted']:.4f}",
                 "" if row["tried"] is None else f"{row['tried']:.4f}",
@@ -148,7 +134,8 @@ def main() -> None:
             ]
             for row in one["rows"]
         ]
-        head = ["hidden", "FFN", "KV", "head", "predicted", "trial", "excess", "above the best", ""]
+        head = ["hidden", "FFN", "KV", "layers", "head", "predicted", "trial", "excess"]
+        head += ["above the best", ""]
         parts.append(
             f"## {100 * one['keep']:g} %\n\n{one['candidates']} candidates, {one['refitted']} of "
             f"them within {options.within:g} times the best prediction (or tried) and refitted. "

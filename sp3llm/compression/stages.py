@@ -27,6 +27,36 @@ _BASIS = "basis"
 _REFIT = "refit"
 
 
+def measure(
+    job: Job,
+    calibration: "Tensor",
+    evaluation: "Tensor | None",
+    journal: "Journal",
+    progress: "Progress | None" = None,
+) -> "tuple[Moments, Tensor | None]":
+    """All that a job needs to know of its dense model, `measuring.measure_dense` of calibration and
+    evaluation windows, token ids, `(windows, tokens)`.
+    """
+    from sp3llm.compression.measuring import measure_dense
+    from sp3llm.compression.shape_search import gaps, least_units
+
+    settings = job.settings
+    return measure_dense(
+        job.dense,
+        job.family,
+        calibration,
+        evaluation,
+        settings.moments,
+        "pca" if all(map(job.is_whole, job.shapes)) else settings.basis,
+        job.execution,
+        progress,
+        journal,
+        least_units(job),
+        job.original,
+        gaps(job),
+    )
+
+
 def energy_kept(moments: "Moments", projection: "Projection") -> float:
     """Share of the summed second moments' trace that lies inside the basis."""
     total_DD, basis_DK = moments.total(), projection.basis_DK

@@ -36,12 +36,13 @@ from sp3llm.compression.attempts import compress_resumably
 from sp3llm.compression.job import Job, Result, with_dtype
 from sp3llm.compression.preparing import prepare
 from sp3llm.compression.recording import record_of
-from sp3llm.compression.shape_search import choose_shape, gaps, least_units
+from sp3llm.compression.shape_search import choose_shape
 from sp3llm.compression.stages import (
     build,
     energy_kept,
     final_basis,
     learn_mask,
+    measure,
     whole_spectrum,
 )
 from sp3llm.compression.texts import draw_texts, read_mask_windows, read_texts
@@ -133,7 +134,6 @@ def run_stages(
     import torch
 
     from sp3llm.compression.depth import kept_layers
-    from sp3llm.compression.measuring import measure_dense
     from sp3llm.compression.vocabulary_losses import vocabulary_losses
     from sp3llm.evaluation.perplexity import measure_losses
     from sp3llm.maths.paired import excess_log_perplexity
@@ -160,20 +160,7 @@ def run_stages(
     mask_windows = None
     if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
         mask_windows = execution.ranks.from_first(lambda: read_mask_windows(job, held_out.windows))
-    moments, dense_losses = measure_dense(
-        dense,
-        family,
-        calibration.tokens,
-        held_out.tokens,
-        settings.moments,
-        "pca" if all(map(job.is_whole, job.shapes)) else settings.basis,
-        execution,
-        progress,
-        journal,
-        least_units(job),
-        job.original,
-        gaps(job),
-    )
+    moments, dense_losses = measure(job, calibration.tokens, held_out.tokens, journal, progress)
     if mask_windows is not None:
         mask = learn_mask(job, moments, mask_windows, journal, progress)
         shape, findings = mask.shape, Findings()
