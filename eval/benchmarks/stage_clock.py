@@ -17,6 +17,7 @@ from unittest import mock
 STAGES = {
     "gradients": ("compression.measuring", "measure_gradients"),
     "dense pass": ("compression.measuring", "_forward"),
+    "fewer tokens": ("compression.vocabulary_losses", "vocabulary_losses"),
     "search": ("compression.story", "choose_shape"),
     "basis": ("compression.story", "final_basis"),
     "refit, write": ("compression.story", "build"),
@@ -28,7 +29,9 @@ KINDS = {
         ("compression.gradients", "run_layer"),
         ("compression.gradients", "backward_layer"),
         ("compression.building", "run_layer"),
-        ("compression.building", "add_to_stream"),
+        ("compression.sequential", "run_layer"),
+        ("compression.sequential", "add_to_stream"),
+        ("compression.vocabulary_losses", "run_layer"),
         ("compression.writers", "run_layer"),
         ("evaluation.perplexity", "run_layer"),
     ),
@@ -37,6 +40,7 @@ KINDS = {
         ("compression.statistics", "add_second_moment"),
         ("compression.gradients", "add_second_moment"),
         ("compression.curves", "add_second_moment"),
+        ("compression.depth", "add_to_gram"),
     ),
     "what writers miss": (("compression.writers", "_missing"),),
     "solves": (
@@ -116,7 +120,6 @@ def clocks() -> Iterator[tuple[Clock, Clock]]:
         ):
             for name, (module, function) in places:
                 owner = import_module(f"sp3llm.{module}")
-                if hasattr(owner, function):
-                    timed = clock.timed(name, getattr(owner, function))
-                    stack.enter_context(mock.patch.object(owner, function, timed))
+                timed = clock.timed(name, getattr(owner, function))
+                stack.enter_context(mock.patch.object(owner, function, timed))
         yield stages, kinds
