@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def resolve_model(model: str | None) -> tuple[Path, str, str | None]:
             "folder here: check the path."
         )
     name, note = _hub_name(model)
-    return _download(name), name, note
+    return _reached(name, _download), name, note
 
 
 def _hub_name(model: str) -> tuple[str, str | None]:
@@ -72,19 +73,51 @@ def _unreachable(model: str, error: Exception) -> UserError:
     )
 
 
-def _download(model: str) -> Path:
+def _taken(model: str | None, fetch: Callable[[str], Path]) -> tuple[Path, str, str | None]:
+    """What `resolve_model` does, but that of a hub id no more comes than `fetch` gets of it, which
+    returns the folder.
+    """
+    if model is None or os.path.exists(model) or model.count("/") != 1:
+        return resolve_model(model)
+    name, note = _hub_name(model)
+    return _reached(name, fetch), name, note
+
+
+def _reached(name: str, fetch: Callable[[str], Path]) -> Path:
+    """What `fetch` gets of a repository of the hub.
+
+    Raises UserError where it gets nothing.
+    """
+    try:
+        return fetch(name)
+    except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
+        raise _unreachable(name, error) from error
+
+
+def _snapshot(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
-        folder = Path(
-            snapshot_download(model, allow_patterns=_HUB_PATTERNS, ignore_patterns=_NOT_FETCHED)
-        )
-        has_weights = any(folder.glob("model*.safetensors"))
-        if (folder / "config.json").exists() and not has_weights:
-            folder = Path(snapshot_download(model, allow_patterns=[*_HUB_PATTERNS, "*.bin"]))
-    except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
-        raise _unreachable(model, error) from error
+    return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED))
+
+
+def _download(name: str) -> Path:
+    folder = _snapshot(name, _HUB_PATTERNS)
+    has_weights = any(folder.glob("model*.safetensors"))
+    if (folder / "config.json").exists() and not has_weights:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, allow_patterns=[*_HUB_PATTERNS, "*.bin"]))
     return folder
+
+
+def _download_config(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, "config.json")).parent
+
+
+def _download_tokenizer(name: str) -> Path:
+    return _snapshot(name, [p for p in _HUB_PATTERNS if not p.endswith(".safetensors")])
 
 
 def resolve_config(model: str | None) -> tuple[dict[str, Any], str, str | None]:
@@ -93,17 +126,8 @@ def resolve_config(model: str | None) -> tuple[dict[str, Any], str, str | None]:
     Returns the config, the name to show, and a line to print if another repository was taken.
     Raises UserError as `resolve_model` does.
     """
-    if model is None or os.path.exists(model) or model.count("/") != 1:
-        folder, name, note = resolve_model(model)
-        return read_config(folder), name, note
-    name, note = _hub_name(model)
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = Path(hf_hub_download(name, "config.json"))
-    except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
-        raise _unreachable(name, error) from error
-    return read_config(path.parent), name, note
+    folder, name, note = _taken(model, _download_config)
+    return read_config(folder), name, note
 
 
 def resolve_tokenizer(model: str | None) -> tuple[Path, str, str | None]:
@@ -112,17 +136,7 @@ def resolve_tokenizer(model: str | None) -> tuple[Path, str, str | None]:
 
     Returns what `resolve_model` does, and raises UserError as that does.
     """
-    if model is None or os.path.exists(model) or model.count("/") != 1:
-        return resolve_model(model)
-    name, note = _hub_name(model)
-    from huggingface_hub import snapshot_download
-
-    patterns = [pattern for pattern in _HUB_PATTERNS if not pattern.endswith(".safetensors")]
-    try:
-        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED)
-    except Exception as error:  # the hub raises many kinds: gated, missing, offline, cut off
-        raise _unreachable(name, error) from error
-    return Path(folder), name, note
+    return _taken(model, _download_tokenizer)
 
 
 def adapter_base(folder: Path) -> str:
