@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from sp3llm.vocabulary.files import RestrictedFiles, restricted_files
@@ -25,8 +26,11 @@ class ChosenVocabulary:
     size: int | None
     """How many they are at most; None: all that are wanted."""
     kept: Kept
-    files: RestrictedFiles
-    """What becomes of the files beside the weights."""
+
+    @cached_property
+    def files(self) -> RestrictedFiles:
+        """What becomes of the files beside the weights: made only of what is written or loaded."""
+        return restricted_files(self.vocabulary, self.kept)
 
     @property
     def dense_tokens(self) -> int:
@@ -56,6 +60,7 @@ def choose_vocabularies(
     vocabulary = read_vocabulary(folder)
     multiple = math.lcm(ROW_MULTIPLE, tensor_parallel)
     found = [chosen_by(vocabulary, wanted, size, multiple)]
+    _ = found[0].files  # what cannot be rewritten is refused before any work
     least, whole = len(closed(vocabulary, ())), len(found[0].kept.old_ids)
     for eighths in _EIGHTHS[: most - 1] if size is None else ():
         fewer = least + (whole - least) * eighths // 8
@@ -73,4 +78,4 @@ def chosen_by(
     Raises UserError as `choose_vocabularies` does.
     """
     kept = most_wanted(vocabulary, wanted.counts_V, size, multiple)
-    return ChosenVocabulary(vocabulary, wanted, size, kept, restricted_files(vocabulary, kept))
+    return ChosenVocabulary(vocabulary, wanted, size, kept)
