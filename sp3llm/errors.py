@@ -20,6 +20,12 @@ class ResumableError(UserError):
     """A run that stopped through no fault of its input: the same command continues it."""
 
 
+def of_all(error: UserError) -> UserError:
+    """The error, as one that every process of the run raises."""
+    error.of_all = True
+    return error
+
+
 def reason(error: Exception, limit: int = 200) -> str:
     """What another package's exception says, on one line and fit to stand inside a sentence."""
     text = re.sub(r"[.!?] (?=[A-Z])", "; ", " ".join(str(error).split()))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sp3llm.compression.job import Job, Result, run_identity
-from sp3llm.errors import ResumableError, UserError
+from sp3llm.errors import ResumableError
 from sp3llm.options import CompressConfig
 from sp3llm.reporting.record import Record
 from sp3llm.runtime.folders import RECORD
@@ -38,7 +38,7 @@ def compress_resumably(
 
     from sp3llm.runtime.folders import MODEL, run_folder
     from sp3llm.runtime.journal import open_journal
-    from sp3llm.runtime.locks import is_shared
+    from sp3llm.runtime.locks import check_shared
     from sp3llm.runtime.memory import is_out_of_memory
     from sp3llm.runtime.progress import progress_bars
 
@@ -48,8 +48,10 @@ def compress_resumably(
         console.print(line, highlight=False, markup=False)
 
     with run_folder(job.out, settings.fresh, ranks, say) as folder:
-        if (settings.recover_steps or settings.score) and not is_shared(folder, ranks):
-            raise _unshared(job.out)
+        if settings.recover_steps or settings.score:
+            place = f"'{job.out}' for --recover-steps and --score"
+            advice = "leave them out, and tune or score the result on the first host"
+            check_shared(folder, ranks, place, advice)
         journal = open_journal(folder / f"state-{ranks.index}", run_identity(job), ranks, say)
         model = folder / MODEL
         _take_back(journal, job.out, model)
@@ -69,16 +71,6 @@ def compress_resumably(
         journal.save(_FINISHED, 0)
         ranks.all_gather(None)  # the first process clears up when all have come here
     return result, record, job
-
-
-def _unshared(out: Path) -> UserError:
-    """What all processes raise where they go on with a result that not all of them can read."""
-    error = UserError(
-        f"Expected a file system that all hosts share at '{out}' for --recover-steps and --score, "
-        "found one on each: leave them out, and tune or score the result on the first host."
-    )
-    error.of_all = True
-    return error
 
 
 def _take_back(journal: "Journal", out: Path, model: Path) -> None:
@@ -128,9 +120,9 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     if line is not None:
         journal.say(line)
     kept = weights_kept(execution, needed, job.max_memory)
-    dense, original = (replace(one, before=kept) for one in (job.dense, job.original))
-    same = dense if job.original is job.dense else original
-    return replace(job, execution=execution, dense=dense, original=same)
+    dense = replace(job.dense, before=kept)
+    original = dense if job.original is job.dense else replace(job.original, before=kept)
+    return replace(job, execution=execution, dense=dense, original=original)
 
 
 def _save_batch(journal: "Journal", execution: "Execution") -> None:

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from sp3llm.errors import UserError
 from sp3llm.runtime.files import rename_durably, write_durably
 from sp3llm.runtime.folders import full_disk_told
-from sp3llm.runtime.locks import is_shared, locked_folder, remove_folder
-from sp3llm.runtime.processes import Ranks
+from sp3llm.runtime.locks import locked_folder, remove_folder
 
 # In the folder of checkpoints: whose they are, and the best weights.
 _IDENTITY, _BEST = "recover.json", "best.safetensors"
@@ -81,19 +80,6 @@ def locked(work: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         finally:
             if not _whole(work):
                 remove_folder(work)
-
-
-def check_shared(work: Path, ranks: Ranks) -> None:
-    """Raise UserError, as all processes do, where one cannot read the folder of checkpoints, which
-    the first holds.
-    """
-    if not is_shared(work, ranks):
-        error = UserError(
-            f"Expected a file system that all hosts share at '{work}', where recovery keeps its "
-            "checkpoints, found one on each: choose an --out that all of them see."
-        )
-        error.of_all = True
-        raise error
 
 
 def claim(work: Path, identity: Mapping[str, Any]) -> None:

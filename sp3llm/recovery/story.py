@@ -56,9 +56,9 @@ def recover(settings: RecoverConfig, console: "Console", in_place: bool = False)
     Raises UserError for anything the user can mend; nothing is then left in the output folder.
     """
     from sp3llm.models.served import refused_by
-    from sp3llm.recovery.checkpoints import check_shared, claim, locked
+    from sp3llm.recovery.checkpoints import claim, locked
     from sp3llm.reporting.recovery import closing_table, next_steps
-    from sp3llm.runtime.locks import empty_folder
+    from sp3llm.runtime.locks import check_shared, empty_folder
     from sp3llm.runtime.presence import lost_process_told
     from sp3llm.runtime.progress import progress_bars
 
@@ -72,7 +72,8 @@ def recover(settings: RecoverConfig, console: "Console", in_place: bool = False)
 
     with lost_process_told(), contextlib.ExitStack() as stack:
         run.ranks.from_first(lambda: stack.enter_context(locked(run.work, say)))
-        check_shared(run.work, run.ranks)
+        place = f"'{run.work}', where recovery keeps its checkpoints"
+        check_shared(run.work, run.ranks, place, "choose an --out that all of them see")
         progress = stack.enter_context(progress_bars(console))
         run.ranks.from_first(lambda: claim(run.work, run_identity(run)))
         state = train(set_up(run, progress), progress)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from sp3llm.errors import UserError
+from sp3llm.errors import UserError, of_all
 from sp3llm.runtime.processes import Ranks
 
 # Held by the run that writes a folder; what tells a folder that we began from other folders.
@@ -97,10 +97,18 @@ def _is_file_of(path: Path, file: IO[str]) -> bool:
         return False
 
 
-def is_shared(folder: Path, ranks: Ranks) -> bool:
-    """Whether all processes see the folder that the first one holds locked."""
+def check_shared(folder: Path, ranks: Ranks, place: str, advice: str) -> None:
+    """Raise UserError, as all processes do, where one does not see the folder that the first one
+    holds locked: `place` names it, with what it is for, and `advice` says what to do.
+    """
     mark = ranks.from_first(lambda: marked(folder))
-    return all(ranks.all_gather(mark_of(folder) == mark))
+    if not all(ranks.all_gather(mark_of(folder) == mark)):
+        raise of_all(
+            UserError(
+                f"Expected a file system that all hosts share at {place}, found one on each: "
+                f"{advice}."
+            )
+        )
 
 
 def empty_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 
-from sp3llm.errors import ResumableError, UserError, reason
+from sp3llm.errors import ResumableError, UserError, of_all, reason
 from sp3llm.runtime.heartbeat import watch
 
 # How long processes wait for each other to begin: a cold file system takes its time to import from.
@@ -47,12 +47,12 @@ def all_begun() -> Iterator[None]:
     names = [f"process {process} on {host}" for process, (_, host) in enumerate(words)]
     gone = [name for name, (word, _) in zip(names, words, strict=True) if word != _HERE]
     if gone:
-        error = UserError(
-            f"Expected {processes()} processes to begin, found that {gone[0]} did not: what it "
-            "said says why."
+        raise of_all(
+            UserError(
+                f"Expected {processes()} processes to begin, found that {gone[0]} did not: what it "
+                "said says why."
+            )
         )
-        error.of_all = True
-        raise error
     if _on_several_hosts():
         _watch_others(store, index, names)
     yield
@@ -131,13 +131,13 @@ def lost_process_told() -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
             raise
-        lost = ResumableError(
-            f"Expected all {processes()} processes to stay until the run ends, found that one has "
-            f"gone ({_why(error)}): what it said last says why; then give the same command again, "
-            "on every host."
-        )
-        lost.of_all = True
-        raise lost from error
+        raise of_all(
+            ResumableError(
+                f"Expected all {processes()} processes to stay until the run ends, found that one "
+                f"has gone ({_why(error)}): what it said last says why; then give the same command "
+                "again, on every host."
+            )
+        ) from error
 
 
 def unreached(error: RuntimeError) -> UserError:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sp3llm.errors import UserError
+from sp3llm.errors import UserError, of_all
 from sp3llm.runtime.presence import ARRIVAL, all_begun, processes, unreached
 
 Item = TypeVar("Item")
@@ -121,12 +121,12 @@ class Ranks:
             for key in (*first, *other):
                 ours, theirs = (facts.get(key, "nothing") for facts in (first, other))
                 if ours != theirs:
-                    error = UserError(
-                        f"Expected {key} to be the same on every host, found {ours} on {name} and "
-                        f"{theirs} on {other_name}: make them alike."
+                    raise of_all(
+                        UserError(
+                            f"Expected {key} to be the same on every host, found {ours} on {name} "
+                            f"and {theirs} on {other_name}: make them alike."
+                        )
                     )
-                    error.of_all = True
-                    raise error
         return first
 
     def _signed(self, error: UserError) -> tuple[int, str, UserError]:
@@ -136,9 +136,8 @@ class Ranks:
     def _raise_for_all(self, found: Sequence[tuple[int, str, UserError] | None]) -> None:
         """Raise the first error that a process found, as all do."""
         for index, by, error in filter(None, found):
-            error.of_all = True
             error.found_by = "" if index == self.index else by
-            raise error
+            raise of_all(error)
 
     def tensors_of_first(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The first process's tensors by name, in all; what others pass is not looked at."""
