@@ -101,21 +101,21 @@ def closed(vocabulary: Vocabulary, wanted: Iterable[int]) -> set[int]:
 
 def most_wanted(
     vocabulary: Vocabulary,
-    counts_V: "Tensor",
+    uses_V: "Tensor",
     size: int | None,
     multiple: int = ROW_MULTIPLE,
 ) -> Kept:
     """The tokens that a text uses most, and all that must stay with them.
 
-    `counts_V` says how often a text uses each row of the dense table. `size` is how many tokens
-    are kept at most, None for every one that the text uses. They are taken by their counts, of
-    equal ones the lower id first; one that needs more others than there is room for is passed by.
+    `uses_V` says how often a text uses each row of the dense table, as a count or a share. `size` is
+    how many tokens are kept at most, None for every one that the text uses. They are taken by their
+    use, of equal ones the lower id first; one that needs more others than there is room for is passed by.
     The table's rows are a multiple of `multiple`, or as many as the dense one has.
 
     Raises UserError if `size` is less than what must stay, or the tokenizer has tokens beyond the
     dense table.
     """
-    rows = len(counts_V)
+    rows = len(uses_V)
     beyond = max(vocabulary.tokens)
     if beyond >= rows:
         raise UserError(
@@ -131,7 +131,7 @@ def most_wanted(
             f"'{vocabulary.folder}', found {size}: ask for more."
         )
     room = rows if size is None else size
-    for token_id in _by_count(counts_V):
+    for token_id in _by_use(uses_V):
         if len(kept) == room:
             break
         if token_id in vocabulary.tokens:
@@ -141,10 +141,10 @@ def most_wanted(
     return kept_of(kept, rows, multiple)
 
 
-def _by_count(counts_V: "Tensor") -> list[int]:
+def _by_use(uses_V: "Tensor") -> list[int]:
     """Ids that occur, the most frequent first, of equal ones the lower first."""
-    order = counts_V.argsort(descending=True, stable=True)
-    return order[: int((counts_V > 0).sum())].tolist()
+    order = uses_V.argsort(descending=True, stable=True)
+    return order[: int((uses_V > 0).sum())].tolist()
 
 
 def _ranks(model: Mapping[str, Any]) -> Ranks:

@@ -26,13 +26,26 @@ class Wanted:
 
     sources: tuple[str, ...]
     """Names of the sets that were read."""
-    counts_V: "Tensor"
-    """By row of the dense table, int64."""
+    counts_SV: "Tensor"
+    """By set, in the order of `sources`, and by row of the dense table; int64."""
+
+    @property
+    def counts_V(self) -> "Tensor":
+        """In all sets together, by row of the dense table, int64."""
+        return self.counts_SV.sum(0)
+
+    @property
+    def shares_V(self) -> "Tensor":
+        """Of a set's tokens, in the mean over the sets, by row of the dense table; float64. Every
+        set counts alike, as in calibration text: beside a library of books, a file of the user's
+        own would decide nothing.
+        """
+        return (self.counts_SV / self.counts_SV.sum(1, keepdim=True).clamp_min(1)).mean(0)
 
     @property
     def tokens(self) -> int:
         """In the text."""
-        return int(self.counts_V.sum())
+        return int(self.counts_SV.sum())
 
     @property
     def used(self) -> int:
@@ -52,29 +65,34 @@ def wanted_tokens(names: str, folder: Path, rows: int) -> Wanted:
 
     Raises UserError if a set is unknown, unreadable or empty.
     """
+    import torch
+
     tokenizer = load_tokenizer(folder)
-    sources = [resolve_source(name) for name in split_names(names)]
     render = chat_render(tokenizer)
-    documents = chain.from_iterable(_documents(source, render) for source in sources)
-    wanted = Wanted(
-        tuple(source.name for source in sources), token_counts(tokenizer, documents, rows)
-    )
-    if not wanted.tokens:
-        raise UserError(
-            f"Expected text in '{names}', which says which tokens stay, found none: name other "
-            "text with --vocab-from."
-        )
-    return wanted
+    sources = [resolve_source(name) for name in split_names(names)]
+    counts = [token_counts(tokenizer, _documents(source, render), rows) for source in sources]
+    for source, counts_V in zip(sources, counts, strict=True):
+        if not counts_V.any():
+            raise UserError(
+                f"Expected text in '{source.name}', which says which tokens stay, found none: name "
+                "other text with --vocab-from."
+            )
+    return Wanted(tuple(source.name for source in sources), torch.stack(counts))
 
 
 def without_documents(wanted: Wanted, folder: Path, documents: frozenset[str]) -> Wanted:
     """What all of the text but some documents uses, these given by the hashes of their content."""
+    import torch
+
     tokenizer = load_tokenizer(folder)
     render = chat_render(tokenizer)
-    read = chain.from_iterable(_documents(resolve_source(name), render) for name in wanted.sources)
-    held_back = (document for document in read if content_hash(document) in documents)
-    counts_V = token_counts(tokenizer, held_back, len(wanted.counts_V))
-    return replace(wanted, counts_V=wanted.counts_V - counts_V)
+    rows = wanted.counts_SV.shape[1]
+    held_back = []
+    for name in wanted.sources:
+        read = _documents(resolve_source(name), render)
+        some = (document for document in read if content_hash(document) in documents)
+        held_back.append(token_counts(tokenizer, some, rows))
+    return replace(wanted, counts_SV=wanted.counts_SV - torch.stack(held_back))
 
 
 def _documents(source: TextSource, render: Render) -> Iterator[str]:
