@@ -25,8 +25,8 @@ from sp3llm.runtime.processes import Ranks
 
 MANIFEST = "manifest.json"
 # Time spent on keeping what may be needed again, as a share of the time spent on everything: a run
-# that is never killed loses a thirtieth, one that is killed repeats thirty times what a save takes.
-_SHARE_OF_TIME = 1 / 30
+# that is never killed loses a sixtieth, one that is killed repeats sixty times what a save takes.
+_SHARE_OF_TIME = 1 / 60
 # Steps of a stage that are kept: the last, and the one before in case the last is damaged or
 # another process has not come as far.
 _STEPS_KEPT = 2
@@ -65,7 +65,7 @@ class Journal:
     clock: _Clock = field(default_factory=_Clock)
 
     def due(self) -> bool:
-        """Whether less than a thirtieth of the time since the run began was spent on saving.
+        """Whether less than a sixtieth of the time since the run began was spent on saving.
 
         All processes get the first one's answer. What has to be done again after a kill is so
         never more than some thirty times what saving takes.

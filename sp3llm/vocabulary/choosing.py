@@ -77,5 +77,5 @@ def chosen_by(
 
     Raises UserError as `choose_vocabularies` does.
     """
-    kept = most_wanted(vocabulary, wanted.shares_V, size, multiple)
+    kept = most_wanted(vocabulary, wanted.shares, size, multiple)
     return ChosenVocabulary(vocabulary, wanted, size, kept)

@@ -107,10 +107,10 @@ def most_wanted(
 ) -> Kept:
     """The tokens that a text uses most, and all that must stay with them.
 
-    `uses_V` says how often a text uses each row of the dense table, as a count or a share. `size` is
-    how many tokens are kept at most, None for every one that the text uses. They are taken by their
-    use, of equal ones the lower id first; one that needs more others than there is room for is passed by.
-    The table's rows are a multiple of `multiple`, or as many as the dense one has.
+    `uses_V` says how often a text uses each row of the dense table, as a count or a share. `size`
+    is how many tokens are kept at most, None for every one that the text uses. They are taken by
+    their use, of equal ones the lower id first; one that needs more others than there is room for
+    is passed by. The table's rows are a multiple of `multiple`, or as many as the dense one has.
 
     Raises UserError if `size` is less than what must stay, or the tokenizer has tokens beyond the
     dense table.

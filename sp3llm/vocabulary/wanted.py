@@ -30,17 +30,18 @@ class Wanted:
     """By set, in the order of `sources`, and by row of the dense table; int64."""
 
     @property
-    def counts_V(self) -> "Tensor":
-        """In all sets together, by row of the dense table, int64."""
+    def counts(self) -> "Tensor":
+        """In all sets together, by row of the dense table: `(V,)`, int64."""
         return self.counts_SV.sum(0)
 
     @property
-    def shares_V(self) -> "Tensor":
-        """Of a set's tokens, in the mean over the sets, by row of the dense table; float64. Every
+    def shares(self) -> "Tensor":
+        """Of a set's tokens, in the mean over the sets, by row of the dense table: `(V,)`, float64. Every
         set counts alike, as in calibration text: beside a library of books, a file of the user's
         own would decide nothing.
         """
-        return (self.counts_SV / self.counts_SV.sum(1, keepdim=True).clamp_min(1)).mean(0)
+        counts_SV = self.counts_SV.double()
+        return (counts_SV / counts_SV.sum(1, keepdim=True).clamp_min(1)).mean(0)
 
     @property
     def tokens(self) -> int:
@@ -50,13 +51,13 @@ class Wanted:
     @property
     def used(self) -> int:
         """Different ones among them."""
-        return int((self.counts_V > 0).sum())
+        return int((self.counts > 0).sum())
 
     def covered(self, ids: tuple[int, ...]) -> float:
         """Share of the text's tokens that are among these."""
         import torch
 
-        return self.counts_V[torch.tensor(ids)].sum().item() / self.tokens
+        return self.counts[torch.tensor(ids)].sum().item() / self.tokens
 
 
 def wanted_tokens(names: str, folder: Path, rows: int) -> Wanted:

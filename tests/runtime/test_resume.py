@@ -502,9 +502,9 @@ def test_a_journal_without_a_folder_keeps_nothing():
     assert not journal.due()
 
 
-def test_saving_takes_a_thirtieth_of_the_time_at_most():
+def test_saving_takes_a_sixtieth_of_the_time_at_most():
     now = time.monotonic()
-    clock = _Clock(started=now - 300.0, saving=9.0)
+    clock = _Clock(started=now - 300.0, saving=4.0)
     assert Journal(Path(), clock=clock).due()
-    clock.saving = 11.0
+    clock.saving = 6.0
     assert not Journal(Path(), clock=clock).due()

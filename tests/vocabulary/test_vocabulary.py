@@ -1,6 +1,7 @@
 """A restricted tokenizer says what the whole one says, in the tokens that it has."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -21,6 +22,7 @@ from sp3llm.vocabulary.files import check_restricted, restricted_files
 from sp3llm.vocabulary.ids import named_ids, restricted_ids
 from sp3llm.vocabulary.kept import Kept, kept_of
 from sp3llm.vocabulary.tokenizers import Vocabulary, closed, most_wanted, read_vocabulary
+from sp3llm.vocabulary.wanted import wanted_tokens
 from tests.vocabulary.conftest import (
     SAMPLE,
     SPECIAL,
@@ -277,6 +279,21 @@ def test_the_most_wanted_are_closed_and_within_the_size(pair, data):
         assert len(closed(vocabulary, at_least)) > size
     with pytest.raises(UserError, match=f"at least {least} tokens"):
         most_wanted(vocabulary, counts_V, least - 1)
+
+
+def test_a_short_text_counts_as_much_as_a_long_one(tmp_path, pair):
+    vocabulary, _ = pair
+    (tmp_path / "short.txt").write_text(WORDS[0])
+    (tmp_path / "long.txt").write_text(" ".join(WORDS[1:] * 50))
+    names = f"{tmp_path / 'short.txt'},{tmp_path / 'long.txt'}"
+    both = wanted_tokens(names, vocabulary.folder, ROWS)
+    short, long = (wanted_tokens(name, vocabulary.folder, ROWS) for name in names.split(","))
+    assert torch.equal(both.counts, short.counts + long.counts)
+    assert torch.allclose(both.shares, (short.shares + long.shares) / 2)
+    assert math.isclose(both.shares.sum(), 1)
+    (tmp_path / "long.txt").write_text("")
+    with pytest.raises(UserError, match="long"):
+        wanted_tokens(names, vocabulary.folder, ROWS)
 
 
 def test_tokens_beyond_the_table_are_refused(pair):
