@@ -36,9 +36,9 @@ class Wanted:
 
     @property
     def shares(self) -> "Tensor":
-        """Of a set's tokens, in the mean over the sets, by row of the dense table: `(V,)`, float64. Every
-        set counts alike, as in calibration text: beside a library of books, a file of the user's
-        own would decide nothing.
+        """Of a set's tokens, in the mean over the sets, by row of the dense table: `(V,)`, float64.
+        Every set counts alike, as in calibration text: beside a library of books, a file of the
+        user's own would decide nothing.
         """
         counts_SV = self.counts_SV.double()
         return (counts_SV / counts_SV.sum(1, keepdim=True).clamp_min(1)).mean(0)
