@@ -1,6 +1,6 @@
 """Every axis of a budget by itself and all of them together, on one text, paired window by window.
 
-    python eval/benchmarks/axes.py --model DIR --text FILE --name real/axes --work DIR --run before shape
+    python eval/benchmarks/axes.py --model DIR --text FILE --work DIR --name real/axes
     python eval/benchmarks/axes.py ... --keep 0.92 --vocab-from FILES --run vocabulary all
 
 The first half of the text calibrates, the second is held out. Contestants: `before` searches over
