@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sp3llm.compression.job import Job
+from sp3llm.compression.job import Job, calibration_sets
 from sp3llm.compression.texts import tokenizer_of
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint, head_tensors
@@ -56,9 +56,10 @@ def vocabulary_losses(job: Job, journal: "Journal", progress: "Progress") -> dic
     """What every vocabulary of a job loses to the first, nats a dense token, by the rows of its
     tables.
 
-    The text is some of that which says which tokens stay. Text that was counted looks better than
-    any other, as its own rare tokens were: so vocabularies of the same sizes are taken that all
-    other documents would have chosen.
+    The text is like that which is calibrated on, by which all other axes are judged: beside it,
+    text that only says which tokens stay would make any vocabulary that suits it look free. Where
+    it was counted too it looks better than any other, as its own rare tokens were: so vocabularies
+    of the same sizes are taken that all other documents would have chosen.
 
     What `journal` has from a run before is not found out again.
     """
@@ -84,7 +85,7 @@ def _readings(job: Job) -> list[_Reading]:
     length = min(_WINDOW, window_length(family, config, job.settings.seq_len))
 
     def read() -> tuple[Windows, Wanted]:
-        count, names = _TOKENS // length, ",".join(wanted.sources)
+        count, names = _TOKENS // length, calibration_sets(job.settings)
         draw = job.objective.training_windows
         windows = draw(names, tokenizer, count, length, 0, frozenset(), words=True)
         return windows, without_documents(wanted, folder, windows.documents)
