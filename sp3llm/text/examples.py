@@ -1,6 +1,7 @@
 """Labelled examples as models read them: padded token ids, and which of them are real."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,12 @@ class Examples:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and tokens of the longest of them."""
+        rows, tokens = self.input_ids.shape
+        return rows, tokens
+
     def __getitem__(self, rows: "slice | Tensor") -> "Examples":
         mask = self.attention_mask[rows]
         longest = int(mask.sum(1).max()) if len(mask) else 0
@@ -61,6 +68,14 @@ class Examples:
             labels=moved(self.labels),
         )
 
+    def reread(self, ids: "Tensor") -> "Examples":
+        """The same with every token id looked up in `ids`, by number the id in its place."""
+        return replace(self, input_ids=ids.to(self.input_ids.device)[self.input_ids])
+
+    def split(self, rows: int) -> "list[Examples]":
+        """Batches of that many rows, the last of what is left."""
+        return [self[at : at + rows] for at in range(0, len(self), rows)]
+
     def inputs(self) -> dict[str, Any]:
         """What a stock model is called with: everything but the labels."""
         given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
@@ -81,3 +96,30 @@ class Examples:
             if tensor is not None:
                 digest.update(repr(tuple(tensor.shape)).encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The rows of all parts, one part after the other, padded alike; labels where all have them."""
+    import torch
+    from torch.nn import functional
+
+    longest = max(part.shape[1] for part in parts)
+    padding = torch.cat([part.input_ids[part.attention_mask == 0] for part in parts])
+    fills = {"input_ids": int(padding[0]) if len(padding) else 0}
+
+    def together(name: str) -> "Tensor | None":
+        tensors = [getattr(part, name) for part in parts]
+        if any(tensor is None for tensor in tensors):
+            return None
+        if name == "labels":
+            return torch.cat(tensors)
+        fill = fills.get(name, 0)
+        return torch.cat(
+            [functional.pad(t, (0, longest - t.shape[1]), value=fill) for t in tensors]
+        )
+
+    names = ("input_ids", "attention_mask", "token_type_ids", "labels")
+    return Examples(
+        **{name: together(name) for name in names},
+        documents=frozenset().union(*(part.documents for part in parts)),
+    )

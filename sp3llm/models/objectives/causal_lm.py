@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sp3llm.errors import UserError
-from sp3llm.maths.losses import label_losses, language_model_loss
+from sp3llm.maths.losses import divergence, label_losses, language_model_loss
 from sp3llm.maths.paired import perplexity
 from sp3llm.models.head import backward_head, token_divergences, token_losses
-from sp3llm.models.objectives.schema import Objective
+from sp3llm.models.objectives.schema import Objective, Recipe
 from sp3llm.text import windows
 
 # Losses beyond are of no model of language; their perplexity, from some 709 on, is no float.
@@ -30,6 +30,18 @@ def _training_windows(*arguments: Any, **options: Any) -> windows.Windows:
 
 def _inputs(tokens_BS: Tensor) -> dict[str, Any]:
     return {"input_ids": tokens_BS, "use_cache": False}
+
+
+def _all_real(_: Tensor) -> None:
+    """Packed windows hold no padding."""
+
+
+def _in_rows(tokens_BS: Tensor, rows: Tensor) -> Tensor:
+    return rows.to(tokens_BS.device)[tokens_BS]
+
+
+def _logits(output: Any, _: Tensor) -> Tensor:
+    return output.logits
 
 
 def _scored(logits_BSV: Tensor) -> Tensor:
@@ -75,11 +87,24 @@ CAUSAL_LM = Objective(
     auto_class="AutoModelForCausalLM",
     task_type="CAUSAL_LM",
     calibration_windows=_calibration_windows,
-    evaluation_windows=_evaluation_windows,
     training_windows=_training_windows,
+    join=torch.cat,
     inputs=_inputs,
+    real_tokens=_all_real,
+    in_rows=_in_rows,
+    logits=_logits,
     scored=_scored,
+    divergence=divergence,
     learning_loss=_learning_loss,
+    recipe=Recipe(
+        steps=300,
+        epochs=1,
+        lr_of_weights=0.2,  # measured at a width of 176 (eval/NOTES.md)
+        temperature=1.0,
+        kl_weight=1.0,
+        hidden_weight=0.0,
+    ),
+    evaluation_windows=_evaluation_windows,
     losses=token_losses,
     divergences=token_divergences,
     loss_gradients=backward_head,

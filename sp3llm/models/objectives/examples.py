@@ -1,0 +1,49 @@
+"""What all objectives with labelled rows have in common."""
+
+from typing import Any
+
+from torch import Tensor
+
+from sp3llm.models.objectives.schema import Recipe
+from sp3llm.text.examples import Examples
+from sp3llm.text.labels import Labels
+from sp3llm.text.task_sets import TaskSet, drawn
+from sp3llm.text.tasks import Task
+
+# As SP3 weighs them.
+ENCODER_RECIPE = Recipe(
+    steps=None,
+    epochs=5,
+    lr_of_weights=0.04,
+    temperature=2.0,
+    kl_weight=0.3,
+    hidden_weight=0.7,
+)
+
+
+def calibration_rows(
+    task: Task, tokenizer: Any, samples: int, seq_len: int, seed: int, labels: Labels | None = None
+) -> TaskSet:
+    """At most `samples` training rows of a task, of which none decides when to stop; called with
+    the task itself (`text.tasks.task_for`) in place of the names of text sets.
+    """
+    return drawn(task, tokenizer, samples, seq_len, seed, labels=labels)
+
+
+def training_rows(
+    task: Task,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    exclude: frozenset[str],
+    stopping: bool = False,
+    labels: Labels | None = None,
+) -> TaskSet:
+    """Rows to learn from, or to decide when to stop (`text.task_sets.drawn`)."""
+    return drawn(task, tokenizer, samples, seq_len, seed, exclude, stopping, labels)
+
+
+def real_tokens(batch: Examples) -> Tensor:
+    """The mask of attention."""
+    return batch.attention_mask

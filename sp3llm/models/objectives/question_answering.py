@@ -1,0 +1,62 @@
+"""Extractive question answering: where in a context the answer to a question stands."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sp3llm.maths.losses import divergence
+from sp3llm.models.objectives.examples import (
+    ENCODER_RECIPE,
+    calibration_rows,
+    real_tokens,
+    training_rows,
+)
+from sp3llm.models.objectives.schema import Objective
+from sp3llm.text.examples import Examples, joined
+from sp3llm.text.labels import Labels
+from sp3llm.text.tasks import SPAN
+
+# The logit of a token of padding, where no answer begins or ends: no probability, and no NaN.
+_NEVER = -1e9
+
+
+def _labels(_: Mapping[str, Any]) -> Labels:
+    return Labels(SPAN, ("start", "end"))
+
+
+def _logits(output: Any, batch: Examples) -> Tensor:
+    """`(rows, 2, tokens)`: over the tokens of a row where the answer begins, and where it ends."""
+    logits_B2S = torch.stack([output.start_logits, output.end_logits], 1)
+    return logits_B2S.masked_fill(batch.attention_mask[:, None] == 0, _NEVER)
+
+
+def _scored(logits_B2S: Tensor) -> Tensor:
+    return logits_B2S
+
+
+def _learning_loss(logits_B2S: Tensor, batch: Examples) -> Tensor:
+    return functional.cross_entropy(logits_B2S.float().flatten(0, 1), batch.labels.flatten())
+
+
+QUESTION_ANSWERING = Objective(
+    name="question-answering",
+    architecture_suffix="ForQuestionAnswering",
+    auto_class="AutoModelForQuestionAnswering",
+    task_type="QUESTION_ANS",
+    calibration_windows=calibration_rows,
+    training_windows=training_rows,
+    join=joined,
+    inputs=Examples.inputs,
+    real_tokens=real_tokens,
+    in_rows=Examples.reread,
+    logits=_logits,
+    scored=_scored,
+    divergence=divergence,
+    learning_loss=_learning_loss,
+    recipe=ENCODER_RECIPE,
+    labels=_labels,
+    states_are_stream=True,
+)
