@@ -15,6 +15,8 @@ EXTRAS = {
     # 0.4.12 loads tasks once and hands them over; 0.4.13's own command finds the functions that
     # tasks of ours name, too. lm-eval itself names neither torch nor transformers.
     "eval": ["lm-eval>=0.4.13"],
+    # Figures of `score --task`: GLUE's, and through its scipy correlations.
+    "tasks": ["scikit-learn>=1.3"],
     "quantize": ["bitsandbytes>=0.48.1"],
     "recover": ["peft>=0.15"],
     "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8"],

@@ -19,10 +19,10 @@ from sp3llm.evaluation.comparison import (
     Items,
     Scored,
     compare,
-    markdown,
     not_compared,
     table,
 )
+from sp3llm.evaluation.files import output_for, write_comparison
 from sp3llm.evaluation.selection import (
     Mean,
     Selection,
@@ -31,7 +31,7 @@ from sp3llm.evaluation.selection import (
     read_preset,
     shipped,
 )
-from sp3llm.options import CompressConfig, ScoreConfig, command_line, plain_values
+from sp3llm.options import CompressConfig, ScoreConfig, command_line
 
 if TYPE_CHECKING:
     import torch
@@ -433,7 +433,7 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("reading lm-eval's tasks"):
-        selection = select(settings.tasks, settings.include_path)
+        selection = select(settings.tasks or "", settings.include_path)
     if "LMEVAL_LOG_LEVEL" not in os.environ:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
     device = resolve_execution(settings.device, torch.float32).device
@@ -441,7 +441,7 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
     selection, notes = _within_positions(selection, models)
     for note in notes:
         console.print(note, markup=False, highlight=False)
-    output = _made(settings.output or Path(f"{Path(models[0].name).name}-score"))
+    output = output_for(settings, models[0].name)
     scoring = _Scoring(settings, selection, device, output, console)
     scored, loaded = _score_all(scoring, models)
     if scored[0] is None:
@@ -452,7 +452,7 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
     against = models[1].name if len(models) > 1 else None
     hashes = small.hashes | {str(text): drawn.sha256 for text, drawn in small.windows.items()}
     comparison = Comparison(models[0].name, against, rows, notes, hashes)
-    written = _write(comparison, settings, output, str(device))
+    written = write_comparison(comparison, settings, output, str(device), versions())
     console.print(table(comparison))
     further = "" if dense else " Add --against DENSE to learn what was lost."
     console.print(
@@ -492,17 +492,6 @@ def _score_all(
     return scored, loaded
 
 
-def _made(folder: Path) -> Path:
-    """The folder, made if it is not there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to '{folder}' ({reason(error)}): name another folder with --output."
-        ) from error
-    return folder
-
-
 def _within_positions(
     selection: Selection, models: Sequence[_Model]
 ) -> tuple[Selection, list[str]]:
@@ -537,27 +526,6 @@ def _check_safe(loaded: Mapping[str, Any], settings: ScoreConfig) -> None:
             f"The task {unsafe[0]} runs code that the model wrote: add --confirm-run-unsafe-code "
             "if this machine may be harmed, or leave the task out."
         )
-
-
-def _write(comparison: Comparison, settings: ScoreConfig, output: Path, device: str) -> str:
-    """`comparison.json` and `comparison.md`, dated as lm-eval dates its files."""
-    import json
-    from datetime import datetime
-
-    from sp3llm.runtime.machine import machine
-
-    stem = f"comparison_{datetime.now().isoformat().replace(':', '-')}"
-    record = {
-        "command": command_line(settings),
-        **comparison.describe(),
-        "settings": plain_values(settings),
-        "versions": versions(),
-        "machine": machine(device),
-    }
-    text = json.dumps(record, indent=2) + "\n"
-    (output / f"{stem}.json").write_text(text, encoding="utf-8")
-    (output / f"{stem}.md").write_text(markdown(comparison, record), encoding="utf-8")
-    return f"{stem}.json"
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Settings of `sp3llm score`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,19 +9,32 @@ from sp3llm.errors import UserError
 from sp3llm.options.checks import check_fields
 from sp3llm.options.choices import DTYPES
 from sp3llm.options.compress import CompressConfig
-from sp3llm.options.field import option, same_as
+from sp3llm.options.field import flag, option, same_as
+
+# What lm-eval alone knows.
+_NOT_OF_TASK = (
+    *("include_path", "num_fewshot", "limit", "apply_chat_template", "seed"),
+    "confirm_run_unsafe_code",
+)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Settings of `sp3llm score`. What is None is left to lm-eval."""
+    """Settings of `sp3llm score`. What is None is left to lm-eval, where that scores."""
 
     command: ClassVar[str] = "score"
 
     model: str = option("hub id or folder", positional=True)
-    tasks: str = option(
-        "comma-separated: the presets zero-shot, papers, wikitext-token and stdlib, tasks, groups "
-        "and patterns of lm-eval, or YAML files of a preset or a task"
+    tasks: str | None = option(
+        "of a decoder, comma-separated: the presets zero-shot, papers, wikitext-token and stdlib, "
+        "tasks, groups and patterns of lm-eval, or YAML files of a preset or a task",
+        default=None,
+    )
+    task: str | None = option(
+        "of an encoder: a task of GLUE (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli) or "
+        "squad, sst2=FOLDER for a copy of one, or a file with its columns, as "
+        "train.jsonl:sentence,label, the label last",
+        default=None,
     )
     against: str | None = option(
         "hub id or folder of the dense model to compare with", default=None, metavar="DENSE"
@@ -42,6 +55,12 @@ class ScoreConfig:
         "sequences at once, or auto: as many as fit on a GPU, 8 on a CPU",
         default="auto",
         metavar="N",
+    )
+    seq_len: int | None = option(
+        "tokens a row of --task at most",
+        default=None,
+        shown="128, of answers in a text 384",
+        least=1,
     )
     apply_chat_template: bool | str = option(
         "ask in the tokenizer's chat template, or in the one of that name",
@@ -64,6 +83,21 @@ class ScoreConfig:
     )
 
     def __post_init__(self) -> None:
+        if (self.task is None) == (self.tasks is None):
+            found = "neither" if self.task is None else "both"
+            raise UserError(
+                f"Expected --tasks, for a decoder, or --task, for an encoder, found {found}: give "
+                "one of them."
+            )
+        others = _NOT_OF_TASK if self.tasks is None else ("seq_len",)
+        given = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        for field in given:
+            if field.name in others:
+                raise UserError(
+                    f"Expected {flag(field.name)} with "
+                    f"{'--tasks' if self.tasks is None else '--task'} only, found it with the "
+                    "other: leave it out."
+                )
         if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):
             raise UserError(
                 f"Expected --limit above 0, found {self.limit:g}: give a number of questions, or a "

@@ -43,7 +43,7 @@ def model_labels(config: Mapping[str, Any]) -> Labels:
         count = len(named) if isinstance(named, Mapping) else 0
         by_number = {str(k): str(v) for k, v in named.items()} if count else {}
         names = tuple(by_number.get(str(number), "") for number in range(count))
-        if not all(names):
+        if not names or not all(names):
             raise UserError(
                 "Expected id2label in config.json to name the classes 0, 1, ..., found "
                 f"{named!r}: mend it."
@@ -76,11 +76,26 @@ def label_numbers(rows: Sequence[Row], task: Task, labels: Labels) -> list[int] 
             f"({', '.join(task.label_names)}), found {len(labels.names)} in its config.json "
             f"({', '.join(labels.names)}): fine-tune it on this task first, or choose another task."
         )
-    known = {name.casefold(): number for number, name in enumerate(labels.names)}
+    if not task.label_names:
+        known = _by_name(labels.names) if labels.are_named else {}
+        return [_number(row, known, labels) for row in rows]
+    known, of_model = _by_name(task.label_names), class_numbers(task, labels)
+    return [of_model[_number(row, known, labels)] for row in rows]
+
+
+def _by_name(names: Sequence[str]) -> dict[str, int]:
+    return {name.casefold(): number for number, name in enumerate(names)}
+
+
+def class_numbers(task: Task, labels: Labels) -> tuple[int, ...]:
+    """By the task's number of a class the model's: where both have the same names that of the name,
+    else the same number.
+    """
+    known = _by_name(labels.names)
     named = [name.casefold() for name in task.label_names]
-    moved = [known[name] for name in named] if set(named) == set(known) else None
-    numbers = (_number(row, known if labels.are_named else {}, labels) for row in rows)
-    return [number if moved is None else moved[number] for number in numbers]
+    if set(named) == set(known):
+        return tuple(known[name] for name in named)
+    return tuple(range(len(labels.names)))
 
 
 def _number(row: Row, known: Mapping[str, int], labels: Labels) -> int:

@@ -222,7 +222,7 @@ def test_command_line_gives_the_settings_back(wanted):
         ),
         (QuantizeConfig("small", "int8"), "quantize small --to int8"),
         (
-            ScoreConfig("a", "x,y", limit=0.5, apply_chat_template=True, seed=3),
+            ScoreConfig("a", tasks="x,y", limit=0.5, apply_chat_template=True, seed=3),
             "score a --tasks x,y --limit 0.5 --apply-chat-template --seed 3",
         ),
         (
