@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sp3llm.compression.projection import AttentionCut, Projection, norm_of
+from sp3llm.compression.projection import AttentionCut, Projection
+from sp3llm.compression.reading import norm_of
 from sp3llm.compression.statistics import Moments
 from sp3llm.maths.basis import (
     eigenbasis,
@@ -16,6 +17,7 @@ from sp3llm.maths.basis import (
     spreading_rotation,
     tied_rotation,
 )
+from sp3llm.maths.diagonal import diagonalising_turn, mean_keeping_basis
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint, head_tensors
 from sp3llm.models.families import Family
@@ -134,7 +136,9 @@ def _projection_along(
     is_spread = setting.turn == "hadamard"
     gated_DK = None if gates_K is None else basis_DK * gates_K
     rotation_KK = None
-    if family.centred:
+    if family.post_norm:
+        basis_DK = mean_keeping_basis(basis_DK)
+    elif family.centred:
         new_frame = spread_mean_free_frame if is_spread else mean_free_frame
         rotation_KK = new_frame(shape.hidden_size, basis_DK.device).T
     elif is_spread:
@@ -143,6 +147,9 @@ def _projection_along(
         basis_DK = basis_DK @ rotation_KK
         gated_DK = None if gated_DK is None else gated_DK @ rotation_KK
     attention_cut = attention_cut_of(dense, family, setting.moments, shape)
+    if family.post_norm:
+        basis_DK = diagonalising_turn(basis_DK, _norm_weights(setting).to(basis_DK))
+        return Projection(basis_DK, attention_cut=attention_cut)
     tied_scale_K, embedding_EJ = None, None
     if shape.tie_word_embeddings and family.projections is None:
         norm = f"{family.final_norm}.weight"
@@ -152,6 +159,16 @@ def _projection_along(
     elif shape.tie_word_embeddings:
         embedding_EJ = _embedding_basis(setting, basis_DK)
     return Projection(basis_DK, tied_scale_K, embedding_EJ, gated_DK, attention_cut)
+
+
+def _norm_weights(setting: _Setting) -> Tensor:
+    """The weights of all norms on the stream, `(norms, D)`, float64."""
+    dense, family = setting.dense, setting.family
+    layers = families.groups(family, dense.config)[1:-1]
+    norms = [family.embedding_norm]
+    norms += [f"{layer.prefix}{site.norm}" for layer in layers for site in layer.sites]
+    tensors = dense.read(f"{norm}.weight" for norm in norms)
+    return torch.stack([tensor.double() + family.norm_offset for tensor in tensors.values()])
 
 
 def _inside(family: Family, moments: Moments) -> Moments:

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sp3llm.compression.norms import fit_norm, opened_without_norm
 from sp3llm.compression.projecting import (
     gate_and_cut,
     kept_groups,
@@ -28,12 +29,21 @@ from sp3llm.compression.refitter import (
     Refitter,
     overflow_refused,
 )
-from sp3llm.compression.sequential import fit_first_writers, fit_last_writer, run_dense
+from sp3llm.compression.sequential import (
+    fit_first_writers,
+    fit_last_writer,
+    run_dense,
+    run_dense_on,
+)
+from sp3llm.compression.task_head import fit_task_head
 from sp3llm.compression.writers import fit_embeddings, fit_parallel
 from sp3llm.models import families
 from sp3llm.models.families import Group
+from sp3llm.models.opening import open_stream
 from sp3llm.models.shapes import Shape, resized_config
-from sp3llm.models.stream import LayeredModel, Stream, open_stream, run_layer
+from sp3llm.models.stream import LayeredModel, Stream
+from sp3llm.text.batches import rows_of
+from sp3llm.text.examples import Examples
 
 
 @dataclass
@@ -91,6 +101,10 @@ def refitted_side_by_side(
         for refitter, _ in own
     ]
     dense_model = LayeredModel.of(dense.config, family, first.objective, first.execution)
+    summed = None
+    if family.post_norm:
+        width = Shape.of(family, dense.config).hidden_size
+        summed = first.execution.empty_stream((*tokens.shape, width), first.execution.dtype)
     if saved is not None:
         table = dense.read(groups[0].parameters)
         dense_stream = open_stream(dense_model, table, tokens, saved[0])
@@ -106,18 +120,16 @@ def refitted_side_by_side(
             if group.name == "embeddings":
                 dense_stream = open_stream(dense_model, source, tokens)
                 for side, (_, tensors) in zip(here, made, strict=True):
-                    side.stream = open_stream(side.models[0], tensors, tokens)
-                    pair = (dense_stream, side.stream)
-                    if fit_embeddings(side.refitter, tensors, tokens, *pair):
-                        side.stream = open_stream(side.models[0], tensors, tokens)
+                    side.stream = _embedded(side, tensors, tokens, dense_stream)
                     side.finish = partial(_finished, side, 0, group, tensors, dense_stream)
             elif group.name == "head":
                 for side, (_, tensors) in zip(here, made, strict=True):
-                    fit_head(side.refitter, source, tensors, dense_stream, side.stream)
+                    fit = fit_head if family.task_head is None else fit_task_head
+                    fit(side.refitter, source, tensors, dense_stream, side.stream)
                     last = len(side.groups) - 1
                     side.finish = partial(_finished, side, last, group, tensors, dense_stream)
             else:
-                layer = DenseLayer(number - 1, group, source, dense_model, dense_stream)
+                layer = DenseLayer(number - 1, group, source, dense_model, dense_stream, summed)
                 _fit_layers(here, layer, made)
         for place, side in enumerate(sides):
             if side.finish is not None and number + 1 in (*side.groups, len(groups)):
@@ -125,6 +137,22 @@ def refitted_side_by_side(
                     finished = side.finish()
                 side.finish = None
                 yield place, finished
+
+
+def _embedded(
+    side: _Side, tensors: dict[str, Tensor], tokens: Tensor | Examples, dense: Stream
+) -> Stream:
+    """The stream of a small model behind its embeddings, whatever is fitted there fitted."""
+    model, refitter = side.models[0], side.refitter
+    if refitter.family.post_norm:
+        norm = refitter.family.embedding_norm
+        stream = open_stream(model, opened_without_norm(norm, tensors), tokens)
+        fit_norm(refitter, tensors, norm, dense.hidden, stream, normalised=True)
+        return stream
+    stream = open_stream(model, tensors, tokens)
+    if fit_embeddings(refitter, tensors, tokens, dense, stream):
+        stream = open_stream(model, tensors, tokens)
+    return stream
 
 
 def _finished(
@@ -160,7 +188,7 @@ def _own_share(refitter: Refitter, tokens: Tensor) -> tuple[Refitter, Tensor]:
     held_from = int((local_windows < refitter.held_from).sum())
     unseen_from = int((local_windows < refitter.unseen_from).sum())
     refitter = replace(refitter, held_from=held_from, unseen_from=unseen_from)
-    return refitter, tokens[local_windows]
+    return refitter, rows_of(tokens, local_windows)
 
 
 def _small_models(refitter: Refitter) -> list[LayeredModel]:
@@ -198,15 +226,15 @@ def _fit_layers(
         first_grams.append(stream_grams(side.refitter, dense.stream.hidden, side.stream))
     fits = list(zip(sides, layers, first_grams, strict=True))
     if not sides or families.is_parallel(dense.model.family, sides[0].refitter.dense.config):
-        run_layer(dense.model, dense.index, dense.source, [(dense.stream, {})])
+        run_dense_on(dense, dense.model.execution)
         for side, layer, grams in fits:
             rest = partial(fit_parallel, side.refitter, layer, grams)
             side.finish = partial(_finish_layer, side, layer, rest)
         return
-    targets, counts = run_dense(sides[0].refitter, dense)
+    run = run_dense(sides[0].refitter, dense)
     for side, layer, grams in fits:
-        fit_first_writers(side.refitter, layer, grams, targets, counts)
-        rest = partial(fit_last_writer, side.refitter, layer, counts)
+        fit_first_writers(side.refitter, layer, grams, run)
+        rest = partial(fit_last_writer, side.refitter, layer, run.counts)
         side.finish = partial(_finish_layer, side, layer, rest)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from sp3llm.compression.dense_pass import DensePass
 from sp3llm.compression.projecting import unit_sizes
 from sp3llm.compression.projection import HeadMoments
+from sp3llm.compression.reading import real_rows
 from sp3llm.compression.refitter import solves_in
 from sp3llm.compression.units import gated_writers
 from sp3llm.errors import UserError
@@ -28,7 +29,8 @@ from sp3llm.maths.unit_selection import drop_units
 from sp3llm.models import families
 from sp3llm.models.families import Group
 from sp3llm.models.hooks import Probe, both_probes
-from sp3llm.models.stream import OUTPUT
+from sp3llm.models.stream import OUTPUT, Stream
+from sp3llm.text.batches import real_tokens
 
 # Tokens that the second moment of a writer's inputs is taken on, for each of the inputs.
 _TOKENS_AN_INPUT = 8
@@ -67,15 +69,20 @@ class WriterInputs:
             for number, width in widths.items()
         }
         tokens = _TOKENS_AN_INPUT * max(widths.values(), default=0)
-        windows = len(run.first_windows(-(-tokens // run.calibration.shape[1])))
+        count = -(-tokens * len(run.calibration) // real_tokens(run.calibration))
+        windows = len(run.first_windows(count))
         return WriterInputs(squares_PP, windows)
 
 
-def writer_probes(run: DensePass, inputs: WriterInputs) -> dict[str, Probe]:
-    """Probes of `models.stream.run_layer` that add what the writers of a layer read to `inputs`."""
+def writer_probes(run: DensePass, stream: Stream, inputs: WriterInputs) -> dict[str, Probe]:
+    """Probes of `models.stream.run_layer`, of a stream, that add what the writers of a layer read
+    to `inputs`.
+    """
     family = run.family
     behind = [OUTPUT] * len(family.writers)
-    if not families.is_parallel(family, run.dense.config):
+    if family.post_norm:
+        behind = [site.norm for site in family.sites]
+    elif not families.is_parallel(family, run.dense.config):
         behind = [*(site.norm for site in family.sites[1:]), OUTPUT]
 
     def reads(number: int) -> Probe:
@@ -86,13 +93,15 @@ def writer_probes(run: DensePass, inputs: WriterInputs) -> dict[str, Probe]:
         return probe
 
     def ends(number: int) -> Probe:
-        def probe(_: slice, x: Tensor) -> None:
+        def probe(rows: slice, x: Tensor) -> None:
             if number in inputs.waiting:
                 a = operand(inputs.waiting.pop(number))
                 x = x.reshape(-1, *a.shape[1:2], x.shape[-1])[: len(a)]
-                relative = a / root_mean_square(x, family.centred)
-                add_second_moment(inputs.squares_PP[number], relative.to(a.dtype))
-                inputs.tokens += a.shape[0] * a.shape[1]
+                relative = (a / root_mean_square(x, family.centred)).to(a.dtype)
+                taken = slice(rows.start, rows.start + len(a))
+                relative = real_rows(relative, stream.real, taken)
+                add_second_moment(inputs.squares_PP[number], relative)
+                inputs.tokens += relative[..., 0].numel()
 
         return probe
 

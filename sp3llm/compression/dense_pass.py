@@ -14,9 +14,11 @@ from sp3llm.models.objectives.catalogue import objective_of
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.models.shapes import Shape
 from sp3llm.models.stream import LayeredModel
-from sp3llm.planning.needs import gradient_windows
+from sp3llm.planning.needs import GRADIENT_TOKENS
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.journal import Journal
+from sp3llm.text.batches import real_tokens, rows_of
+from sp3llm.text.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class DensePass:
 
     dense: Checkpoint
     family: Family
-    calibration: Tensor
-    evaluation: Tensor | None
+    calibration: Tensor | Examples
+    evaluation: Tensor | Examples | None
     moments: str
     basis: str
     predicts: bool
@@ -84,10 +86,14 @@ class DensePass:
 
     def traced_windows(self) -> list[int]:
         """Which windows of this process loss gradients are taken on."""
-        return self.first_windows(gradient_windows(self.calibration.shape[1]))
+        return self.first_windows(self._traced_count)
+
+    @property
+    def _traced_count(self) -> int:
+        """How many windows hold the tokens that loss gradients are taken on, one at least."""
+        return max(1, GRADIENT_TOKENS * len(self.calibration) // real_tokens(self.calibration))
 
     @property
     def traced_tokens(self) -> int:
         """In the windows of all processes that loss gradients are taken on."""
-        windows, length = self.calibration.shape
-        return min(gradient_windows(length), windows) * length
+        return real_tokens(rows_of(self.calibration, slice(0, self._traced_count)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sp3llm.compression.dense_pass import DensePass
+from sp3llm.compression.reading import real_rows
 from sp3llm.compression.refitter import solves_in
 from sp3llm.compression.statistics import Moments
 from sp3llm.maths.moments import root_mean_square
@@ -29,13 +30,19 @@ _MAP_RIDGE = 1e-2
 
 
 def layer_loss(
-    run: DensePass, index: int, before: Tensor, after: Tensor, upstream: Tensor
+    run: DensePass,
+    index: int,
+    before: Tensor,
+    after: Tensor,
+    upstream: Tensor,
+    real: Tensor | None = None,
 ) -> Tensor:
     """What goes with a layer, by its number, nats a token; a float64 scalar, the same on every
     process.
 
     `before` and `after` are the stream in front of it and behind, `upstream` is the gradient of
-    the loss by the latter; `(windows, tokens, D)`, of this process's traced windows.
+    the loss by the latter, none at padding; `(windows, tokens, D)`, of this process's traced
+    windows. `real` says what is no padding.
     """
     width, execution = before.shape[-1], run.execution
     rows = [slice(row, row + 1) for row in range(len(before))]
@@ -46,7 +53,8 @@ def layer_loss(
             yield row, front, widen(behind) - widen(front), behind
 
     gram = empty_gram(width, width, execution.device)
-    for _, front, added, behind in windows():
+    for row, *three in windows():
+        front, added, behind = (real_rows(one, real, row) for one in three)
         # As the next norm will read it, which is what a writer is fitted by.
         weight = root_mean_square(behind, run.family.centred).square().reciprocal()[..., 0]
         add_to_gram(gram, operand(front), added, widen(weight))

@@ -6,20 +6,24 @@ by the stream, is the stream's Fisher information: an error with second moment `
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sp3llm.compression.dense_pass import DensePass
 from sp3llm.compression.depth import layer_loss
-from sp3llm.compression.projection import norm_of
+from sp3llm.compression.reading import folded_norm
 from sp3llm.maths.moments import add_second_moment
 from sp3llm.maths.products import operand, widen
+from sp3llm.models.backward import backward_layer
 from sp3llm.models.checkpoint import head_tensors
-from sp3llm.models.stream import Stream, backward_layer, open_stream, run_layer
+from sp3llm.models.opening import open_stream
+from sp3llm.models.stream import Stream, run_layer
 from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.progress import tracked
 from sp3llm.runtime.transfer import fetched
+from sp3llm.text.batches import rows_of
 
 
 def measure_gradients(run: DensePass) -> None:
@@ -30,14 +34,15 @@ def measure_gradients(run: DensePass) -> None:
     if run.fisher.restore_from(run.journal.latest("fisher")):
         return
     family, journal, layers, sums = run.family, run.journal, run.layers, run.fisher
-    inputs, calls = _traced_inputs(run)
+    inputs, opened = _traced_inputs(run)
     model, windows, sites = run.model(run.dense), run.traced_windows(), len(family.sites)
     before = journal.latest("gradient")
     if before is None:
         head = head_tensors(run.dense, family)
-        final = Stream(inputs[-1], calls)
-        upstream, at_norm = run.objective.loss_gradients(model, head, final, windows)
-        total_DD = _site_metric(run, at_norm, family.final_norm, head)
+        final = replace(opened, hidden=inputs[-1])
+        upstream, read = run.objective.loss_gradients(model, head, final, windows)
+        scale_D = None if family.post_norm else _fold(run, family.final_norm, head)
+        total_DD = _mean_square(run, read, scale_D)
         sums.head_DD.add_(total_DD)
         sums.add_site(sites * len(layers), total_DD)
         start = 0
@@ -51,11 +56,14 @@ def measure_gradients(run: DensePass) -> None:
     bar = tracked(run.progress, "dense model, loss gradients", sources, start, len(layers))
     for done, ((index, group), tensors) in enumerate(bar, start + 1):
         if run.gaps is not None:
-            sums.layers_L[index] = layer_loss(run, index, *inputs[index : index + 2], upstream)
-        found = backward_layer(model, index, tensors, Stream(inputs[index], calls), upstream)
+            ends = inputs[index : index + 2]
+            sums.layers_L[index] = layer_loss(run, index, *ends, upstream, opened.real)
+        stream = replace(opened, hidden=inputs[index])
+        found = backward_layer(model, index, tensors, stream, upstream)
         upstream = found.below
-        for number, (gradients, site) in enumerate(zip(found.by_norm, family.sites, strict=True)):
-            total_DD = _site_metric(run, gradients, f"{group.prefix}{site.norm}", tensors)
+        for number, (gradients, site) in enumerate(zip(found.by_site, family.sites, strict=True)):
+            scale_D = _fold(run, f"{group.prefix}{site.norm}", tensors)
+            total_DD = _mean_square(run, gradients, scale_D)
             sums.add_site(index * sites + number, total_DD)
         for number, gradients in enumerate(found.behind):
             sums.add_behind(index * sites + number, _mean_square(run, gradients))
@@ -66,14 +74,14 @@ def measure_gradients(run: DensePass) -> None:
     journal.drop("gradient", "input")
 
 
-def _traced_inputs(run: DensePass) -> tuple[list[Tensor], Mapping[int, list]]:
-    """Every layer's input for the windows traced, and behind them what the head reads; and what
-    layers are called with.
+def _traced_inputs(run: DensePass) -> tuple[list[Tensor], Stream]:
+    """Every layer's input for the windows traced, and behind them what the head reads; and the
+    stream that these were, for what layers are called with.
     """
     journal, layers, model = run.journal, run.layers, run.model(run.dense)
     kept = journal.leading("input")
     inputs = [journal.kept("input", index) for index in range(kept)]
-    tokens = run.calibration[run.traced_windows()]
+    tokens = rows_of(run.calibration, run.traced_windows())
     stream = open_stream(model, run.embeddings(run.dense), tokens, inputs[-1] if inputs else None)
     if not inputs:
         inputs.append(journal.keep("input", 0, stream.hidden))
@@ -85,17 +93,14 @@ def _traced_inputs(run: DensePass) -> tuple[list[Tensor], Mapping[int, list]]:
     for index, (_, tensors) in enumerate(bar, start):
         run_layer(model, index, tensors, [(stream, {})])
         inputs.append(journal.keep("input", index + 1, stream.hidden))
-    return inputs, stream.calls
+    return inputs, stream
 
 
-def _site_metric(
-    run: DensePass, gradients: Tensor, norm: str, tensors: Mapping[str, Tensor]
-) -> Tensor:
-    """A site's mean `g g^T`, from gradients by the norm's output, `(windows, tokens, D)`: those by
-    its input, normalised, are the norm's weight times that.
+def _fold(run: DensePass, norm: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What gradients by what a site's readers read are times, `(D,)`, to be those by the normalised
+    stream: the norm's weight.
     """
-    norm_D, _ = norm_of(run.family, norm, tensors, _SCALE.to(run.execution.device))
-    return _mean_square(run, gradients, norm_D)
+    return folded_norm(run.family, norm, tensors, _SCALE.to(run.execution.device))[0]
 
 
 # Of the dtype that gradients are scaled in.

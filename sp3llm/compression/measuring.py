@@ -11,7 +11,8 @@ from torch import Tensor
 from sp3llm.compression.curves import WriterInputs, add_curves, writer_probes
 from sp3llm.compression.dense_pass import DensePass
 from sp3llm.compression.gradients import measure_gradients
-from sp3llm.compression.projection import HeadMoments, norm_of
+from sp3llm.compression.projection import HeadMoments
+from sp3llm.compression.reading import as_read, folded_norm, read_at, real_rows
 from sp3llm.compression.statistics import (
     FisherSums,
     Moments,
@@ -20,19 +21,22 @@ from sp3llm.compression.statistics import (
     pack,
     unpack,
 )
-from sp3llm.maths.moments import add_second_moment, normalise
+from sp3llm.maths.moments import add_second_moment
 from sp3llm.maths.products import operand, widen
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint, head_tensors
 from sp3llm.models.families import Family, Group
 from sp3llm.models.hooks import Probe, both_probes
+from sp3llm.models.opening import open_stream
 from sp3llm.models.shapes import Shape
-from sp3llm.models.stream import LayeredModel, Stream, open_stream, probe_stream, run_layer
+from sp3llm.models.stream import LayeredModel, Stream, first_tokens, probe_stream, run_layer
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.journal import NOTHING_KEPT, Journal
 from sp3llm.runtime.memory import trim_memory
 from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.progress import tracked
+from sp3llm.text.batches import rows_of
+from sp3llm.text.examples import Examples
 
 # Neighbouring read sites are summed into this many, so that what a basis is made from does not
 # grow with depth (eval/NOTES.md: next to nothing is lost).
@@ -42,8 +46,8 @@ _SITES = 4
 def measure_dense(
     dense: Checkpoint,
     family: Family,
-    calibration: Tensor,
-    evaluation: Tensor | None,
+    calibration: Tensor | Examples,
+    evaluation: Tensor | Examples | None,
     moments: str,
     basis: str,
     execution: Execution,
@@ -102,11 +106,11 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
     start, saved = (0, {}) if before is None else (before.step, before.tensors)
     model, table = run.model(run.dense), run.embeddings(run.dense)
     local_windows = execution.local_windows(*run.calibration.shape)
-    stream = open_stream(model, table, run.calibration[local_windows], saved.get("stream"))
+    stream = open_stream(model, table, rows_of(run.calibration, local_windows), saved.get("stream"))
     evaluated = None
     if run.evaluation is not None:
         local_evaluation = execution.local_windows(*run.evaluation.shape)
-        tokens = run.evaluation[local_evaluation]
+        tokens = rows_of(run.evaluation, local_evaluation)
         whole, all_rows = model, table
         if run.original is not run.dense:
             whole, all_rows = run.model(run.original), run.embeddings(run.original)
@@ -173,14 +177,16 @@ def _measure_layer(
     (stream, evaluated), inputs = streams, WriterInputs.of(run, group)
     at_sites = [MomentSum.of(1, run.shape.hidden_size, execution) for _ in family.sites]
     probes = {
-        site.norm: _moment_probe(run, total)
+        read_at(family, site): _moment_probe(run, stream, total)
         for site, total in zip(family.sites, at_sites, strict=True)
     }
     is_square = families.is_square(family, run.dense.config)
     if is_square:
         outputs = MomentSum.of(run.shape.num_attention_heads, run.shape.head_dim, execution)
-        probes[family.writers[0]] = lambda _, a: outputs.add(operand(a))
-    probes = both_probes(probes, writer_probes(run, inputs))
+        probes[family.writers[0]] = lambda rows, a: outputs.add(
+            real_rows(operand(a), stream.real, rows)
+        )
+    probes = both_probes(probes, writer_probes(run, stream, inputs))
     run_layer(model, index, tensors, [(stream, probes)] + ([(evaluated, {})] if evaluated else []))
     at_sites = [total.over(execution.ranks) for total in at_sites]
     heads = []
@@ -192,28 +198,42 @@ def _measure_layer(
         readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
         norm = f"{group.prefix}{site.norm}"
         metric_DD = _reader_metric(run, tensors, norm, readers)
-        _add_site(run, index * len(family.sites) + number, total.moments()[0], metric_DD)
+        _add_site(run, index * len(family.sites) + number, _moment(run, total), metric_DD)
     return heads
 
 
 def _measure_head(run: DensePass, stream: Stream, head: Mapping[str, Tensor]) -> Tensor:
     """Add the moment of what the final norm reads to the slots; that moment, `(D, D)`."""
+    task_head = run.family.task_head
+    norm, reader = run.family.final_norm, run.family.head
+    if task_head is not None:
+        norm, reader = "", task_head.reader
+        if task_head.first_only:
+            stream = first_tokens(stream)
     total = MomentSum.of(1, run.shape.hidden_size, run.execution)
-    probe_stream(stream, _moment_probe(run, total), run.execution)
-    moment_DD = total.over(run.execution.ranks).moments()[0]
-    metric_DD = _reader_metric(run, head, run.family.final_norm, [f"{run.family.head}.weight"])
+    probe_stream(stream, _moment_probe(run, stream, total), run.execution)
+    moment_DD = _moment(run, total.over(run.execution.ranks))
+    metric_DD = _reader_metric(run, head, norm, [f"{reader}.weight"] if reader else [])
     _add_site(run, len(run.family.sites) * len(run.layers), moment_DD, metric_DD)
     return moment_DD
 
 
-def _moment_probe(run: DensePass, total: MomentSum) -> Probe:
-    """A probe that adds the stream, normalised or as it is, to a sum of moments."""
+def _moment(run: DensePass, total: MomentSum) -> Tensor:
+    """The second moment that a basis is made from, `(D, D)`: in a post-norm family, whose readers
+    all have biases, and norms too, that around the mean, which costs nothing.
+    """
+    moment_DD, mean_D = total.moments()[0], total.means()[0]
+    return moment_DD - torch.outer(mean_D, mean_D) if run.family.post_norm else moment_DD
+
+
+def _moment_probe(run: DensePass, stream: Stream, total: MomentSum) -> Probe:
+    """A probe that adds a stream, as it is read or as it is, to a sum of moments."""
     eps = families.norm_eps(run.family, run.dense.config)
     is_normalised = run.moments == "normalised"
 
-    def probe(_: slice, x: Tensor) -> None:
-        x = operand(x)
-        total.add(normalise(x, eps, run.family.centred).to(x.dtype) if is_normalised else x)
+    def probe(rows: slice, x: Tensor) -> None:
+        x = real_rows(operand(x), stream.real, rows)
+        total.add(as_read(run.family, eps, x).to(x.dtype) if is_normalised else x)
 
     return probe
 
@@ -245,7 +265,7 @@ def _head_moments(
         return HeadMoments(output_HEE, mean_HE)
     site = family.sites[0]
     moment_DD, mean_D = reads.moments()[0], reads.means()[0]
-    norm_D, shift_D = norm_of(family, f"{group.prefix}{site.norm}", tensors, moment_DD)
+    norm_D, shift_D = folded_norm(family, f"{group.prefix}{site.norm}", tensors, moment_DD)
     of_readers = []
     for reader in site.readers[:2]:
         weight_QD = tensors[f"{group.prefix}{reader}.weight"].to(moment_DD)
@@ -270,8 +290,11 @@ def _reader_metric(
     if run.basis != "readers":
         return None
     family, device = run.family, run.execution.device
-    norm_D, _ = norm_of(family, norm, tensors, torch.empty(0, dtype=torch.float64, device=device))
-    metric_DD = torch.zeros(len(norm_D), len(norm_D), dtype=torch.float64, device=device)
+    width = run.shape.hidden_size
+    norm_D = torch.ones(width, dtype=torch.float64, device=device)
+    if not family.post_norm:
+        norm_D, _ = folded_norm(family, norm, tensors, norm_D)
+    metric_DD = torch.zeros(width, width, dtype=torch.float64, device=device)
     out = tensors.get(f"{family.projections[1]}.weight") if family.projections else None
     for reader in readers:
         matrix_FD = widen(tensors[reader].to(device))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sp3llm.compression.attention import cut_attention
+from sp3llm.compression.post_norm import project_post_norm
 from sp3llm.compression.projection import Projection, project_group
 from sp3llm.compression.refitter import FinishedGroup
 from sp3llm.compression.units import cut_units, gate_writers, gated_writers
@@ -141,7 +142,8 @@ def project_and_round(
     pieces: dict[str, list[Tensor]] = {}
     for piece in vocabulary_pieces(family, projection, group, cut):
         tensors = {name: tensor.to(device) for name, tensor in piece.items()}
-        for name, tensor in project_group(family, group, tensors, projection).items():
+        project = project_post_norm if family.post_norm else project_group
+        for name, tensor in project(family, group, tensors, projection).items():
             if not pieces.get(name) or _in_rows(family, group, name):
                 pieces.setdefault(name, []).append(rounded(name, tensor, dtype))
     return {name: torch.cat(p) if len(p) > 1 else p[0] for name, p in pieces.items()}

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sp3llm.compression.reading import norm_of
 from sp3llm.maths.basis import stream_scale
 from sp3llm.maths.heads import query_key_maps
 from sp3llm.models.families import (
@@ -140,15 +141,6 @@ def project_table(table_VD: Tensor, basis_DK: Tensor) -> Tensor:
 def project_writer(weight_DF: Tensor, basis_DK: Tensor) -> Tensor:
     """A writer's matrix `(D, F)` or bias `(D,)`: `c T^T W`."""
     return stream_scale(basis_DK) * (basis_DK.T @ weight_DF.to(basis_DK))
-
-
-def norm_of(
-    family: Family, norm: str, tensors: Mapping[str, Tensor], like: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """A norm's weight, with what the class adds to it, and its bias, in the dtype of `like`."""
-    bias_D = tensors.get(f"{norm}.bias")
-    weight_D = tensors[f"{norm}.weight"].to(like) + family.norm_offset
-    return weight_D, None if bias_D is None else bias_D.to(like)
 
 
 def set_reader(

@@ -1,12 +1,14 @@
 """Fit the readers of a site, the head among them, through one map."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sp3llm.compression.projecting import rounded, vocabulary_pieces
-from sp3llm.compression.projection import head_reader, norm_of, set_reader
+from sp3llm.compression.projection import head_reader, set_reader
+from sp3llm.compression.reading import as_read, folded_norm
 from sp3llm.compression.refitter import (
     LayerFit,
     Refitter,
@@ -16,7 +18,6 @@ from sp3llm.compression.refitter import (
     fit_ridge,
 )
 from sp3llm.maths.basis import stream_scale
-from sp3llm.maths.moments import normalise
 from sp3llm.maths.products import operand
 from sp3llm.maths.refit import Gram
 from sp3llm.maths.ridge import Fit
@@ -37,19 +38,18 @@ def stream_grams(
     grams = empty_grams(refitter, kept, width)
 
     def add_batch(rows: slice, x: Tensor) -> None:
-        centred = refitter.family.centred
-        dense = fetch(dense_hidden[rows], refitter.execution.device)
-        dense_n = normalise(dense, refitter.eps, centred)
+        read = partial(as_read, refitter.family, refitter.eps)
+        dense_n = read(fetch(dense_hidden[rows], refitter.execution.device))
         # As the norm hands it on, whose weight is 1: in bfloat16, where the stream is.
-        small_n = normalise(x, refitter.eps, centred).to(operand(x).dtype)
-        add_tokens(refitter, grams, rows, small_n, dense_n)
+        small_n = read(x).to(operand(x).dtype)
+        add_tokens(refitter, grams, rows, small_n, dense_n, real=small_stream.real)
 
     probe_stream(small_stream, add_batch, refitter.execution)
     all_reduce_grams(refitter, grams)
     return grams
 
 
-def _reader_map(refitter: Refitter, grams: tuple[Gram, Gram], intercept: bool, name: str) -> Fit:
+def reader_map(refitter: Refitter, grams: tuple[Gram, Gram], intercept: bool, name: str) -> Fit:
     """`argmin_M |n - n' M|^2 + lambda |M - T^T / c|^2`, `M` `(K, D)`."""
     basis_DK = refitter.projection.basis_DK
     prior_KD = basis_DK.T / stream_scale(basis_DK)
@@ -67,8 +67,8 @@ def fit_readers(refitter: Refitter, layer: LayerFit, site: Site, grams: tuple[Gr
     names = [layer.name(reader) for reader in site.readers]
     norm = layer.name(site.norm)
     has_biases = all(f"{name}.bias" in source for name in names)
-    fit = _reader_map(refitter, grams, has_biases or family.norm_bias, norm)
-    norm_D, bias_D = norm_of(family, norm, source, fit.solution_PQ)
+    fit = reader_map(refitter, grams, has_biases or family.norm_bias, norm)
+    norm_D, bias_D = folded_norm(family, norm, source, fit.solution_PQ)
     for name in names:
         if f"{name}.bias" in source:
             tensors[f"{name}.bias"] = source[f"{name}.bias"].to(norm_D)
@@ -115,7 +115,7 @@ def fit_head(
     if refitter.projection.tied_scale_K is not None:
         return
     grams = stream_grams(refitter, dense_stream.hidden, small_stream)
-    fit = _reader_map(refitter, grams, family.norm_bias, family.final_norm)
+    fit = reader_map(refitter, grams, family.norm_bias, family.final_norm)
     group = families.groups(family, refitter.dense.config)[-1]
     pieces: dict[str, list[Tensor]] = {}
     for piece in vocabulary_pieces(family, refitter.projection, group, source):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sp3llm.compression.projection import Projection
+from sp3llm.compression.reading import real_rows
 from sp3llm.errors import UserError
 from sp3llm.maths.refit import Gram, NotFinite, add_to_gram, empty_gram, gram_tensors
 from sp3llm.maths.ridge import Fit, Tried, ridge_errors, ridge_fit, search_ridge
@@ -95,6 +96,9 @@ class DenseLayer:
     """Its weights, as they are on disk."""
     model: LayeredModel
     stream: Stream
+    summed: Tensor | None = None
+    """In a post-norm family where what the last norm of a layer reads is kept, in place, `(windows,
+    tokens, D)`; None in others, where it is the stream behind the layer."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +139,24 @@ def add_tokens(
     a: Tensor,
     y: Tensor,
     weight: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> None:
     """Add a batch of windows to the fitting Gram and to the one held back, each by its number.
 
     `rows` are the windows' numbers; `a`, `(windows, tokens, P)`, is what the fitted matrix reads,
     `y`, `(windows, tokens, Q)`, what it should give, `weight`, `(windows, tokens)`, what each token
-    counts.
+    counts; of padding, where `real`, a stream's, says what is none, nothing is added.
     """
     bounds = (0, refitter.held_from, refitter.unseen_from)
     first, second, third = (min(max(bound - rows.start, 0), len(a)) for bound in bounds)
     parts = (slice(first, second), slice(second, third))
     for gram, part in zip(grams, parts, strict=True):
         if len(a[part]):
-            add_to_gram(gram, a[part], y[part], None if weight is None else weight[part])
+            taken = slice(rows.start + part.start, rows.start + part.stop)
+            tokens = [
+                None if one is None else real_rows(one[part], real, taken) for one in (a, y, weight)
+            ]
+            add_to_gram(gram, *tokens)
 
 
 def all_reduce_grams(refitter: Refitter, grams: tuple[Gram, Gram]) -> None:

@@ -1,41 +1,56 @@
 """Fit a layer whose blocks come one after the other: attention, then the FFN."""
 
+from dataclasses import dataclass, replace
+from functools import partial
+
 from torch import Tensor
 
+from sp3llm.compression.norms import fit_norm
 from sp3llm.compression.readers import fit_readers, stream_grams
+from sp3llm.compression.reading import read_at
 from sp3llm.compression.refitter import DenseLayer, LayerFit, Refitter
 from sp3llm.compression.writers import fit_writer
 from sp3llm.maths.refit import Gram
-from sp3llm.models.hooks import ValueCounts, value_counts
+from sp3llm.models.families import Family
+from sp3llm.models.hooks import Probe, ValueCounts, value_counts
 from sp3llm.models.stream import LayerPart, LinearWriter, add_to_stream, run_layer
+from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.transfer import store
 
 
+@dataclass(frozen=True)
+class DenseRun:
+    """What a run of a dense layer leaves behind, for the small ones to chase."""
+
+    behind: list[Tensor]
+    """The stream behind each writer but the last, `(windows, tokens, D)`."""
+    summed: list[Tensor]
+    """In a post-norm family the stream with what each of these writers has added, in front of the
+    norm; in others the same as `behind`."""
+    counts: ValueCounts
+    """How many values each block returns."""
+
+
 def fit_first_writers(
-    refitter: Refitter,
-    layer: LayerFit,
-    grams: tuple[Gram, Gram],
-    targets: list[Tensor],
-    counts: ValueCounts,
+    refitter: Refitter, layer: LayerFit, grams: tuple[Gram, Gram], dense: DenseRun
 ) -> None:
     """Fit the readers of one layer, and all writers but the last, one block after the other.
 
     The small stream moves on by each fitted writer's own output; of the blocks behind it nothing
-    runs again, and what is before it is silent.
-
-    `grams` are those of the first site, `targets` the dense stream behind each of these writers,
-    `counts` how many values each block returns.
+    runs again, and what is before it is silent. `grams` are those of the first site.
     """
     small_stream = layer.small_stream
     for number, site in enumerate(layer.group.sites):
         if number:
-            grams = stream_grams(refitter, targets[number - 1], small_stream)
+            grams = stream_grams(refitter, dense.behind[number - 1], small_stream)
         fit_readers(refitter, layer, site, grams)
-        if number < len(targets):
-            zeroed = _silent(layer, number, counts)
-            inputs, kept_P = fit_writer(refitter, layer, number, targets[number], zeroed, True)
+        if number < len(dense.behind):
+            front = _silent_front(refitter.family, layer, number, dense.counts)
+            target = dense.summed[number]
+            inputs, kept_P = fit_writer(refitter, layer, number, target, front, True)
             writer = _linear_writer(refitter, layer, number, kept_P)
             add_to_stream(small_stream, inputs, writer, refitter.execution)
+            _through_norm(refitter, layer, number, dense.behind[number])
 
 
 def fit_last_writer(refitter: Refitter, layer: LayerFit, counts: ValueCounts) -> None:
@@ -44,23 +59,43 @@ def fit_last_writer(refitter: Refitter, layer: LayerFit, counts: ValueCounts) ->
 
     Experts' writers, each of which sees some tokens only, stay projected.
     """
-    small_stream, number = layer.small_stream, len(layer.group.sites) - 1
-    zeroed = _silent(layer, number, counts)
+    family, small_stream, number = refitter.family, layer.small_stream, len(layer.group.sites) - 1
+    front = _silent_front(family, layer, number, counts)
+    summed = layer.dense.stream.hidden if layer.dense.summed is None else layer.dense.summed
     if not layer.group.sparse:
-        keeps, target = refitter.execution.keeps_inputs, layer.dense.stream.hidden
-        inputs, kept_P = fit_writer(refitter, layer, number, target, zeroed, keeps)
+        keeps = refitter.execution.keeps_inputs
+        inputs, kept_P = fit_writer(refitter, layer, number, summed, front, keeps)
         if keeps:
             writer = _linear_writer(refitter, layer, number, kept_P)
             add_to_stream(small_stream, inputs, writer, refitter.execution)
+            _through_norm(refitter, layer, number, layer.dense.stream.hidden)
             return
     # The last writer's inputs are the widest of all: running its block again costs less memory.
-    part = LayerPart(zeroed=zeroed)
-    run_layer(layer.small_models[-1], layer.index, layer.tensors, [(small_stream, {})], part)
+    model, probes, part = layer.small_models[-1], {}, front
+    if family.post_norm:
+        norm = family.sites[number].norm
+        probes = {norm: _keeper(small_stream.hidden, refitter.execution)}
+        part = replace(front, stop_before=norm)
+    run_layer(model, layer.index, layer.tensors, [(small_stream, probes)], part)
+    _through_norm(refitter, layer, number, layer.dense.stream.hidden)
 
 
-def _silent(layer: LayerFit, number: int, counts: ValueCounts) -> dict[str, int | None]:
-    """The blocks in front of a site, whose output is in the small stream already."""
-    return {done.block: counts[done.block] for done in layer.group.sites[:number]}
+def _through_norm(refitter: Refitter, layer: LayerFit, number: int, behind: Tensor) -> None:
+    """In a post-norm family fit the norm behind a writer, and send the small stream through it."""
+    if refitter.family.post_norm:
+        norm = layer.name(layer.group.sites[number].norm)
+        fit_norm(refitter, layer.tensors, norm, behind, layer.small_stream)
+
+
+def _silent_front(family: Family, layer: LayerFit, number: int, counts: ValueCounts) -> LayerPart:
+    """The layer without the blocks in front of a site, whose output is in the small stream."""
+    done = layer.group.sites[:number]
+    zeroed = {site.block: counts[site.block] for site in done}
+    if not family.post_norm:
+        return LayerPart(zeroed=zeroed)
+    # A writer's bias is in the stream too, and the norm has been gone through.
+    writers = dict.fromkeys(layer.group.writers[:number])
+    return LayerPart(zeroed={**writers, **zeroed}, handing_on=tuple(site.norm for site in done))
 
 
 def _linear_writer(
@@ -72,24 +107,42 @@ def _linear_writer(
     return LinearWriter(f"the small {name}", weight_KP, bias_K, kept_P, refitter.multiplier)
 
 
-def run_dense(refitter: Refitter, dense: DenseLayer) -> tuple[list[Tensor], ValueCounts]:
-    """Run the dense layer.
+def run_dense(refitter: Refitter, dense: DenseLayer) -> DenseRun:
+    """Run the dense layer, and keep what its writers but the last leave."""
+    family, hidden, execution = refitter.family, dense.stream.hidden, refitter.execution
 
-    Returns the stream after each of its writers but the last, and how many values each of its
-    blocks returns.
-    """
-    family, hidden = refitter.family, dense.stream.hidden
-    between = [
-        refitter.execution.empty_stream(tuple(hidden.shape), hidden.dtype) for _ in family.sites[1:]
-    ]
-    probes = {}
-    for site, place in zip(family.sites[1:], between, strict=True):
+    def places() -> list[Tensor]:
+        return [execution.empty_stream(tuple(hidden.shape), hidden.dtype) for _ in family.sites[1:]]
 
-        def keep(rows: slice, x: Tensor, place: Tensor = place) -> None:
-            store(place[rows], x, refitter.execution.device)
-
-        probes[site.norm] = keep
+    behind = places()
+    summed = places() if family.post_norm else behind
+    probes = {
+        read_at(family, site): _keeper(place, execution)
+        for site, place in zip(family.sites[1:], behind, strict=True)
+    }
+    if family.post_norm:
+        at_norms = zip(family.sites[:-1], summed, strict=True)
+        probes |= {site.norm: _keeper(place, execution) for site, place in at_norms}
     blocks = [site.block for site in family.sites]
     with value_counts(dense.model.layer(dense.index), blocks) as counts:
-        run_layer(dense.model, dense.index, dense.source, [(dense.stream, probes)])
-    return between, counts
+        run_dense_on(dense, execution, probes)
+    return DenseRun(behind, summed, counts)
+
+
+def run_dense_on(
+    dense: DenseLayer, execution: Execution, probes: dict[str, Probe] | None = None
+) -> None:
+    """Run the dense layer; in a post-norm family keep what its last norm reads."""
+    probes = dict(probes or {})
+    if dense.summed is not None:
+        probes[dense.model.family.sites[-1].norm] = _keeper(dense.summed, execution)
+    run_layer(dense.model, dense.index, dense.source, [(dense.stream, probes)])
+
+
+def _keeper(place: Tensor, execution: Execution) -> Probe:
+    """A probe that keeps what it sees."""
+
+    def keep(rows: slice, x: Tensor, place: Tensor) -> None:
+        store(place[rows], x, execution.device)
+
+    return partial(keep, place=place)

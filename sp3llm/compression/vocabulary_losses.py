@@ -15,7 +15,8 @@ from sp3llm.compression.texts import tokenizer_of
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint, head_tensors
 from sp3llm.models.families import VOCAB
-from sp3llm.models.stream import LayeredModel, Stream, open_stream, run_layer
+from sp3llm.models.opening import open_stream
+from sp3llm.models.stream import LayeredModel, Stream, run_layer
 from sp3llm.planning.windows import window_length
 from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.progress import tracked

@@ -1,6 +1,6 @@
 """Choose what a writer keeps, and fit it to chase the dense stream."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from sp3llm.models.stream import LayerPart, Stream, probe_stream, run_layer
 from sp3llm.runtime.transfer import fetch, store
 
 # Ridge of the writer that neurons and groups are chosen by, relative to the mean diagonal.
-_CHOICE_RIDGE = 1e-4
+CHOICE_RIDGE = 1e-4
 
 
 def fit_parallel(refitter: Refitter, layer: LayerFit, site_grams: tuple[Gram, Gram]) -> None:
@@ -99,7 +99,7 @@ def _parallel_survivors(
         members_P = torch.arange(start, start + len(prior_PK), device=prior_PK.device)
         start += len(prior_PK)
         if _units_of(refitter, writer) is not None:
-            own = schur_complement(both, members_P, _CHOICE_RIDGE)
+            own = schur_complement(both, members_P, CHOICE_RIDGE)
             members_P = members_P[_survivors(refitter, layer, writer, own, prior_PK)]
         kept.append(members_P)
     return kept
@@ -148,15 +148,15 @@ def fit_writer(
     layer: LayerFit,
     number: int,
     target: Tensor,
-    zeroed: Mapping[str, int | None],
+    front: LayerPart,
     keep_inputs: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Choose the surviving inputs of a layer's writer `number` and fit it to the dense stream.
 
     `W' = argmin sum_t |c X_out T - X' - r a' W'^T|^2 / mean(X_out^2) + lambda |W' - c T^T W|^2`:
     each token weighs as the next norm will read it; `r` is the family's multiplier. `target` is
-    `X_out`, `(windows, tokens, D)`; `zeroed` are the blocks in front, whose output is in the small
-    stream already (`models.stream.LayerPart`).
+    `X_out`, `(windows, tokens, D)`; in `front` the blocks in front are silent, whose output is in
+    the small stream already.
 
     Returns the inputs, `(windows, tokens, P)`, if they are to be kept, and the indices of those
     that survive; None: all do.
@@ -174,12 +174,13 @@ def fit_writer(
 
     def add_batch(rows: slice, a: Tensor) -> None:
         missing, weight = _missing(refitter, target, layer.small_stream, rows)
-        add_tokens(refitter, grams, rows, operand(a), missing, weight)
+        real = layer.small_stream.real
+        add_tokens(refitter, grams, rows, operand(a), missing, weight, real)
         if inputs is not None:
             store(inputs[rows], a, execution.device)
 
     streams = [(layer.small_stream, {writer: add_batch})]
-    part = LayerPart(stop_before=writer, zeroed=zeroed)
+    part = replace(front, stop_before=writer)
     run_layer(layer.small_models[number], layer.index, tensors, streams, part)
     all_reduce_grams(refitter, grams)
     kept_P = None
@@ -243,7 +244,7 @@ def _survivors(
     if kept_U is None:
         method = refitter.unit_selection
         dtype = solves_in(refitter.execution)
-        kept_P = select_units(gram, prior_PK, keep, unit, method, _CHOICE_RIDGE, dtype)
+        kept_P = select_units(gram, prior_PK, keep, unit, method, CHOICE_RIDGE, dtype)
         refitter.execution.ranks.broadcast_(kept_P)
         kept_U = kept_P.reshape(keep, unit)[:, 0] // unit
     else:

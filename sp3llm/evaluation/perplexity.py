@@ -9,11 +9,14 @@ from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint, head_tensors
 from sp3llm.models.families import Family, Group
 from sp3llm.models.objectives.catalogue import objective_of
-from sp3llm.models.stream import LayeredModel, open_stream, run_layer
+from sp3llm.models.opening import open_stream
+from sp3llm.models.stream import LayeredModel, run_layer
 from sp3llm.runtime.devices import Execution
 from sp3llm.runtime.journal import NOTHING_KEPT, Journal
 from sp3llm.runtime.prefetch import prefetch
 from sp3llm.runtime.progress import tracked
+from sp3llm.text.batches import rows_of
+from sp3llm.text.examples import Examples
 
 # The stage of this pass in a journal.
 LOSSES = "losses"
@@ -22,7 +25,7 @@ LOSSES = "losses"
 def measure_losses(
     checkpoint: Checkpoint,
     family: Family,
-    tokens: Tensor,
+    tokens: Tensor | Examples,
     execution: Execution,
     progress: Progress | None = None,
     journal: Journal = NOTHING_KEPT,
@@ -43,7 +46,7 @@ def measure_losses(
 
     embeddings, *layers, _ = families.groups(family, checkpoint.config)
     local_windows = execution.local_windows(*tokens.shape)
-    own = tokens[local_windows]
+    own = rows_of(tokens, local_windows)
     before = journal.latest(LOSSES)
     start, saved = (0, None) if before is None else (before.step, before.tensors["stream"])
     stream = open_stream(model, ranks.tensors_of_first(read(embeddings)), own, saved)

@@ -1,6 +1,7 @@
 """Stand in for modules, and look at what goes through them: context managers over a stock model."""
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,16 +53,18 @@ class _StandIn(nn.Module):
 
 
 class Recorder(_StandIn):
-    """Stands where a layer stood and keeps what it was called with."""
+    """Stands where a layer stood and keeps what it was called with, all but the stream by name."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__(stock)
         self.hidden: Tensor | None = None
         self.kwargs: dict[str, Any] = {}
 
-    def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Keep the call, and hand the stream on as it is."""
-        self.hidden, self.kwargs = hidden_states, kwargs
+        names = list(inspect.signature(self._stock.forward).parameters)[1:]
+        named = dict(zip(names, args, strict=False))
+        self.hidden, self.kwargs = hidden_states, {**named, **kwargs}
         return hidden_states
 
 
@@ -133,12 +136,16 @@ def value_counts(layer: nn.Module, paths: list[str]) -> Iterator[ValueCounts]:
 
 @contextmanager
 def zeroed_blocks(
-    layer: nn.Module, batch: Tensor, zeroed: Mapping[str, int | None]
+    layer: nn.Module,
+    batch: Tensor,
+    zeroed: Mapping[str, int | None],
+    handing_on: Sequence[str] = (),
 ) -> Iterator[None]:
     """Let zeros of the batch's shape stand for what submodules of a layer return: alone, or as the
-    first of so many values, see `value_counts`.
+    first of so many values, see `value_counts`; and let others hand on what they are given.
     """
     with ExitStack() as stack:
+        stack.enter_context(bypassed(layer, handing_on))
         for path, count in zeroed.items():
             zeros = torch.zeros_like(batch)
             whole = zeros if count is None else (zeros, *[None] * (count - 1))
@@ -174,7 +181,7 @@ def probed(
 
 
 @contextmanager
-def bypassed(model: nn.Module, paths: list[str]) -> Iterator[None]:
+def bypassed(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     """Let modules hand on what they are given, where the model has them."""
     with ExitStack() as stack:
         for path in paths:

@@ -14,17 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError
-from sp3llm.maths.moments import root_mean_square
 from sp3llm.models.families import Family
 from sp3llm.models.hooks import (
     Probe,
-    Recorder,
-    bypassed,
-    inputs_of,
     materialized,
-    outputs_of,
     probed,
-    replaced,
     zeroed_blocks,
 )
 from sp3llm.models.objectives.schema import Objective
@@ -40,8 +34,26 @@ class Stream:
 
     hidden: Tensor
     """`(windows, tokens, D)` in the room that streams have, replaced in place as layers run."""
-    calls: Mapping[int, list[dict[str, Any]]]
-    """By number of windows in a batch: the keyword arguments of every layer."""
+    calls: Mapping[tuple[int, int], list[dict[str, Any]]]
+    """By batch (`call_key`): the keyword arguments of every layer."""
+    real: Tensor | None = None
+    """Which tokens are real, `(windows, tokens)`, bool, where rows are padded; None: all are."""
+
+    def arguments(self, rows: slice, layer: int) -> dict[str, Any]:
+        """What layer number `layer` is called with for a batch, beside the stream."""
+        return self.calls[call_key(rows, self.real is not None)][layer]
+
+
+def call_key(rows: slice, padded: bool) -> tuple[int, int]:
+    """What a batch's calls are kept under: batches of as many windows share them, but where their
+    rows are padded each in its own way.
+    """
+    return (rows.start, rows.stop) if padded else (0, rows.stop - rows.start)
+
+
+def first_tokens(stream: Stream) -> Stream:
+    """The stream of the first token of every window, which a task's head may read alone."""
+    return Stream(stream.hidden[:, :1], stream.calls)
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,8 @@ class LayerPart:
     zeroed: Mapping[str, int | None] = field(default_factory=dict)
     """Modules that do not run, zeros standing for what they would have added to the stream, by how
     many values they return (see `models.hooks.value_counts`)."""
+    handing_on: tuple[str, ...] = ()
+    """Modules that do not run and hand on what they are given."""
 
 
 WHOLE_LAYER = LayerPart()
@@ -98,7 +112,7 @@ class LinearWriter:
     """The family's factor on what is added to the stream."""
 
 
-def _batches(windows: Tensor, execution: Execution) -> list[slice]:
+def batches(windows: Tensor, execution: Execution) -> list[slice]:
     """The batches that windows, `(windows, tokens, ...)`, go through a layer in."""
     count, size = len(windows), execution.windows_a_batch(windows.shape[1])
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
@@ -106,57 +120,7 @@ def _batches(windows: Tensor, execution: Execution) -> list[slice]:
 
 def _fetched(hidden: Tensor, execution: Execution) -> Iterator[tuple[slice, Tensor]]:
     """The batches that a stream goes through a layer in, on the device that computes."""
-    return fetched(hidden, _batches(hidden, execution), execution.device)
-
-
-@torch.no_grad()
-def open_stream(
-    model: LayeredModel,
-    embeddings: Mapping[str, Tensor],
-    tokens: Tensor,
-    saved: Tensor | None = None,
-) -> Stream:
-    """Embed `tokens` (`(windows, tokens)`) by the stock forward and note each layer's arguments.
-
-    With `saved`, `(windows, tokens, D)`, the stream is that one, as it once stood between two
-    layers.
-
-    Raises UserError if the embeddings yield NaN or infinity.
-    """
-    module, family, execution = model.module, model.family, model.execution
-    recorders = [Recorder(layer) for layer in module.get_submodule(family.layers_module)]
-    hidden: Tensor | None = None
-    seen = _FiniteSums()
-    calls: dict[int, list[dict[str, Any]]] = {}
-    decoder = module.get_submodule(family.layers_module.rpartition(".")[0])
-    for part in module.modules():
-        for name, buffer in list(part.named_buffers(recurse=False)):
-            setattr(part, name, buffer.to(execution.device))
-    with (
-        materialized(module, embeddings, execution),
-        replaced(module, family.layers_module, nn.ModuleList(recorders)),
-        bypassed(module, [family.final_norm, *(family.projections or ())[1:]]),
-    ):
-        # One window by itself too: the backward pass goes window by window. A process without a
-        # window of its own needs the stream's width all the same.
-        for rows in [None, *_batches(tokens, execution)]:
-            batch = tokens.new_zeros(1, tokens.shape[1]) if rows is None else tokens[rows]
-            if len(batch) in calls and saved is not None:
-                continue
-            decoder(input_ids=batch.to(execution.device), use_cache=False)
-            embedded = recorders[0].hidden
-            calls.setdefault(len(batch), [recorder.kwargs for recorder in recorders])
-            if hidden is None:
-                hidden = execution.empty_stream((*tokens.shape, embedded.shape[-1]), embedded.dtype)
-            if rows is not None and saved is None:
-                seen.add(embedded)
-                store(hidden[rows], embedded, execution.device)
-    settle(execution.device)
-    if saved is not None:
-        hidden.copy_(saved)
-        seen.add(hidden)
-    seen.check([hidden], "the embeddings")
-    return Stream(hidden, calls)
+    return fetched(hidden, batches(hidden, execution), execution.device)
 
 
 @torch.no_grad()
@@ -176,7 +140,7 @@ def run_layer(
     Raises UserError, naming the layer, if its output holds NaN or infinity.
     """
     layer, execution = model.layer(index), model.execution
-    by_class, seen = fuse_experts(model.family, index, tensors), _FiniteSums()
+    by_class, seen = fuse_experts(model.family, index, tensors), FiniteSums()
     with materialized(model.module, by_class, execution):
         for stream, probes in streams:
             hidden = stream.hidden
@@ -184,9 +148,9 @@ def run_layer(
                 inner = {name: probe for name, probe in probes.items() if name != OUTPUT}
                 with (
                     probed(layer, rows, inner, part.stop_before),
-                    zeroed_blocks(layer, batch, part.zeroed),
+                    zeroed_blocks(layer, batch, part.zeroed, part.handing_on),
                 ):
-                    output = layer(batch, **stream.calls[len(batch)][index])
+                    output = layer(batch, **stream.arguments(rows, index))
                     output = output[0] if isinstance(output, tuple) else output
                     seen.add(output)
                     store(hidden[rows], output, execution.device)
@@ -210,7 +174,7 @@ def add_to_stream(
     weight_KP = writer.weight_KP.to(execution.device, execution.dtype)
     bias_K = writer.bias_K
     bias_K = None if bias_K is None else bias_K.to(execution.device, execution.dtype)
-    hidden, seen = stream.hidden, _FiniteSums()
+    hidden, seen = stream.hidden, FiniteSums()
     for rows, read in _fetched(inputs, execution):
         read = read if writer.kept_P is None else read[..., writer.kept_P]
         written = nn.functional.linear(read, weight_KP, bias_K)
@@ -228,61 +192,7 @@ def probe_stream(stream: Stream, probe: Probe, execution: Execution) -> None:
     settle(execution.device)
 
 
-@dataclass(frozen=True)
-class LayerGradients:
-    """Gradients of a loss in one layer, each `(windows, tokens, D)`, where the stream is."""
-
-    below: Tensor
-    """By the layer's input."""
-    by_norm: list[Tensor]
-    """By the output of each norm."""
-    behind: list[Tensor]
-    """By the stream behind each writer, times that stream's root mean square there: what an error
-    costs that is relative to the stream, as the next norm will read it."""
-
-
-def backward_layer(
-    model: LayeredModel,
-    index: int,
-    tensors: Mapping[str, Tensor],
-    stream: Stream,
-    upstream: Tensor,
-) -> LayerGradients:
-    """Carry a loss's gradient by the output of layer `index` down to its input, which `stream` is.
-
-    `upstream` is that gradient, `(windows, tokens, D)` like the stream, and `tensors` are the
-    layer's weights by their names on disk.
-    """
-    layer, family, execution = model.layer(index), model.family, model.execution
-    norms = [layer.get_submodule(site.norm) for site in family.sites]
-
-    def stores(count: int) -> list[Tensor]:
-        return [torch.empty_like(stream.hidden) for _ in range(count)]
-
-    found = LayerGradients(stores(1)[0], stores(len(norms)), stores(len(norms)))
-    with materialized(model.module, fuse_experts(family, index, tensors), execution):
-        windows = [slice(row, row + 1) for row in range(len(stream.hidden))]
-        for rows, x in fetched(stream.hidden, windows, execution.device):
-            batch = x.requires_grad_()
-            with inputs_of(*norms[1:]) as between, outputs_of(*norms) as normalised:
-                output = layer(batch, **stream.calls[1][index])
-            output = output[0] if isinstance(output, tuple) else output
-            upper = fetch(upstream[rows], execution.device)
-            # Where blocks are parallel a norm reads the layer's input, and behind each is the end.
-            between = [output if x is batch else x for x in between]
-            wanted = [batch, *normalised, *(x for x in between if x is not output)]
-            gradients = list(torch.autograd.grad(output, wanted, upper))
-            for place in (found.below, *found.by_norm):
-                store(place[rows], gradients.pop(0), execution.device)
-            for place, x in zip(found.behind, [*between, output], strict=True):
-                gradient = upper if x is output else gradients.pop(0)
-                relative = gradient * root_mean_square(x.detach(), family.centred)
-                store(place[rows], relative, execution.device)
-    settle(execution.device)
-    return found
-
-
-class _FiniteSums:
+class FiniteSums:
     """Whether what a layer gives is finite, looked at where it was computed.
 
     The sum of a batch is an order of magnitude cheaper than looking at every value, and finite only

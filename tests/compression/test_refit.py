@@ -21,9 +21,11 @@ from sp3llm.maths.refit import (
 )
 from sp3llm.maths.ridge import ridge_fit
 from sp3llm.maths.unit_selection import select_units
+from sp3llm.models.backward import backward_layer
 from sp3llm.models.head import backward_head
 from sp3llm.models.objectives.causal_lm import CAUSAL_LM
-from sp3llm.models.stream import LayeredModel, backward_layer, open_stream, run_layer
+from sp3llm.models.opening import open_stream
+from sp3llm.models.stream import LayeredModel, run_layer
 from tests.conftest import (
     disk_tensors,
     family_of_model,
@@ -287,7 +289,7 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
         at = type(stream)(inputs[index], stream.calls)
         found = backward_layer(shell, index, checkpoint.read(names), at, upstream)
         upstream = found.below
-        for site, gradient in zip(family.sites, found.by_norm, strict=True):
+        for site, gradient in zip(family.sites, found.by_site, strict=True):
             streamed[f"model.layers.{index}.{site.norm}"] = gradient
 
     seen = {}

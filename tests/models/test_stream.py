@@ -13,7 +13,8 @@ from sp3llm.maths.basis import eigenbasis
 from sp3llm.maths.moments import add_second_moment, normalise
 from sp3llm.models.families import norm_eps
 from sp3llm.models.objectives.causal_lm import CAUSAL_LM
-from sp3llm.models.stream import LayeredModel, open_stream, run_layer
+from sp3llm.models.opening import open_stream
+from sp3llm.models.stream import LayeredModel, run_layer
 from sp3llm.runtime.devices import Execution
 from tests.conftest import TINY, family_of_model, relative_error, save_model, tiny_model
 

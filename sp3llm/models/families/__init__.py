@@ -1,5 +1,6 @@
 """Model families as data: a table each, which fold, rotate, cut, count and validate loop over."""
 
+from sp3llm.models.families.bert import ENCODERS
 from sp3llm.models.families.catalogue import FAMILIES, REFUSED, family_of
 from sp3llm.models.families.counts import (
     count_largest_layer,
@@ -38,6 +39,7 @@ from sp3llm.models.families.schema import (
     ServedAs,
     Site,
     Table,
+    TaskHead,
 )
 from sp3llm.models.families.sizes import (
     axis_size,
@@ -62,6 +64,7 @@ from sp3llm.models.families.stablelm import STABLELM
 __all__ = [
     "EACH",
     "EMBEDDING",
+    "ENCODERS",
     "EXPERTS",
     "EXPERT_FFN",
     "FAMILIES",
@@ -101,6 +104,7 @@ __all__ = [
     "ServedAs",
     "Site",
     "Table",
+    "TaskHead",
     "axis_size",
     "axis_sizes",
     "count_largest_layer",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sp3llm.errors import UserError
+from sp3llm.models.families.bert import ENCODERS
 from sp3llm.models.families.llama import (
     GEMMA,
     GRANITE,
@@ -66,29 +67,21 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a `config.json`.
 
     Raises UserError, with the list of what is supported, for any other `model_type`, for a class
-    that is not the family's causal language model, and for a quantized checkpoint.
+    that is not among the family's, and for a quantized checkpoint.
     """
     model_type = config.get("model_type")
-    supported = ", ".join(sorted(FAMILIES))
+    supported = ", ".join(sorted([*FAMILIES, *ENCODERS]))
     if isinstance(model_type, str) and model_type in REFUSED:
         raise UserError(
             f"Model family '{model_type}' cannot be compressed into a stock model: "
             f"{REFUSED[model_type]}; supported families are {supported}."
         )
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in {**FAMILIES, **ENCODERS}:
         raise UserError(
             f"Expected a model of a supported family ({supported}), found model_type "
             f"'{model_type}' in config.json: choose a model of a supported family."
         )
-    family = FAMILIES[model_type]
-    stated = config.get("architectures") or [family.architecture]
-    architecture = stated[0] if isinstance(stated, list) else stated
-    # The first conversions of Llama spelled it LLaMAForCausalLM; transformers goes by model_type.
-    if str(architecture).lower() != family.architecture.lower():
-        raise UserError(
-            f"Expected architecture {family.architecture}, found {architecture} in "
-            "config.json: choose the causal language model of this family."
-        )
+    family = _encoder_of(config) if model_type in ENCODERS else _decoder_of(config)
     _check_sizes(family, config)
     for key, (value, why) in family.unsupported.items():
         present = setting(family, config, key)
@@ -112,6 +105,37 @@ def family_of(config: Mapping[str, Any]) -> Family:
             "unquantized checkpoint it was made from, and quantize the compressed model instead."
         )
     return family
+
+
+def _stated_architecture(config: Mapping[str, Any], default: str) -> str:
+    """The stock class that `config.json` names; `default` where it names none."""
+    stated = config.get("architectures") or [default]
+    return str(stated[0] if isinstance(stated, list) else stated)
+
+
+def _decoder_of(config: Mapping[str, Any]) -> Family:
+    """The family of a causal language model."""
+    family = FAMILIES[config["model_type"]]
+    architecture = _stated_architecture(config, family.architecture)
+    # The first conversions of Llama spelled it LLaMAForCausalLM; transformers goes by model_type.
+    if architecture.lower() != family.architecture.lower():
+        raise UserError(
+            f"Expected architecture {family.architecture}, found {architecture} in "
+            "config.json: choose the causal language model of this family."
+        )
+    return family
+
+
+def _encoder_of(config: Mapping[str, Any]) -> Family:
+    """The family of an encoder with the head that its class has."""
+    classes = ENCODERS[config["model_type"]]
+    architecture = _stated_architecture(config, next(iter(classes)))
+    if architecture not in classes:
+        raise UserError(
+            f"Expected architecture {', '.join(classes)}, found {architecture} in config.json: "
+            "fine-tune the model for one of these, or save the encoder without its head."
+        )
+    return classes[architecture]
 
 
 def _check_sizes(family: Family, config: Mapping[str, Any]) -> None:

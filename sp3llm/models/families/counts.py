@@ -78,8 +78,9 @@ def _count(family: Family, config: Mapping[str, Any], experts: int, matrices_onl
     # Layers are of two kinds at most: one of each is counted, and one expert of all, so that a
     # plan can count hundreds of shapes in a second.
     layers = _layers(family, config)
+    layers_key = family.keys.get("num_hidden_layers", "num_hidden_layers")
     sparse = sum(is_sparse(family, config, index) for index in range(layers))
-    tables = [(group.parameters, 1) for group in groups(family, {**config, "num_hidden_layers": 0})]
+    tables = [(group.parameters, 1) for group in groups(family, {**config, layers_key: 0})]
     tables += [(layer_table(family, config, False), layers - sparse)]
     tables += [(layer_table(family, config, True), sparse)]
     return sum(

@@ -19,6 +19,8 @@ POSITIONS = "max_position_embeddings + offset"
 EXPERTS = "num_experts"
 EXPERT_FFN = "moe_intermediate_size"
 SHARED_FFN = "shared_expert_intermediate_size"
+TYPES = "type_vocab_size"
+LABELS = "num_labels"
 ONE = "1"
 
 VLLM, LLAMA_CPP = SERVERS = ("vLLM", "llama.cpp")
@@ -38,11 +40,13 @@ class Site:
     """A place where the residual stream is normalised and read."""
 
     norm: str
-    """Module, relative to the layer, whose input is the stream."""
+    """Module, relative to the layer, whose input is the stream; in a post-norm family the one whose
+    input is the stream with what the block has added, and whose output is the stream behind."""
     readers: tuple[str, ...]
     """Modules, relative to the layer, that read the normalised stream."""
     block: str
-    """Module, relative to the layer, whose output is added to the stream."""
+    """Module, relative to the layer, whose output is added to the stream; in a post-norm family
+    the part of it in front of its writer."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,26 @@ class ServedAs:
 
 
 @dataclass(frozen=True)
+class TaskHead:
+    """What reads an encoder's stream behind the last layer, where a decoder scores a vocabulary."""
+
+    units: str | None
+    """Module, a matrix `(RESIDUAL, RESIDUAL)` and an activation, that reads the stream and that
+    the answer is read from; None: the answer is read from the stream."""
+    answer: str | None
+    """Module that answers: a value a label; None: the units, or the stream, are the answer."""
+    first_only: bool
+    """Whether they read the first token of a row only, and not every one."""
+    activation: str = "tanh"
+    """Of the units, by torch's name."""
+
+    @property
+    def reader(self) -> str | None:
+        """The module that reads the stream, if one does."""
+        return self.units or self.answer
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything sp3llm knows about one `model_type`."""
 
@@ -127,6 +151,15 @@ class Family:
     """The norms are LayerNorms: they remove the mean over channels first (docs/design.md 3.4)."""
     norm_bias: bool = False
     """The norms have biases."""
+    post_norm: bool = False
+    """The norms sit behind the addition, on the stream, where their weights stay (docs/design.md
+    3.15); `Site.norm` is the one behind the site's block."""
+    embedding_norm: str | None = None
+    """The norm between the embeddings and the first layer, in a post-norm family."""
+    task_head: TaskHead | None = None
+    """Of an encoder; None: `head` scores a vocabulary."""
+    ending: Table = field(default_factory=dict)
+    """Parameters behind the layers of a family with a `task_head`."""
     norm_offset: float = 0.0
     """What the class adds to a norm's stored weight."""
     eps: str | float = "rms_norm_eps"
@@ -171,6 +204,11 @@ class Family:
     def embedding(self) -> str:
         """Name of the token embedding table."""
         return next(iter(self.embeddings))
+
+    @property
+    def embeddings_module(self) -> str:
+        """Module path of everything in front of the layers, in a post-norm family."""
+        return self.embedding.removesuffix(".word_embeddings.weight")
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from sp3llm.models.families.schema import (
     HEAD_DIM,
     INTERLEAVED,
     KEY_VALUE,
+    LABELS,
     ONE,
     POSITIONS,
     QUERY,
     RESIDUAL,
     SHARED_FFN,
+    TYPES,
     VOCAB,
     Axes,
     Axis,
@@ -121,8 +123,16 @@ def axis_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
         EXPERTS: expert_counts(family, config)[0],
         EXPERT_FFN: setting(family, config, "moe_intermediate_size") or 0,
         SHARED_FFN: setting(family, config, "shared_expert_intermediate_size") or 0,
+        TYPES: setting(family, config, "type_vocab_size") or 0,
+        LABELS: _labels(config),
         ONE: 1,
     }
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    """Number of labels that a task's head gives values of; the config class goes by their names."""
+    names = config.get("id2label")
+    return len(names) if isinstance(names, Mapping) else config.get("num_labels") or 2
 
 
 def axis_size(sizes: Mapping[str, int], axis: Axis) -> int:
@@ -132,7 +142,7 @@ def axis_size(sizes: Mapping[str, int], axis: Axis) -> int:
 
 def is_tied(family: Family, config: Mapping[str, Any]) -> bool:
     """Whether the output head shares the embedding table."""
-    return bool(setting(family, config, "tie_word_embeddings"))
+    return family.task_head is None and bool(setting(family, config, "tie_word_embeddings"))
 
 
 def has_projections(family: Family, config: Mapping[str, Any]) -> bool:
@@ -161,6 +171,8 @@ def _embedding_table(family: Family, config: Mapping[str, Any]) -> dict[str, Axe
 
 def _head_table(family: Family, config: Mapping[str, Any]) -> dict[str, Axes]:
     """Parameters behind the layers; a tied head has none of its own."""
+    if family.task_head is not None:
+        return dict(family.ending)
     table: dict[str, Axes] = {f"{family.final_norm}.weight": (RESIDUAL,)}
     if family.norm_bias:
         table[f"{family.final_norm}.bias"] = (RESIDUAL,)

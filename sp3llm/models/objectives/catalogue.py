@@ -5,11 +5,12 @@ from typing import Any
 
 from sp3llm.errors import UserError
 from sp3llm.models.objectives.causal_lm import CAUSAL_LM
+from sp3llm.models.objectives.feature_extraction import FEATURE_EXTRACTION
 from sp3llm.models.objectives.question_answering import QUESTION_ANSWERING
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.models.objectives.sequence_classification import SEQUENCE_CLASSIFICATION
 
-_OBJECTIVES = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING)
+_OBJECTIVES = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING, FEATURE_EXTRACTION)
 
 
 def objective_of(architecture: str) -> Objective:

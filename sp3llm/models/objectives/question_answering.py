@@ -1,6 +1,7 @@
 """Extractive question answering: where in a context the answer to a question stands."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sp3llm.models.objectives.examples import (
     training_rows,
 )
 from sp3llm.models.objectives.schema import Objective
+from sp3llm.models.task_head import backward_answers, row_divergences, row_losses
 from sp3llm.text.examples import Examples, joined
 from sp3llm.text.labels import Labels
 from sp3llm.text.tasks import SPAN
@@ -59,4 +61,7 @@ QUESTION_ANSWERING = Objective(
     recipe=ENCODER_RECIPE,
     labels=_labels,
     states_are_stream=True,
+    losses=partial(row_losses, _logits),
+    divergences=partial(row_divergences, _logits),
+    loss_gradients=partial(backward_answers, _logits, ENCODER_RECIPE.temperature),
 )

@@ -1,5 +1,6 @@
 """Sequence classification and regression: a class or a value of a text, or of a pair of texts."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from sp3llm.models.objectives.examples import (
     training_rows,
 )
 from sp3llm.models.objectives.schema import Objective
+from sp3llm.models.task_head import backward_answers, row_divergences, row_losses
 from sp3llm.text.examples import Examples, joined
 from sp3llm.text.labels import model_labels
 
@@ -57,4 +59,7 @@ SEQUENCE_CLASSIFICATION = Objective(
     recipe=ENCODER_RECIPE,
     labels=model_labels,
     states_are_stream=True,
+    losses=partial(row_losses, _logits),
+    divergences=partial(row_divergences, _logits),
+    loss_gradients=partial(backward_answers, _logits, ENCODER_RECIPE.temperature),
 )

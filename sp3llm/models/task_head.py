@@ -1,0 +1,186 @@
+"""What comes after an encoder's last layer: answers, and the gradients that start there."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sp3llm.errors import UserError
+from sp3llm.maths.losses import distribution_divergences
+from sp3llm.maths.products import widen
+from sp3llm.models.head import End
+from sp3llm.models.hooks import Injector, materialized, replaced
+from sp3llm.models.stream import LayeredModel, Stream, batches
+from sp3llm.runtime.transfer import fetch, settle, store
+from sp3llm.text.examples import Examples
+
+Logits = Callable[[Any, Examples], Tensor]
+"""The logits in a stock model's output for a batch, `(rows, ..., classes)`; values have one."""
+
+
+@contextmanager
+def _from_layers_on(model: LayeredModel, piece: Tensor) -> Iterator[None]:
+    """Let a forward run from behind the layers only, where the stream is `piece`."""
+    module, family = model.module, model.family
+    stock = module.get_submodule(family.layers_module)
+    layers = nn.ModuleList([Injector(layer, piece) for layer in stock])
+    embeddings = family.embeddings_module
+    with (
+        replaced(module, family.layers_module, layers),
+        replaced(module, embeddings, Injector(module.get_submodule(embeddings), piece)),
+    ):
+        yield
+
+
+def _answers(logits: Logits, model: LayeredModel, stream: Stream, rows: slice, x: Tensor) -> Tensor:
+    """Logits of the rows of a batch, whose stream behind the last layer is `x`."""
+    real = stream.real[rows].to(x.device).long()
+    batch = Examples(torch.zeros_like(real), real, None, None, frozenset())
+    with _from_layers_on(model, x):
+        return logits(model.module(**batch.inputs()), batch)
+
+
+@torch.no_grad()
+def row_losses(
+    logits: Logits, model: LayeredModel, head: Mapping[str, Tensor], stream: Stream, batch: Examples
+) -> Tensor:
+    """Losses on each row's own label, `(rows, 1)`, float64: in nats, of spans the mean over where
+    they begin and end; of values the squared error.
+    """
+    execution = model.execution
+    found = torch.empty((len(batch), 1), dtype=torch.float64)
+    with materialized(model.module, head, execution):
+        for rows in batches(stream.hidden, execution):
+            x = fetch(stream.hidden[rows], execution.device)
+            answers = widen(_answers(logits, model, stream, rows, x))
+            labels = batch.labels[rows].to(answers.device)
+            if answers.shape[-1] == 1:
+                losses = (answers[..., 0] - labels.to(answers)).square()
+            else:
+                flat = answers.flatten(0, -2)
+                losses = nn.functional.cross_entropy(flat, labels.flatten(), reduction="none")
+            found[rows] = losses.reshape(len(x), -1).double().mean(1, keepdim=True).cpu()
+    _check(found)
+    return found
+
+
+@torch.no_grad()
+def row_divergences(logits: Logits, small: End, dense: End) -> Tensor:
+    """How far the small model's answers are from the dense one's, `(rows, 1)`, float64: of
+    distributions the Kullback-Leibler divergence, in nats, of values the squared difference.
+    """
+    execution, hidden = dense.model.execution, dense.stream.hidden
+    found = torch.empty((len(hidden), 1), dtype=torch.float64)
+    with ExitStack() as stack:
+        for end in (small, dense):
+            stack.enter_context(materialized(end.model.module, end.head, execution))
+        for rows in batches(hidden, execution):
+            pair = [
+                _answers(
+                    *(logits, end.model, end.stream, rows),
+                    fetch(end.stream.hidden[rows], execution.device),
+                )
+                for end in (small, dense)
+            ]
+            if pair[0].shape[-1] == 1:
+                far = (widen(pair[0]) - widen(pair[1])).square().double()
+            else:
+                far = distribution_divergences(*(one.flatten(0, -2) for one in pair))
+            found[rows] = far.reshape(rows.stop - rows.start, -1).mean(1, keepdim=True).cpu()
+    _check(found)
+    return found
+
+
+def backward_answers(
+    logits: Logits,
+    temperature: float,
+    model: LayeredModel,
+    head: Mapping[str, Tensor],
+    stream: Stream,
+    windows: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Gradients by the stream after the last layer, `(windows, tokens, D)`, where it is, whose
+    second moments are the Fisher information of the answers; twice, since that stream is what the
+    head reads.
+
+    What is differentiated is `sum_c s_c sqrt(p_c) (z_c - sum_d p_d z_d)`, `p` the answer's
+    distribution at a temperature and `s` random signs, from the number, of those in `windows`, of a
+    batch's first row: in the mean over signs its gradients' second moment is the Fisher
+    information, without the noise of labels drawn. At 2, as in distillation, rows of which the
+    model is sure have a say. Of a value it is the value itself.
+    """
+    execution = model.execution
+    generator = torch.Generator().manual_seed(0)
+    by_stream = torch.empty_like(stream.hidden)
+    with materialized(model.module, head, execution):
+        for rows in batches(stream.hidden, execution):
+            x = fetch(stream.hidden[rows], execution.device).requires_grad_()
+            answers = widen(_answers(logits, model, stream, rows, x))
+            generator.manual_seed(windows[rows.start])
+            drawn = torch.randint(0, 2, answers.shape, generator=generator)
+            signs = (2.0 * drawn - 1).to(answers)
+            shares = (answers.detach() / temperature).softmax(-1)
+            centred = (
+                answers
+                if answers.shape[-1] == 1
+                else (answers - (shares * answers).sum(-1, keepdim=True))
+            )
+            (gradient,) = torch.autograd.grad((signs * shares.sqrt() * centred).sum(), x)
+            store(by_stream[rows], gradient, execution.device)
+    settle(execution.device)
+    return by_stream, by_stream
+
+
+def _pooled(stream: Stream, rows: slice, x: Tensor) -> Tensor:
+    """The mean of each row's real tokens, `(rows, D)`, of length 1, float32 at least."""
+    real = stream.real[rows].to(x.device)[..., None]
+    return nn.functional.normalize((widen(x) * real).sum(1) / real.sum(1), dim=-1)
+
+
+@torch.no_grad()
+def pooled_distances(small: End, dense: End) -> Tensor:
+    """How far the small model's cosines between pooled rows are from the dense one's, `(rows, 1)`,
+    float64: the mean squared difference over the other rows of a batch. Pooled rows themselves have
+    other widths.
+    """
+    execution, hidden = dense.model.execution, dense.stream.hidden
+    found = torch.empty((len(hidden), 1), dtype=torch.float64)
+    for rows in batches(hidden, execution):
+        cosines = []
+        for end in (small, dense):
+            pooled = _pooled(end.stream, rows, fetch(end.stream.hidden[rows], execution.device))
+            cosines.append(pooled @ pooled.T)
+        far = (cosines[0] - cosines[1]).double().square().sum(1) / max(1, len(cosines[0]) - 1)
+        found[rows] = far[:, None].cpu()
+    _check(found)
+    return found
+
+
+def pooled_gradients(
+    model: LayeredModel,
+    _: Mapping[str, Tensor],
+    stream: Stream,
+    windows: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """What `backward_answers` gives, of pooled rows: the gradient of a random direction of each."""
+    execution = model.execution
+    generator = torch.Generator().manual_seed(0)
+    by_stream = torch.empty_like(stream.hidden)
+    for rows in batches(stream.hidden, execution):
+        x = fetch(stream.hidden[rows], execution.device).requires_grad_()
+        pooled = _pooled(stream, rows, x)
+        generator.manual_seed(windows[rows.start])
+        signs = 2.0 * torch.randint(0, 2, pooled.shape, generator=generator) - 1
+        (gradient,) = torch.autograd.grad((signs.to(pooled) * pooled).sum(), x)
+        store(by_stream[rows], gradient, execution.device)
+    settle(execution.device)
+    return by_stream, by_stream
+
+
+def _check(found: Tensor) -> None:
+    if not torch.isfinite(found).all():
+        raise UserError(
+            "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
+        )

@@ -1,0 +1,29 @@
+"""Rows of a batch, be it token ids of packed windows or padded examples."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sp3llm.text.examples import Examples
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Batch = Tensor | Examples
+
+
+def rows_of(batch: "Batch", rows: "slice | Tensor") -> "Batch":
+    """Some rows, as long as before: padding is not trimmed, so that streams of parts of a batch lie
+    where those of the whole do.
+    """
+    if not isinstance(batch, Examples):
+        return batch[rows]
+    tensors = {
+        name: None if (tensor := getattr(batch, name)) is None else tensor[rows]
+        for name in ("input_ids", "attention_mask", "token_type_ids", "labels")
+    }
+    return replace(batch, **tensors)
+
+
+def real_tokens(batch: "Batch") -> int:
+    """How many tokens of a batch are no padding."""
+    return batch.tokens if isinstance(batch, Examples) else batch.numel()
