@@ -38,11 +38,13 @@ def run(settings: PlanConfig) -> None:
     family, config = overview.family, overview.config
     if overview.vocabulary is not None:
         lines = overview.vocabulary.lines()
+    elif family.task_head is not None:
+        lines = []
     else:
         count = count_parameters(family, config)
         line = vocabulary_line("the dense model's", Shape.of(family, config), count)
         lines = [line] if line else []
-    lines += [needs_line(settings.compression, seq_len, overview.needs)]
+    lines += [needs_line(settings.compression, family, seq_len, overview.needs)]
     if overview.recovery_needs is not None:
         lines.append(recovery_line(settings.recovery, seq_len, overview.recovery_needs))
     for line in lines:

@@ -58,8 +58,7 @@ def recover_result(job: Job, record: Record, console: "Console") -> None:
         model=str(job.out),
         teacher=settings.model or str(bundled_model()),
         out=job.out,
-        train=",".join(record.calibration.sources),
-        eval_text=",".join(record.evaluation.sources),
+        **_learned_from(settings, record),
         eval_samples=settings.eval_samples,
         steps=settings.recover_steps,
         seq_len=settings.seq_len,
@@ -68,6 +67,18 @@ def recover_result(job: Job, record: Record, console: "Console") -> None:
     )
     with _standing(job.out, "its recovery did not begin or end", "recover"):
         recover(recovery, console, in_place=True)
+
+
+def _learned_from(settings: CompressConfig, record: Record) -> dict[str, str]:
+    """What a recovery of the result learns from and is measured on: the compression's own text or
+    task.
+    """
+    if settings.task is not None:
+        return {"task": settings.task}
+    return {
+        "train": ",".join(record.calibration.sources),
+        "eval_text": ",".join(record.evaluation.sources),
+    }
 
 
 def quantize_result(settings: CompressConfig, out: Path, console: "Console") -> None:

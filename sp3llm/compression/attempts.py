@@ -96,7 +96,7 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
 
     seq_len = window_length(job.family, job.dense.config, settings.seq_len)
     workload = Workload(
-        settings.samples,
+        settings.calibrated,
         settings.eval_samples,
         seq_len,
         job.dense_dtype.itemsize,
@@ -165,7 +165,7 @@ def _halved(job: Job, journal: "Journal") -> "Execution":
     from sp3llm.planning.windows import window_length
 
     seq_len = window_length(job.family, job.dense.config, job.settings.seq_len)
-    windows = min(job.execution.windows_a_batch(seq_len), job.settings.samples)
+    windows = min(job.execution.windows_a_batch(seq_len), job.settings.calibrated)
     fewer = max(1, windows // 2)
     execution = replace(job.execution, batch_tokens=fewer * seq_len)
     _save_batch(journal, execution)

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sp3llm.compression.figures import Figures
     from sp3llm.compression.projection import Projection
     from sp3llm.compression.refitter import Refitter
-    from sp3llm.maths.paired import Excess
+    from sp3llm.evaluation.task_scores import Reported
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
     from sp3llm.models.objectives.schema import Objective
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sp3llm.planning.limits import Limits, Plan
     from sp3llm.planning.search import Findings
     from sp3llm.runtime.devices import Execution
+    from sp3llm.text.task_sets import TaskSet
     from sp3llm.text.windows import Windows
     from sp3llm.vocabulary.choosing import ChosenVocabulary
     from sp3llm.vocabulary.same_text import HeldOut
@@ -46,12 +48,9 @@ class Result:
     """Share of the energy of the dense stream, as its second moments have it, inside the basis."""
     dense_bytes: int
     weight_bytes: int
-    calibration: "Windows"
-    held_out: "HeldOut"
-    dense_perplexity: float
-    perplexity: float
-    """Of a dense token, where the vocabulary was cut."""
-    excess: "Excess"
+    calibration: "Windows | TaskSet"
+    held_out: "HeldOut | Reported"
+    figures: "Figures"
     seconds: float
     peak_memory: int
     device_memory: int
@@ -123,17 +122,30 @@ def run_identity(job: Job) -> dict[str, Any]:
     """
     import json
 
-    from sp3llm.text.sources import local_files
-
     ranks = job.execution.ranks
     of_hosts = ranks.same_on_hosts(lambda: _of_host(job))
     texts = ranks.from_first(
         lambda: {
             f"the text of {name}": _content(path)
-            for name, path in local_files(text_sets(job.settings)).items()
+            for name, path in files_named(job.settings).items()
         }
     )
     return json.loads(json.dumps({**of_hosts, **texts, "the number of processes": ranks.count}))
+
+
+def files_named(settings: CompressConfig) -> dict[str, Path]:
+    """The local files that text, or a task's rows, are read from, by what they are called.
+
+    Raises UserError if there is no such task.
+    """
+    from sp3llm.text.sources import local_files
+    from sp3llm.text.tasks import resolve_task
+
+    if settings.task is None:
+        return local_files(text_sets(settings))
+    task = resolve_task(settings.task)
+    places = (task.training, *(task.evaluations or {}).values())
+    return {str(place): place for place in places if isinstance(place, Path)}
 
 
 def _of_host(job: Job) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sp3llm.compression.job import Job, evaluation_sets, text_sets
+from sp3llm.compression.job import Job, evaluation_sets, files_named
 from sp3llm.errors import UserError
 from sp3llm.options import CompressConfig
 
@@ -39,9 +39,11 @@ def prepare(
     from sp3llm.models import families
     from sp3llm.models.checkpoint import open_model
     from sp3llm.models.objectives.catalogue import objective_of
+    from sp3llm.models.sentence_modules import check_modules
     from sp3llm.models.source import resolve_model
     from sp3llm.models.stock import empty_model
     from sp3llm.planning.candidates import candidates
+    from sp3llm.planning.encoders import check_encoder
     from sp3llm.planning.fewer_rows import with_fewer_rows
     from sp3llm.planning.limits import limits_of, plan_of
     from sp3llm.planning.needs import Workload, needs_of
@@ -52,13 +54,14 @@ def prepare(
     from sp3llm.runtime.folders import check_disk, check_not_input, check_output, held_by_run
     from sp3llm.runtime.memory import memory_limits
     from sp3llm.runtime.placement import free_memory
-    from sp3llm.text.sources import local_files
     from sp3llm.vocabulary.restricting import restricted_checkpoint
 
     folder, name, note = resolve_model(settings.model)
     if note:
         console.print(note, markup=False)
     dense, family = open_model(folder)
+    check_encoder(family, settings, compresses=True)
+    check_modules(folder)
     original = dense
     dense_dtype = dense.dtype()
     dtype = _dtype(settings.dtype, dense_dtype)
@@ -96,19 +99,19 @@ def prepare(
     check_output(out)
     check_not_input(out, folder, "the model that is compressed")
     if ranks.is_first:  # the others do not read it
-        for text, path in local_files(text_sets(settings)).items():
+        for text, path in files_named(settings).items():
             check_not_input(out, path, f"the text '{text}'")
     if settings.refit:
-        held_back_from(settings.samples)
-    if not learned and len(shapes) > 1 and settings.samples < _FEWEST_TRIAL_WINDOWS:
+        held_back_from(settings.calibrated)
+    if not learned and len(shapes) > 1 and settings.calibrated < _FEWEST_TRIAL_WINDOWS:
         raise UserError(
             f"The search for a shape needs at least {_FEWEST_TRIAL_WINDOWS} calibration windows, "
-            f"found {settings.samples}: raise --samples, or leave nothing to search for with "
+            f"found {settings.calibrated}: raise --samples, or leave nothing to search for with "
             "--allocate width, --tie keep and, for OPT, --head-dim."
         )
     largest = max(plan_of(family, original.config, limits, shape).parameters for shape in shapes)
     workload = Workload(
-        settings.samples,
+        settings.calibrated,
         settings.eval_samples,
         window_length(family, dense.config, settings.seq_len),
         dense_dtype.itemsize,

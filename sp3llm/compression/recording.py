@@ -22,20 +22,31 @@ def record_of(job: Job, result: Result, parameters: PartCounts, mask: LearnedMas
     """Everything needed to know, and repeat, what was done; options as they were resolved."""
     from sp3llm.runtime.machine import machine, versions
 
-    evaluation = result.held_out.windows
+    held_out, figures, of_text = result.held_out, result.figures, {}
+    named = {"task": ",".join(result.calibration.sources)}
+    if job.settings.task is None:
+        same = held_out.describe(dense=figures.dense_perplexity, small=figures.perplexity)
+        of_text = {
+            "excess_log_perplexity": from_json(Excess, figures.excess.describe()),
+            "same_text": from_json(SameText, same) if same else None,
+        }
+        held_out = held_out.windows
+        named = {
+            "calib": ",".join(result.calibration.sources),
+            "eval_text": ",".join(held_out.sources),
+        }
     device, dtype = str(job.execution.device), str(job.dtype).removeprefix("torch.")
     settings = replace(
         job.settings,
         out=result.out,
-        calib=",".join(result.calibration.sources),
-        eval_text=",".join(evaluation.sources),
+        samples=job.settings.calibrated,
+        **named,
         seq_len=result.calibration.tokens.shape[1],
         allocate=job.settings.allocation,
         multiple_of=result.plan.multiple_of,
         device=device,
         dtype=dtype,
     )
-    same = result.held_out.describe(dense=result.dense_perplexity, small=result.perplexity)
     return Record(
         model=result.name,
         base_model=hub_id(job.settings, result.name),
@@ -45,10 +56,11 @@ def record_of(job: Job, result: Result, parameters: PartCounts, mask: LearnedMas
         settings=to_json(settings),
         plan=result.plan,
         calibration=from_json(TextSet, result.calibration.describe()),
-        evaluation=from_json(TextSet, evaluation.describe()),
-        dense_perplexity=result.dense_perplexity,
-        perplexity=result.perplexity,
-        excess_log_perplexity=from_json(Excess, result.excess.describe()),
+        evaluation=from_json(TextSet, held_out.describe()),
+        dense_perplexity=figures.dense_perplexity,
+        perplexity=figures.perplexity,
+        answers=figures.answers,
+        **of_text,
         layers=result.layers,
         trials=tuple(
             Trial(**asdict(shape), trial_loss=loss) for shape, loss in result.findings.tried.items()
@@ -72,7 +84,6 @@ def record_of(job: Job, result: Result, parameters: PartCounts, mask: LearnedMas
         mask=mask,
         parameters=parameters,
         vocabulary=_vocabulary(job),
-        same_text=from_json(SameText, same) if same else None,
     )
 
 

@@ -7,6 +7,7 @@ beside one dense stream, set the two scales (`planning.search`), and have the la
 themselves.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sp3llm.models.shapes import Shape
     from sp3llm.planning.search import Findings, Losses
     from sp3llm.runtime.journal import Journal
+    from sp3llm.text.batches import Batch
 
 # A trial sees windows this long at most.
 _TRIAL_TOKENS = 512
@@ -39,8 +41,8 @@ class _Search:
 
     job: Job
     moments: "Moments"
-    calibration: "Tensor"
-    """All calibration windows, `(windows, tokens)`, which bases are made from."""
+    calibration: "Batch"
+    """All calibration windows, `(windows, tokens)`, or rows, which bases are made from."""
     journal: "Journal"
     vocabularies: "Mapping[int, float]"
     """What fewer tokens lose, nats a token, by rows of the tables."""
@@ -157,10 +159,11 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
     from sp3llm.compression.depth import kept_layers
     from sp3llm.compression.trials import trial_losses
     from sp3llm.models.shapes import Shape
+    from sp3llm.text.batches import first_tokens_of, rows_of
 
-    job, windows = found.job, found.calibration[:, :_TRIAL_TOKENS]
-    fitted, held = _shares(job, *windows.shape)
-    windows = windows[: fitted + held + _UNSEEN]
+    job, windows = found.job, first_tokens_of(found.calibration, _TRIAL_TOKENS)
+    fitted, held, unseen = _shares(job, windows)
+    windows = rows_of(windows, slice(0, fitted + held + unseen))
     rows = Shape.of(job.family, job.dense.config).vocab_size
     found.losses.update((shape, _of_tokens(found, shape)) for shape in shapes)
     cut = [shape for shape in shapes if not job.is_whole(shape)]
@@ -177,20 +180,25 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
     found.journal.save(_TRIALS, len(losses), facts={"losses": losses})
 
 
-def _shares(job: Job, windows: int, length: int) -> tuple[int, int]:
-    """How many windows, of the `windows` there are of `length` tokens, trials are fitted on, and
-    how many choose the ridges; what is left tells what they lose.
+def _shares(job: Job, windows: "Batch") -> tuple[int, int, int]:
+    """How many of the windows trials are fitted on, how many choose the ridges, and how many tell
+    what they lose.
     """
     from sp3llm.models import families
+    from sp3llm.text.batches import real_tokens
 
+    count, length = len(windows), real_tokens(windows) / len(windows)
     sizes = families.axis_sizes(job.family, job.dense.config)
     widest = max(sizes[families.FFN], sizes[families.QUERY])
-    wanted = max(_FEWEST_FITTED, -(-_TOKENS_AN_INPUT * widest // length))
-    if windows >= wanted + _HELD_BACK + _UNSEEN:
-        return wanted, _HELD_BACK
-    unseen = max(1, windows // 4)
-    held = max(1, (windows - unseen) // 6)
-    return windows - unseen - held, held
+    wanted = max(_FEWEST_FITTED, math.ceil(_TOKENS_AN_INPUT * widest / length))
+    held, unseen = _HELD_BACK, _UNSEEN
+    if job.family.task_head is not None:  # rows are short, and each says one thing
+        held, unseen = max(held, wanted // 6), max(unseen, wanted)
+    if count >= wanted + held + unseen:
+        return wanted, held, unseen
+    unseen = max(1, count // 4)
+    held = max(1, (count - unseen) // 6)
+    return count - unseen - held, held, unseen
 
 
 def _projection(found: _Search, shape: "Shape") -> "Projection":

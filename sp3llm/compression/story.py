@@ -60,8 +60,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from sp3llm.evaluation.task_scores import Reported
     from sp3llm.runtime.journal import Journal
     from sp3llm.runtime.processes import Ranks
+    from sp3llm.vocabulary.same_text import HeldOut
     from sp3llm.vocabulary.wanted import Wanted
 
 
@@ -104,7 +106,7 @@ def _compress(
     result = None
     if ranks.from_first(lambda: is_being_recovered(job)):
         console.print(f"'{job.out}' is compressed; going on with its recovery.", markup=False)
-        held_out = ranks.from_first(lambda: read_texts(job))[1]
+        held_out = ranks.from_first(lambda: _held_out(job))
     else:
         result, record, job = compress_resumably(job, run_stages, console)
         held_out = result.held_out
@@ -125,6 +127,13 @@ def _compress(
     return result
 
 
+def _held_out(job: Job) -> "HeldOut | Reported":
+    """What the job's models are measured on, read anew."""
+    from sp3llm.compression.tasks import read_rows
+
+    return read_texts(job)[1] if job.settings.task is None else read_rows(job).held_out
+
+
 def run_stages(
     job: Job, journal: "Journal", model: Path, started: float, progress: "Progress"
 ) -> tuple[Result, Record]:
@@ -134,13 +143,15 @@ def run_stages(
     import torch
 
     from sp3llm.compression.depth import kept_layers
+    from sp3llm.compression.figures import Figures, text_figures
+    from sp3llm.compression.tasks import read_rows, task_answers
     from sp3llm.compression.vocabulary_losses import vocabulary_losses
     from sp3llm.evaluation.perplexity import measure_losses
-    from sp3llm.maths.paired import excess_log_perplexity
     from sp3llm.models import families
     from sp3llm.models.basis_file import write_basis
     from sp3llm.models.companions import copy_companions
     from sp3llm.models.export import written
+    from sp3llm.models.sentence_modules import copy_modules
     from sp3llm.models.served import export_of
     from sp3llm.models.shapes import resized_config
     from sp3llm.planning.limits import plan_of
@@ -155,12 +166,19 @@ def run_stages(
 
     settings, dense, family, execution = job.settings, job.dense, job.family, job.execution
     reading = progress.add_task("text, calibration and evaluation", total=1)
-    calibration, held_out = draw_texts(job, journal)
+    task_rows = (
+        None if settings.task is None else execution.ranks.from_first(lambda: read_rows(job))
+    )
+    if task_rows is None:
+        calibration, held_out = draw_texts(job, journal)
+    else:
+        calibration, held_out = task_rows.calibration, task_rows.held_out
     progress.advance(reading)
     mask_windows = None
     if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
         mask_windows = execution.ranks.from_first(lambda: read_mask_windows(job, held_out.windows))
-    moments, dense_losses = measure(job, calibration.tokens, held_out.tokens, journal, progress)
+    evaluated = None if task_rows is not None else held_out.tokens
+    moments, dense_losses = measure(job, calibration.tokens, evaluated, journal, progress)
     if mask_windows is not None:
         mask = learn_mask(job, moments, mask_windows, journal, progress)
         shape, findings = mask.shape, Findings()
@@ -193,9 +211,14 @@ def run_stages(
     small = execution.ranks.from_first(
         lambda: written(export.family, export.config, job.dtype, model)
     )
-    tokens = held_out.small_tokens
-    losses = measure_losses(small, export.family, tokens, execution, progress, journal)
-    nats, dense_nats = held_out.small_nats(losses), held_out.dense_nats(dense_losses)
+    if task_rows is None:
+        tokens = held_out.small_tokens
+        losses = measure_losses(small, export.family, tokens, execution, progress, journal)
+        figures = text_figures(job, held_out, losses, dense_losses)
+    else:
+        figures = execution.ranks.from_first(
+            lambda: Figures(answers=task_answers(job, task_rows, small, progress))
+        )
     result = Result(
         name=job.name,
         out=job.out,
@@ -213,9 +236,7 @@ def run_stages(
         weight_bytes=plan.parameters * job.dtype.itemsize,
         calibration=calibration,
         held_out=held_out,
-        dense_perplexity=job.objective.merit(dense_nats),
-        perplexity=job.objective.merit(nats),
-        excess=excess_log_perplexity(nats, dense_nats),
+        figures=figures,
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
         device_memory=device_memory(str(execution.device)),
@@ -232,6 +253,7 @@ def run_stages(
     if execution.ranks.is_first:
         instead = None if job.vocabulary is None else instead_of(job.vocabulary.files)
         copied = copy_companions(job.folder, model, instead)
+        copied += copy_modules(job.folder, model, plan.shape.hidden_size)
         record = replace(record, files_copied=tuple(copied))
         write_record(model, record)
         write_card(model, record, job.folder)

@@ -74,7 +74,7 @@ def read_texts(job: Job) -> "tuple[Windows, HeldOut]":
     seq_len = window_length(family, dense.config, settings.seq_len)
     tokenizer = tokenizer_of(job, job.vocabulary)
     whole = tokenizer if job.vocabulary is None else load_tokenizer(dense.folder)
-    draw, drawn = job.objective.calibration_windows, (settings.samples, seq_len, settings.seed)
+    draw, drawn = job.objective.calibration_windows, (settings.calibrated, seq_len, settings.seed)
     calib = calibration_sets(settings)
     calibration = draw(calib, tokenizer, *drawn)
     calibrated = calibration.documents

@@ -1,6 +1,7 @@
 """Trials of shapes: whole refits on a little text, and how far from the dense model they are."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def refitted_ends(refitters: Sequence[Refitter], tokens: Tensor) -> tuple[list[E
 
     def end_of(model_config: Mapping[str, Any], head: Mapping[str, Tensor], stream: Stream) -> End:
         model = LayeredModel.of(model_config, family, first.objective, execution)
-        return End(model, head, Stream(stream.hidden[unseen], stream.calls))
+        real = None if stream.real is None else stream.real[unseen]
+        return End(model, head, replace(stream, hidden=stream.hidden[unseen], real=real))
 
     small = []
     for side, refitter in enumerate(refitters):

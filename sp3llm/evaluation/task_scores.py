@@ -13,9 +13,10 @@ from sp3llm.evaluation.comparison import Row, paired_standard_error
 from sp3llm.evaluation.task_answers import Questions, questions_of
 from sp3llm.evaluation.task_metrics import metrics_of
 from sp3llm.models.objectives.schema import Objective
+from sp3llm.text.examples import joined
 from sp3llm.text.labels import Labels, class_numbers
 from sp3llm.text.task_rows import evaluation_rows
-from sp3llm.text.task_sets import usual_length
+from sp3llm.text.task_sets import TaskSet, usual_length
 from sp3llm.text.tasks import Task
 
 # For the standard error of what is no mean over rows: of that itself within a twentieth.
@@ -31,6 +32,8 @@ class Reported:
 
     task: Task
     labels: Labels
+    seq_len: int
+    """Tokens a row at most."""
     splits: Mapping[str, Questions]
     """By the name of the task with what its split adds."""
 
@@ -44,6 +47,11 @@ class Reported:
         """How many rows, or stretches of contexts, a model is run on."""
         return sum(len(asked.examples) for asked in self.splits.values())
 
+    def describe(self) -> dict[str, Any]:
+        """What `sp3llm.json` records of these rows."""
+        examples = joined([asked.examples for asked in self.splits.values()])
+        return TaskSet(examples, self.task.sources, self.documents).describe()
+
 
 def reported(task: Task, labels: Labels, tokenizer: Any, seq_len: int) -> Reported:
     """The rows that a task reports on, for a model that predicts `labels`.
@@ -54,7 +62,7 @@ def reported(task: Task, labels: Labels, tokenizer: Any, seq_len: int) -> Report
     splits = {
         name: questions_of(some, task, labels, tokenizer, seq_len) for name, some in rows.items()
     }
-    return Reported(task, labels, splits)
+    return Reported(task, labels, seq_len, splits)
 
 
 def row_length(task: Task, config: Mapping[str, Any], tokenizer: Any, asked: int | None) -> int:
@@ -73,9 +81,15 @@ def row_length(task: Task, config: Mapping[str, Any], tokenizer: Any, asked: int
 
 
 def load_model(
-    folder: str | Path, name: str, objective: Objective, device: torch.device, dtype: str
+    folder: str | Path,
+    name: str,
+    objective: Objective,
+    device: torch.device,
+    dtype: str,
+    config: Any = None,
 ) -> nn.Module:
-    """The stock model, to be asked; `name` is what it is called, to show.
+    """The stock model, to be asked; `name` is what it is called, to show, and `config` its config
+    where the folder has none.
 
     Raises UserError if it does not load whole.
     """
@@ -83,7 +97,7 @@ def load_model(
 
     try:
         model, info = objective.stock_class().from_pretrained(
-            folder, dtype=dtype, output_loading_info=True
+            folder, dtype=dtype, output_loading_info=True, **({"config": config} if config else {})
         )
     except Exception as error:  # transformers raises many kinds
         raise UserError(

@@ -14,6 +14,7 @@ from sp3llm.models.families import (
     VOCAB,
     Family,
     axis_sizes,
+    count_layer_matrices,
     count_matrix_parameters,
     count_parameters,
     is_sparse,
@@ -115,10 +116,12 @@ class Cost:
     free), and attention over the context. Of experts those count that a token goes through, shared
     ones included."""
     kv_cache: int
-    """Bytes of KV cache for one token."""
+    """Bytes of KV cache for one token; an encoder has none."""
+    encoder: int = 0
+    """Parameters in the matrices of an encoder's layers; 0 for a decoder."""
 
     def of(self, what: str) -> int:
-        """The count of that name: `params`, `bytes`, `flops` or `kv-cache`."""
+        """The count of that name: `params`, `bytes`, `flops`, `kv-cache` or `encoder`."""
         return getattr(self, what.replace("-", "_"))
 
 
@@ -200,7 +203,8 @@ def cost_of(
         params=params,
         bytes=params * itemsize,
         flops=2 * multiplied + attention,
-        kv_cache=2 * layers * groups * itemsize,  # keys and values
+        kv_cache=0 if family.task_head else 2 * layers * groups * itemsize,  # keys and values
+        encoder=count_layer_matrices(family, resized) if family.task_head else 0,
     )
 
 

@@ -3,7 +3,7 @@
 MOMENTS = ("normalised", "raw")
 BASES = ("pca", "readers", "gradient")
 ALLOCATIONS = ("search", "width")
-COUNTS = ("params", "bytes", "flops", "kv-cache")
+COUNTS = ("params", "bytes", "flops", "kv-cache", "encoder")
 UNIT_SELECTIONS = ("obs", "energy")
 MASKS = ("closed-form", "learned")
 TURNS = ("none", "hadamard")

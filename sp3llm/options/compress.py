@@ -38,6 +38,9 @@ _NOT_OF_RESULT = {
     "report",
 }
 
+# Calibration windows of text, and rows of a task, where nothing else is said.
+_WINDOWS, _ROWS = 128, 2048
+
 
 @dataclass(frozen=True)
 class CompressConfig:
@@ -54,7 +57,17 @@ class CompressConfig:
         metavar="FRACTION",
         recorded="always",
     )
-    of: str = option("what --keep is a fraction of", default="params", choices=COUNTS)
+    of: str = option(
+        "what --keep is a fraction of; encoder: an encoder's matrices, embeddings and head not "
+        "counted, as papers on BERT have it",
+        default="params",
+        choices=COUNTS,
+    )
+    task: str | None = option(
+        "of an encoder: the task whose training rows are calibrated on and whose validation rows "
+        "are reported on, named like score's --task",
+        default=None,
+    )
     out: Path | None = option(
         "output folder", default=None, shown="./<model>-keep<percent>", metavar="DIR"
     )
@@ -65,9 +78,17 @@ class CompressConfig:
         shown="stdlib for the bundled model, else wikitext2",
         metavar="SETS",
     )
-    samples: int = option("calibration windows", default=128, least=1)
+    samples: int | None = option(
+        "calibration windows, or rows of a task at most",
+        default=None,
+        shown="128, of a task 2048",
+        least=1,
+    )
     seq_len: int | None = option(
-        "tokens a window", default=None, shown="2048, or the model's positions if fewer", least=2
+        "tokens a window, or a row of a task at most",
+        default=None,
+        shown="2048, of a task 128 and of answers in a text 384, or the model's positions if fewer",
+        least=2,
     )
     eval_text: str | None = option(
         "held-out text for the perplexity, named like --calib",
@@ -75,7 +96,9 @@ class CompressConfig:
         shown="the evaluation split of the calibration set, else stdlib",
         metavar="SETS",
     )
-    eval_samples: int = option("evaluation windows at most", default=128, least=1)
+    eval_samples: int = option(
+        "evaluation windows at most; of a task all validation rows count", default=128, least=1
+    )
     moments: str = option(
         "stream whose second moments are taken; raw is there to compare with",
         default="normalised",
@@ -140,7 +163,9 @@ class CompressConfig:
         "fix the number of layers; those go whose addition to the stream the loss misses least",
         default=None,
     )
-    head_dim: int | None = option("fix the head size that an OPT is projected to", default=None)
+    head_dim: int | None = option(
+        "fix the head size that an OPT or an encoder is projected to", default=None
+    )
     word_embed_proj_dim: int | None = option("fix the embedding width of a tied OPT", default=None)
     tie: str = option(
         "what becomes of tied embeddings; the budget holds either way, and auto takes whichever "
@@ -246,6 +271,7 @@ class CompressConfig:
         if self.quantize is not None:
             check_bits("quantize", self.quantize)
         check_fields(self)
+        self._check_task()
         if self.vocab_size is not None and self.vocab_from is None:
             raise UserError(
                 f"Expected --vocab-from with --vocab-size, found {self.vocab_size} alone: name "
@@ -283,6 +309,39 @@ class CompressConfig:
                 "Cutting FFN or KV groups needs the refit, which chooses what survives, found "
                 "--no-refit: leave it out, or use --allocate width and --hidden-size only."
             )
+
+    def _check_task(self) -> None:
+        """Raises UserError where what is asked for is not there for a task, or for nothing else."""
+        if self.task is None:
+            return
+        for name, value in (
+            *(("calib", self.calib), ("eval_text", self.eval_text)),
+            *(("vocab_from", self.vocab_from), ("score", self.score), ("quantize", self.quantize)),
+        ):
+            if value is not None:
+                raise UserError(
+                    f"Expected no {flag(name)} with --task, whose rows are calibrated on and "
+                    f"reported on, found {value}: leave one of them out."
+                )
+        if self.mask == "learned":
+            raise UserError(
+                "Expected --mask closed-form with --task, found learned, whose gates are on "
+                "decoders only: leave one of them out."
+            )
+        if self.turn != "none":
+            raise UserError(
+                f"Expected --turn none with --task, found {self.turn}: an encoder's norms fix how "
+                "its basis is turned, so leave it out."
+            )
+
+    @property
+    def calibrated(self) -> int:
+        """`samples`, resolved."""
+        return self.calibrated_with(self.task is not None)
+
+    def calibrated_with(self, rows: bool) -> int:
+        """`samples`, resolved for windows of text, or for rows of a task."""
+        return self.samples or (_ROWS if rows else _WINDOWS)
 
     @property
     def allocation(self) -> str:

@@ -12,7 +12,7 @@ from sp3llm.models.families import Family
 from sp3llm.models.served import check_export
 from sp3llm.models.shapes import Shape, keeps_every_layer
 from sp3llm.planning.by_hand import start_shape
-from sp3llm.planning.limits import Limits, width_step
+from sp3llm.planning.limits import Limits, check_count, width_step
 from sp3llm.planning.spending import (
     Request,
     nothing_fits,
@@ -44,6 +44,7 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
     written as the class asked for.
     """
     check_export(family, config, limits.export_as)
+    check_count(family, limits)
     request = request_of(family, config, limits)
     whole = replace(request.dense, vocab_size=limits.vocab_rows or request.dense.vocab_size)
     if whole != request.dense and not limits.by_hand and request.cost(whole) <= request.budget:

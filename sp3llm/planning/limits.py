@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from sp3llm.errors import UserError
 from sp3llm.models.families import Family, is_square
 from sp3llm.models.shapes import Cost, Shape, cost_of
-from sp3llm.options import CompressConfig
+from sp3llm.options import COUNTS, CompressConfig
 
 # Models at least this wide get widths in multiples of 256, for tensor cores and llama.cpp's
 # K-quants, or, where the heads make that coarse, of 64; in smaller ones both are coarse.
@@ -17,6 +18,8 @@ _LARGE_MULTIPLE, _FINER_MULTIPLE, SMALL_MULTIPLE = 256, 64, 8
 _COARSEST = 8
 # Heads shrink in steps of this many dimensions, as small widths do.
 HEAD_DIM_STEP = 8
+# Encoders' heads and widths are small, and so are their steps.
+_ENCODER_HEAD_DIM_STEP = 4
 _BY_HAND = (
     *("hidden_size", "intermediate_size", "num_key_value_heads", "num_hidden_layers"),
     *("head_dim", "word_embed_proj_dim"),
@@ -30,7 +33,7 @@ class Limits:
     keep: float
     """Fraction of the dense model's count to keep; never exceeded."""
     of: str = "params"
-    """What is counted: `params`, `bytes`, `flops` or `kv-cache`."""
+    """What is counted, one of `options.COUNTS`."""
     multiple_of: int | None = None
     """What `hidden_size` must be a multiple of; None: by `width_multiple`."""
     hidden_size: int | None = None
@@ -109,6 +112,11 @@ class Plan:
     """What `intermediate_size` is a multiple of, where it was cut."""
 
 
+def head_dim_step(family: Family) -> int:
+    """Steps of dimensions that heads shrink in."""
+    return HEAD_DIM_STEP if family.task_head is None else _ENCODER_HEAD_DIM_STEP
+
+
 def width_multiple(hidden_size: int, num_attention_heads: int, tensor_parallel: int = 1) -> int:
     """The number that a new hidden size must be a multiple of, for a dense model of that width.
 
@@ -150,7 +158,7 @@ def _width_step(family: Family, config: Mapping[str, Any], limits: Limits, shape
     if not stays_square(family, config, limits):
         return width_step(limits, dense)
     if shape.head_dim < dense.head_dim:
-        return dense.num_attention_heads * math.gcd(HEAD_DIM_STEP, shape.head_dim)
+        return dense.num_attention_heads * math.gcd(head_dim_step(family), shape.head_dim)
     return shape.head_dim * dense.num_attention_heads // dense.num_key_value_heads
 
 
@@ -167,6 +175,17 @@ def cost_in(family: Family, config: Mapping[str, Any], limits: Limits, shape: Sh
     of KV cache a token (`limits.of`).
     """
     return cost_within(family, config, limits, shape).of(limits.of)
+
+
+def check_count(family: Family, limits: Limits) -> None:
+    """Raise UserError where a model has nothing of what is to be counted."""
+    missing = "encoder" if family.task_head is None else "kv-cache"
+    if limits.of == missing:
+        others = ", ".join(count for count in COUNTS if count != missing)
+        raise UserError(
+            f"Expected --of {others} for a {family.architecture}, which has no "
+            f"{missing.replace('kv-', 'KV ')}, found {missing}: choose another."
+        )
 
 
 def shrinks_heads(family: Family, config: Mapping[str, Any], limits: Limits) -> bool:

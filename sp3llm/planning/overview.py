@@ -14,6 +14,7 @@ from sp3llm.models.shapes import Cost, Shape
 from sp3llm.models.source import read_config, resolve_config, resolve_tokenizer
 from sp3llm.options import PlanConfig
 from sp3llm.planning.candidates import candidates
+from sp3llm.planning.encoders import check_encoder
 from sp3llm.planning.limits import Limits, cost_within, limits_of
 from sp3llm.planning.needs import Needs, Workload, needs_of
 from sp3llm.planning.recovery_needs import RecoveryNeeds, recovery_needs_of
@@ -79,6 +80,7 @@ def overview_of(settings: PlanConfig) -> Overview:
         folder, name, note = resolve_tokenizer(settings.model)
         config = read_config(folder)
     family = families.family_of(config)
+    check_encoder(family, settings.compression, compresses=False)
     stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     itemsize = _ITEMSIZES.get(stated.removeprefix("torch."), 2)
     limits = limits_of(settings.compression, itemsize)
@@ -88,7 +90,8 @@ def overview_of(settings: PlanConfig) -> Overview:
         limits = replace(limits, vocab_rows=vocabulary.kept.rows)
     shapes = candidates(family, config, limits)
     seq_len = window_length(family, config, settings.seq_len)
-    workload = Workload(settings.samples, settings.eval_samples, seq_len, itemsize)
+    samples = settings.compression.calibrated_with(family.task_head is not None)
+    workload = Workload(samples, settings.eval_samples, seq_len, itemsize)
     needs = needs_of(family, config, shapes[0], workload, limits.export_as)
     recovery_needs = None
     if settings.recover:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from sp3llm.errors import UserError
 from sp3llm.models.shapes import Shape
 from sp3llm.options.field import flag
-from sp3llm.planning.limits import HEAD_DIM_STEP, SMALL_MULTIPLE
+from sp3llm.planning.limits import SMALL_MULTIPLE, head_dim_step
 from sp3llm.planning.spending import Request, nothing_fits, with_widest_ffn
 
 # Embedding widths that are tried beside the whole one, in quarters of it.
@@ -44,7 +44,8 @@ def _shrunk_heads(request: Request, start: Shape) -> Iterable[list[Shape]]:
     limits = request.limits
     if request.family.rotary or limits.num_key_value_heads is not None:
         return
-    whole = range(HEAD_DIM_STEP, request.dense.head_dim, HEAD_DIM_STEP)
+    step = head_dim_step(request.family)
+    whole = range(step, request.dense.head_dim, step)
     head_dims = [limits.head_dim] if limits.head_dim else whole
     for width in _embedding_widths(request):
         row = replace(start, word_embed_proj_dim=width)
@@ -112,8 +113,10 @@ def _nothing_square(request: Request) -> UserError:
         if getattr(limits, name) is not None
     ]
     whole = dense.head_dim * dense.num_attention_heads // dense.num_key_value_heads
-    step = HEAD_DIM_STEP * dense.num_attention_heads
-    shrunk = f"{step} (heads of {HEAD_DIM_STEP}, {2 * HEAD_DIM_STEP}, ... dimensions) or of "
+    step = head_dim_step(family)
+    shrunk = (
+        f"{step * dense.num_attention_heads} (heads of {step}, {2 * step}, ... dimensions) or of "
+    )
     tied = (
         ", and a table that stays tied cannot be as wide as the stream"
         if family.projections and request.keeps_tie

@@ -6,12 +6,14 @@ from typing import Any
 from sp3llm.errors import UserError
 from sp3llm.models.families import Family, setting
 
-# Papers on pruning calibrate and evaluate on windows of this many tokens.
-_USUAL_LENGTH = 2048
+# Papers on pruning calibrate and evaluate on windows of this many tokens; rows of a task have so
+# many at most.
+_USUAL_LENGTH, _USUAL_ROW = 2048, 128
 
 
 def window_length(family: Family, config: Mapping[str, Any], asked: int | None) -> int:
-    """Tokens a window: `asked` (`--seq-len`), else 2048, or the model's positions if fewer.
+    """Tokens a window: `asked` (`--seq-len`), else 2048, or the model's positions if fewer; of an
+    encoder, which reads rows of a task, 128.
 
     Raises UserError if more are asked for than the model has positions.
     """
@@ -21,4 +23,5 @@ def window_length(family: Family, config: Mapping[str, Any], asked: int | None) 
             f"Expected --seq-len of at most {positions}, the model's positions, found {asked}: "
             "give a smaller one."
         )
-    return asked or min(_USUAL_LENGTH, positions)
+    usual = _USUAL_LENGTH if family.task_head is None else _USUAL_ROW
+    return asked or min(usual, positions)

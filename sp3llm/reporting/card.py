@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sp3llm.models.objectives.catalogue import objective_of
 from sp3llm.reporting import quantization, recovery
 from sp3llm.reporting.metadata import carried_metadata, compressed_metadata
 from sp3llm.reporting.record import Record
@@ -23,9 +24,9 @@ _LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 _USAGE = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {auto_class}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```"""
 
@@ -58,7 +59,7 @@ def model_card(record: Record, carried: dict[str, Any]) -> str:
     """README.md of the compressed model; `carried` is metadata of the dense model's card."""
     sections = (
         _introduction(record, carried),
-        f"\n{_USAGE}\n",
+        f"\n{_USAGE.format(auto_class=objective_of(record.architecture).auto_class)}\n",
         _comparison(record),
         _parts(record),
         recovery.card_section(record.recoveries[-1]) if record.recoveries else "",
@@ -97,15 +98,20 @@ def _comparison(record: Record) -> str:
     evaluation, calibration = record.evaluation, record.calibration
     table = "\n".join(f"| {name} | {dense} | {small} |" for name, dense, small in rows(record))
     same_text = f"{line}\n" if (line := same_text_line(record.same_text)) else ""
+    measured = f"""Perplexity on {evaluation.tokens:,} tokens of held-out text
+({", ".join(evaluation.sources)}), the standard error paired over
+{evaluation.samples} windows. {same_text}Calibrated on {calibration.samples} windows of
+{calibration.seq_len} tokens from {", ".join(calibration.sources)}."""
+    if record.answers is not None:
+        measured = f"""Measured on the {evaluation.samples:,} validation rows of
+{", ".join(evaluation.sources)}, the standard error paired over rows. Calibrated on
+{calibration.samples:,} of its training rows."""
     return f"""
 | | dense | compressed |
 |---|---|---|
 {table}
 
-Perplexity on {evaluation.tokens:,} tokens of held-out text
-({", ".join(evaluation.sources)}), the standard error paired over
-{evaluation.samples} windows. {same_text}Calibrated on {calibration.samples} windows of
-{calibration.seq_len} tokens from {", ".join(calibration.sources)}. Everything needed to
+{measured} Everything needed to
 repeat it is in `sp3llm.json`.
 """
 

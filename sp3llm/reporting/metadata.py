@@ -136,12 +136,12 @@ def _perplexity_of(record: Record) -> "list[EvalResult]":
 
 
 def _perplexity(
-    value: float, text: TextSet, same_text: SameText | None = None
+    value: float | None, text: TextSet, same_text: SameText | None = None
 ) -> "list[EvalResult]":
     """One result; none where the value is no number, which the hub would refuse."""
     from huggingface_hub import EvalResult
 
-    if not math.isfinite(value):
+    if value is None or not math.isfinite(value):
         return []
     return [
         EvalResult(

@@ -73,8 +73,6 @@ def page_content(
 def _head(record: Record) -> dict[str, Any]:
     """What the model is, and the figures at the top: those of the weights as they are."""
     plan = record.plan
-    present = record.recoveries[-1] if record.recoveries else record
-    mean, sign, error = str(present.excess_log_perplexity).partition("±")
     return {
         "name": record.model,
         "architecture": record.architecture,
@@ -91,14 +89,29 @@ def _head(record: Record) -> dict[str, Any]:
                 human_bytes(record.weight_bytes),
                 f"of {human_bytes(record.dense_weight_bytes)}",
             ),
-            (
-                perplexity_of(present.same_text),
-                f"{present.perplexity:.2f}",
-                f"dense {present.dense_perplexity:.2f}",
-            ),
-            ("excess log-perplexity", mean, f"{sign} {error} nats a token".strip()),
+            *_figures(record),
         ],
     }
+
+
+def _figures(record: Record) -> list[tuple[str, str, str]]:
+    """What the weights as they are were measured to be worth: perplexities, or a task's figures."""
+    present = record.recoveries[-1] if record.recoveries else record
+    if record.answers is not None:
+        figures = present.scores if record.recoveries else record.answers
+        return [
+            (f"{one.task}, {one.metric}", f"{one.small:.4f}", f"dense {one.dense:.4f}")
+            for one in figures
+        ]
+    mean, sign, error = str(present.excess_log_perplexity).partition("±")
+    return [
+        (
+            perplexity_of(present.same_text),
+            f"{present.perplexity:.2f}",
+            f"dense {present.dense_perplexity:.2f}",
+        ),
+        ("excess log-perplexity", mean, f"{sign} {error} nats a token".strip()),
+    ]
 
 
 def _comparison(record: Record) -> dict[str, Any]:
@@ -163,7 +176,9 @@ def _scores(record: Record) -> dict[str, Any]:
     return {
         "evaluation": record.evaluation,
         "evaluation_tokens": f"{record.evaluation.tokens:,}",
-        "perplexity": f"{record.perplexity:.2f}, dense {record.dense_perplexity:.2f}",
+        "perplexity": None
+        if record.answers is not None
+        else f"{record.perplexity:.2f}, dense {record.dense_perplexity:.2f}",
         "excess": str(record.excess_log_perplexity),
         "same_text": same_text_line(record.same_text),
         "recovery": recovery_rows(recoveries[-1]) if recoveries else [],

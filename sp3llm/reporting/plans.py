@@ -52,12 +52,17 @@ def plan_table(
     table = Table(title=title, collapse_padding=True)
     dense = Shape.of(family, config)
     columns = ["width", "FFN", "heads/KV", "layers", "params", "kept", "weights", "FLOPs", "cache"]
+    is_encoder = family.task_head is not None
+    if is_encoder:
+        columns[-1] = "encoder"
     if dense.tie_word_embeddings:
         # In 80 columns there is room for one of the two.
         columns[columns.index("weights")] = "table"
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.caption = "FLOPs and KV cache are those of one token"
+    if is_encoder:
+        table.caption = "FLOPs are those of one token; the encoder is its layers' matrices"
     whole = cost_within(family, config, limits, dense)
     for shape in [dense, *shapes]:
         cost = cost_within(family, config, limits, shape)
@@ -74,7 +79,7 @@ def plan_table(
             if dense.tie_word_embeddings
             else human_bytes(cost.bytes),
             f"{cost.flops / 1e9:.2g}G" if cost.flops < 1e9 else f"{cost.flops / 1e9:.1f}G",
-            human_bytes(cost.kv_cache),
+            f"{cost.encoder / 1e6:,.1f} M" if is_encoder else human_bytes(cost.kv_cache),
             end_section=shape == dense,
         )
     return table
@@ -91,10 +96,13 @@ def vocabulary_line(whose: str, shape: "Shape", parameters: int) -> str | None:
     )
 
 
-def needs_line(settings: "CompressConfig", seq_len: int, needs: "Needs") -> str:
+def needs_line(settings: "CompressConfig", family: "Family", seq_len: int, needs: "Needs") -> str:
     """What a run of these settings will need."""
+    windows = f"{settings.calibrated} + {settings.eval_samples} windows of {seq_len} tokens"
+    if family.task_head is not None:
+        windows = f"{settings.calibrated_with(rows=True)} rows of at most {seq_len} tokens"
     return (
-        f"A run with {settings.samples} + {settings.eval_samples} windows of {seq_len} tokens "
+        f"A run with {windows} "
         f"needs about {human_bytes(needs.streams)} for the streams (on the GPU, the host or the "
         f"disk: --streams) and {human_bytes(needs.working)} of memory for a layer and its Gram "
         "matrices, in float32 arithmetic; on a GPU the streams take half. On disk the result takes "

@@ -66,11 +66,13 @@ class TextSet:
     """Documents left out since they also occur in a set that must share none with this one."""
     sha256: str
     """Hash of the token ids."""
+    real_tokens: int | None = field(default=None, metadata={LATER: True})
+    """Of rows of a task, which are padded: those that are no padding; None: all are."""
 
     @property
     def tokens(self) -> int:
         """In all windows together."""
-        return self.samples * self.seq_len
+        return self.real_tokens or self.samples * self.seq_len
 
 
 @dataclass(frozen=True)
@@ -353,6 +355,20 @@ class Samples:
 # --------------------------------------------------------------------------- the record
 
 
+@dataclass(frozen=True)
+class TaskFigure:
+    """A figure of how well both models answer the rows of a task; more is better."""
+
+    task: str
+    metric: str
+    samples: int
+    """Rows."""
+    dense: float
+    small: float
+    paired_standard_error: float | None
+    """Of `small - dense`, over the same rows."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """All that is known of a model that `sp3llm compress` made."""
@@ -373,9 +389,12 @@ class Record:
     plan: Plan
     calibration: TextSet
     evaluation: TextSet
-    dense_perplexity: float
-    perplexity: float
-    excess_log_perplexity: Excess
+    dense_perplexity: float | None
+    """Of text, like the next two; None: a task's rows were answered (`answers`)."""
+    perplexity: float | None
+    excess_log_perplexity: Excess | None = None
+    answers: tuple[TaskFigure, ...] | None = field(default=None, metadata={LATER: True})
+    """Of a task; None: the models are of text."""
     layers: tuple[int, ...] = ()
     """Numbers of the dense model's layers that stay; none: all do."""
     trials: tuple[Trial, ...]

@@ -40,6 +40,8 @@ def with_samples(
     """
     if record.samples is not None and named is None:
         return record, None
+    if record.answers is not None:
+        return record, "an encoder continues no text."
     try:
         dense = dense or find_dense(record, named)
         held_out = held_out or held_out_text(record, folder, dense)

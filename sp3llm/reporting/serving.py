@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sp3llm.models.families import FAMILIES, VLLM
+from sp3llm.models.objectives.catalogue import objective_of
 from sp3llm.models.served import refused_at
 from sp3llm.models.shapes import Shape
 
@@ -23,8 +24,9 @@ def servers_refusing(architecture: str, shape: Shape) -> tuple[str, ...]:
 
 def loading_lines(out: Path, architecture: str, refusing: Sequence[str]) -> str:
     """How to load what was written to `out`, a line each, and which servers do not, and why."""
-    lines = [f"  AutoModelForCausalLM.from_pretrained({str(out)!r})   in transformers"]
-    if VLLM not in refusing:
+    objective = objective_of(architecture)
+    lines = [f"  {objective.auto_class}.from_pretrained({str(out)!r})   in transformers"]
+    if objective.labels is None and VLLM not in refusing:
         lines.append(f"  vllm serve {out}")
     if refusing:
         lines.append(

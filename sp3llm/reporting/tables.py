@@ -14,6 +14,7 @@ from sp3llm.reporting.record import (
     Record,
     RecoveryEntry,
     SameText,
+    TaskFigure,
     TextSet,
 )
 from sp3llm.runtime.progress import human_time
@@ -48,6 +49,15 @@ def rows(record: Record) -> list[Sequence[str]]:
             if record.is_exported
             else []
         ),
+        *_figures(record),
+    ]
+
+
+def _figures(record: Record) -> list[Sequence[str]]:
+    """What both models are worth: perplexities, or what they answer on a task."""
+    if record.answers is not None:
+        return [row for figure in record.answers for row in _answer_rows(figure)]
+    return [
         (
             perplexity_of(record.same_text, record.evaluation),
             f"{record.dense_perplexity:.3f}",
@@ -55,6 +65,17 @@ def rows(record: Record) -> list[Sequence[str]]:
         ),
         *_bits_row(record.same_text, "dense", "small"),
         (excess_of(record.same_text), "", str(record.excess_log_perplexity)),
+    ]
+
+
+def _answer_rows(figure: TaskFigure) -> list[Sequence[str]]:
+    """A figure on a task, and what it differs by."""
+    error = figure.paired_standard_error
+    difference = f"{figure.small - figure.dense:+.4f}"
+    difference += "" if error is None else f" ± {error:.4f}"
+    return [
+        (f"{figure.task}, {figure.metric}", f"{figure.dense:.4f}", f"{figure.small:.4f}"),
+        ("difference", "", difference),
     ]
 
 
@@ -276,6 +297,8 @@ def terminal_table(title: str, rows: Sequence[Sequence[str]], caption: str) -> T
 
 def held_out_line(text: TextSet) -> str:
     """How much text both models were scored on."""
+    if text.real_tokens is not None:
+        return f"{text.samples:,} held-out rows of {', '.join(text.sources)}"
     return f"{text.tokens:,} held-out tokens in {text.samples} windows"
 
 

@@ -24,6 +24,11 @@ def rows_of(batch: "Batch", rows: "slice | Tensor") -> "Batch":
     return replace(batch, **tensors)
 
 
+def first_tokens_of(windows: "Batch", count: int) -> "Batch":
+    """Windows cut to so many tokens; rows of examples are short already."""
+    return windows if isinstance(windows, Examples) else windows[:, :count]
+
+
 def real_tokens(batch: "Batch") -> int:
     """How many tokens of a batch are no padding."""
     return batch.tokens if isinstance(batch, Examples) else batch.numel()

@@ -4,6 +4,7 @@ from sp3llm.models.families.bert import ENCODERS
 from sp3llm.models.families.catalogue import FAMILIES, REFUSED, family_of
 from sp3llm.models.families.counts import (
     count_largest_layer,
+    count_layer_matrices,
     count_matrix_parameters,
     count_parameters,
     count_parts,
@@ -108,6 +109,7 @@ __all__ = [
     "axis_size",
     "axis_sizes",
     "count_largest_layer",
+    "count_layer_matrices",
     "count_matrix_parameters",
     "count_parameters",
     "count_parts",

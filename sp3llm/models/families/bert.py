@@ -35,11 +35,16 @@ _BERT_DEFAULTS = {
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
+    "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-_DECODES = {
+_UNSUPPORTED = {
+    "position_embedding_type": (
+        "absolute",
+        "positions relative to each other are not in its table",
+    ),
     "is_decoder": (False, "a decoder of this class is not in its table"),
     "add_cross_attention": (False, "cross-attention is not in its table"),
 }
@@ -109,7 +114,7 @@ def _bert_like(model_type: str, name: str, defaults: Mapping[str, Any], offset: 
         position_offset=offset,
         task_head=TaskHead("pooler.dense", None, first_only=True),
         ending=_with_biases({"pooler.dense": _UNITS}),
-        unsupported=_DECODES,
+        unsupported=_UNSUPPORTED,
     )
 
 

@@ -62,6 +62,14 @@ def count_matrix_parameters(family: Family, config: Mapping[str, Any]) -> int:
     return _count(family, config, active, matrices_only=True)
 
 
+def count_layer_matrices(family: Family, config: Mapping[str, Any]) -> int:
+    """Number of parameters in the matrices of all layers: what papers on BERT count as the encoder,
+    `L (4 D^2 + 2 D F)`.
+    """
+    layer = layer_table(family, config, sparse=False)
+    return _layers(family, config) * _size(family, config, layer, 0, matrices_only=True)
+
+
 def count_largest_layer(family: Family, config: Mapping[str, Any]) -> int:
     """Number of parameters of the layer that has most."""
     experts, _ = expert_counts(family, config)

@@ -1,0 +1,133 @@
+"""The rows of an encoder's task: some to calibrate on, and how both models answer the others."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sp3llm.compression.job import Job
+from sp3llm.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from sp3llm.evaluation.task_scores import Reported
+    from sp3llm.models.checkpoint import Checkpoint
+    from sp3llm.reporting.record import TaskFigure
+    from sp3llm.text.labels import Labels
+    from sp3llm.text.task_sets import TaskSet
+    from sp3llm.text.tasks import Task
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """What a compression reads of a task."""
+
+    calibration: "TaskSet"
+    held_out: "Reported | TaskSet"
+    """The validation rows, as they are answered, or where nothing answers as texts."""
+
+
+def task_of(job: Job) -> "tuple[Task, Labels]":
+    """The task of a job, and what its model predicts of it."""
+    from sp3llm.text.tasks import task_for
+
+    labels = job.objective.labels(job.dense.config)
+    return task_for(job.settings.task or "", labels.kind), labels
+
+
+def read_rows(job: Job) -> TaskRows:
+    """Training rows to calibrate on, and the validation rows.
+
+    Raises UserError if a row is not as the task says, or the tokenizer has ids that the model has
+    not.
+    """
+    from sp3llm.compression.sentences import read_texts_of_rows
+    from sp3llm.evaluation.task_scores import reported, row_length
+    from sp3llm.text.task_sets import drawn
+    from sp3llm.text.tokenizer import load_tokenizer
+
+    if job.objective.labels is None:
+        rows = TaskRows(*read_texts_of_rows(job))
+        _check_ids(job, rows.calibration)
+        return rows
+    task, labels = task_of(job)
+    tokenizer = load_tokenizer(job.dense.folder)
+    seq_len = row_length(task, job.dense.config, tokenizer, job.settings.seq_len)
+    held_out = reported(task, labels, tokenizer, seq_len)
+    settings, known = job.settings, held_out.documents
+    calibration = drawn(task, tokenizer, settings.calibrated, seq_len, settings.seed, known)
+    _check_ids(job, calibration)
+    return TaskRows(calibration, held_out)
+
+
+def _check_ids(job: Job, calibration: "TaskSet") -> None:
+    from sp3llm.models import families
+
+    vocab_size = families.axis_sizes(job.family, job.dense.config)[families.VOCAB]
+    largest = int(calibration.tokens.input_ids.max())
+    if largest >= vocab_size:
+        raise UserError(
+            f"Expected token ids below the model's vocab_size {vocab_size}, found {largest}: the "
+            f"tokenizer in '{job.dense.folder}' belongs to another model."
+        )
+
+
+def task_answers(
+    job: Job, rows: TaskRows, small: "Checkpoint", progress: "Progress"
+) -> "tuple[TaskFigure, ...]":
+    """How the small model and the dense one answer the validation rows, in float32; where nothing
+    answers, how their cosines agree.
+    """
+    from sp3llm.compression.sentences import cosine_figures
+    from sp3llm.evaluation.task_scores import score_rows
+    from sp3llm.reporting.record import TaskFigure
+
+    if job.objective.labels is None:
+        return cosine_figures(job, rows.held_out, small, progress)
+    asked = rows.held_out
+    answers = [
+        _answers(job, checkpoint, asked, progress, what)
+        for checkpoint, what in ((small, "compressed model"), (job.dense, "dense model"))
+    ]
+    return tuple(
+        TaskFigure(
+            task=row.task,
+            metric=row.metric,
+            samples=row.samples,
+            dense=row.dense,
+            small=row.small,
+            paired_standard_error=row.paired_standard_error,
+        )
+        for row in score_rows(asked, *answers)
+    )
+
+
+def _answers(
+    job: Job, checkpoint: "Checkpoint", asked: "Reported", progress: "Progress", what: str
+) -> dict[str, Sequence[Any]]:
+    """By split what a model answers."""
+    from sp3llm.evaluation.score_task import BATCH
+    from sp3llm.evaluation.task_answers import answers_of
+
+    model = stock_model(job, checkpoint)
+    bar = progress.add_task(f"{what}, answers", total=asked.examples)
+    return {
+        split: answers_of(
+            model, job.objective, questions, BATCH, lambda done: progress.advance(bar, done)
+        )
+        for split, questions in asked.splits.items()
+    }
+
+
+def stock_model(job: Job, checkpoint: "Checkpoint") -> Any:
+    """The stock model of a checkpoint, whole, in float32; what was just written has no config.json
+    yet.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[job.family.model_type].from_dict(deepcopy(dict(checkpoint.config)))
+    model = job.objective.stock_class().from_pretrained(
+        checkpoint.folder, config=config, dtype="float32"
+    )
+    return model.requires_grad_(False).eval().to(job.execution.device)

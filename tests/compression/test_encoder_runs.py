@@ -1,0 +1,154 @@
+"""`sp3llm compress --task`: whole runs on tiny encoders, as users have them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from sp3llm.cli import main
+from sp3llm.compression import stages
+from sp3llm.compression.story import compress
+from sp3llm.models.families import count_layer_matrices, family_of
+from sp3llm.options import CompressConfig
+from sp3llm.planning.candidates import candidates
+from sp3llm.planning.limits import Limits
+from tests.helpers import QUIET, WITHOUT_SP3LLM
+from tests.tasks import opinion_folder, tiny_encoder
+
+pytest.importorskip("sklearn")
+
+ANSWER_ELSEWHERE = (
+    WITHOUT_SP3LLM
+    + """
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = sys.argv[1]
+model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+assert not {k: v for k, v in info.items() if v}, info
+batch = AutoTokenizer.from_pretrained(folder)(["the film is good", "dull"], padding=True)
+with torch.no_grad():
+    logits = model(**{k: torch.tensor(v) for k, v in batch.items()}).logits
+save_file({"logits": logits}, folder + "/elsewhere.safetensors")
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny encoder and a task."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_encoder(folder / "dense")
+    opinion_folder(folder / "task")
+    return folder
+
+
+def settings(place, out, **changes):
+    base = {"keep": 0.4, "of": "encoder", "report": False, "task": f"sst2={place / 'task'}"}
+    return CompressConfig(model=str(place / "dense"), out=out, **{**base, **changes})
+
+
+def test_a_run_gives_a_stock_encoder_within_the_budget(place, tmp_path):
+    result = compress(settings(place, tmp_path / "small", report=True), QUIET)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    dense = json.loads((place / "dense" / "config.json").read_text())
+    family = family_of(config)
+    kept = count_layer_matrices(family, config) / count_layer_matrices(family, dense)
+    assert kept <= 0.4
+    assert result.plan.keep == pytest.approx(kept)
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["hidden_size"] % config["num_attention_heads"] == 0
+    record = json.loads((tmp_path / "small" / "sp3llm.json").read_text())
+    assert [figure["metric"] for figure in record["answers"]] == ["accuracy"]
+    assert "validation rows" in (tmp_path / "small" / "README.md").read_text()
+    assert "validation rows" in (tmp_path / "small" / "report.html").read_text()
+    program = [sys.executable, "-c", ANSWER_ELSEWHERE, str(tmp_path / "small")]
+    subprocess.run(program, check=True, env={"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"})
+    elsewhere = load_file(tmp_path / "small" / "elsewhere.safetensors")["logits"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small").eval()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
+    batch = tokenizer(["the film is good", "dull"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, elsewhere)
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_bytes(place, tmp_path, monkeypatch):
+    from sp3llm.runtime.journal import Journal
+
+    monkeypatch.setattr(Journal, "due", lambda self: True)
+    changes = {"hidden_size": 16, "intermediate_size": 32, "keep": 0.5}
+    compress(settings(place, tmp_path / "whole", **changes), QUIET)
+    built, left = stages.build, [2]
+
+    def dies(*args, **kwargs):
+        from sp3llm.models import export
+
+        written = export._write_group
+
+        def count(*group):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return written(*group)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(export, "_write_group", count)
+            return built(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sp3llm.compression.story.build", dies)
+        with pytest.raises(KeyboardInterrupt):
+            compress(settings(place, tmp_path / "again", **changes), QUIET)
+    compress(settings(place, tmp_path / "again", **changes), QUIET)
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "again"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_plan_counts_the_encoder_from_the_config_alone(place, capsys):
+    main(["plan", str(place / "dense"), "--keep", "0.4", "--of", "encoder", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    config = json.loads((place / "dense" / "config.json").read_text())
+    dense = 2 * (4 * 32 * 32 + 2 * 32 * 48)
+    assert count_layer_matrices(family_of(config), config) == dense
+    assert all(0 < shape["encoder"] <= 0.4 * dense for shape in plan["shapes"])
+    assert all(shape["kv_cache"] == 0 for shape in plan["shapes"])
+
+
+def test_bert_base_at_six_percent_has_a_shape():
+    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+    shapes = candidates(family_of(config), config, Limits(0.06, of="encoder"))
+    assert all(s.hidden_size == s.num_attention_heads * s.head_dim for s in shapes)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--of", "encoder"], "Expected --task for a BertForSequenceClassification"),
+        (["--task", "{task}", "--of", "kv-cache"], "which has no KV cache"),
+        (["--task", "{task}", "--calib", "stdlib"], "Expected no --calib with --task"),
+        (["--task", "{task}", "--mask", "learned"], "Expected --mask closed-form with --task"),
+        (["--task", "{task}", "--turn", "hadamard"], "Expected --turn none with --task"),
+        (["--task", "{task}", "--vocab-from", "stdlib"], "Expected no --vocab-from with --task"),
+        (["--task", "nothing"], "Unknown task 'nothing'"),
+        (["--task", "squad"], "Expected a task of classes"),
+    ],
+)
+def test_what_an_encoder_is_not_asked_for_is_refused(words, said, place, refused, tmp_path):
+    words = [word.format(task=f"sst2={place / 'task'}") for word in words]
+    told = refused("compress", place / "dense", "--out", tmp_path / "out", *words)
+    assert said in told
+
+
+def test_a_decoder_has_no_task_and_no_encoder(refused, tmp_path):
+    assert "Expected an encoder for --task" in refused(
+        "compress", "--task", "sst2", "--out", tmp_path / "out"
+    )
+    assert "which has no encoder" in refused("plan", "--of", "encoder")
