@@ -6,6 +6,7 @@ after. Losses to be taught by are means over tokens, float32.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,16 +122,25 @@ def language_model_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     return functional.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten())
 
 
-def stream_error(small: list[Tensor], dense: list[Tensor], target_DK: Tensor) -> Tensor:
+def stream_error(
+    small: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    target_DK: Tensor,
+    real_BS: Tensor | None = None,
+) -> Tensor:
     """How far the small model's stream is from the dense one's seen through the basis.
 
     `small` and `dense` hold the stream at the same places, `(B, S, K)` and `(B, S, D)`;
     `target_DK` is `c T` (docs/design.md 3.3). Each token's error is relative to what it should be,
-    the scale at which the next norm reads it.
+    the scale at which the next norm reads it. `real_BS` is 1 for tokens that count; None: all do.
     """
     errors = []
     for x_BSK, x_BSD in zip(small, dense, strict=True):
         wanted_BSK = x_BSD.float() @ target_DK
         error_BS = (x_BSK.float() - wanted_BSK).square().mean(-1)
-        errors.append((error_BS / wanted_BSK.square().mean(-1).clamp_min(LEAST_MEAN_SQUARE)).mean())
+        error_BS = error_BS / wanted_BSK.square().mean(-1).clamp_min(LEAST_MEAN_SQUARE)
+        if real_BS is None:
+            errors.append(error_BS.mean())
+        else:
+            errors.append((error_BS * real_BS).sum() / real_BS.sum())
     return torch.stack(errors).mean()

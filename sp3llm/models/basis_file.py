@@ -30,5 +30,5 @@ def read_basis(folder: Path) -> Tensor:
         raise UserError(
             f"Expected the basis of the compressed model in '{folder / BASIS}', found none "
             f"({reason(error, 80)}): compress the model again with this version of sp3llm, or "
-            "leave --hidden-weight out."
+            "give --hidden-weight 0."
         ) from error

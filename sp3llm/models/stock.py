@@ -97,6 +97,8 @@ def check_found(name: str, loading_info: Mapping[str, Any]) -> None:
 # Config keys of dropout, and of noise that routers train with.
 _DROPOUT = (
     *("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    *("seq_classif_dropout", "qa_dropout"),
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "router_jitter_noise"),
 )
 

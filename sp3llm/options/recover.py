@@ -8,7 +8,10 @@ from sp3llm.errors import UserError
 from sp3llm.options.checks import check_fields, check_recovery_device
 from sp3llm.options.choices import PRECISIONS, TEACHER_DTYPES, TRACKERS
 from sp3llm.options.compress import CompressConfig
-from sp3llm.options.field import option, same_as
+from sp3llm.options.field import flag, option, same_as
+
+# What names text, of which a task has its own.
+_OF_TEXT = ("train", "stop_text", "eval_text", "teacher_logits")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,12 @@ class RecoverConfig:
         default=None,
         shown="the one that the record of MODEL names",
         metavar="MODEL",
+    )
+    task: str | None = option(
+        "of an encoder: the task whose training rows are learned from and whose validation rows "
+        "are reported on, named like score's --task",
+        default=None,
+        shown="the one that MODEL was compressed with",
     )
     out: Path | None = option(
         "output folder", default=None, shown="./<model>-recovered", metavar="DIR"
@@ -46,7 +55,12 @@ class RecoverConfig:
         metavar="SETS",
     )
     eval_samples: int = same_as(CompressConfig, "eval_samples")
-    steps: int = option("optimizer steps", default=300, least=1)
+    steps: int | None = option(
+        "optimizer steps",
+        default=None,
+        shown="300; of an encoder those of 5 epochs",
+        least=1,
+    )
     batch: int = option("windows a step, over all processes", default=16, least=1)
     micro_batch: int | None = option(
         "windows that a process runs at once",
@@ -54,7 +68,12 @@ class RecoverConfig:
         shown="2048 tokens' worth, one at least",
         least=1,
     )
-    seq_len: int | None = same_as(CompressConfig, "seq_len")
+    seq_len: int | None = option(
+        "tokens a window, or a row of a task at most",
+        default=None,
+        shown="2048, of a task 128 and of answers in a text 384, or the model's positions if fewer",
+        least=2,
+    )
     lr: float | None = option(
         "peak learning rate", default=None, shown="by the hidden size", above=0
     )
@@ -63,18 +82,28 @@ class RecoverConfig:
     )
     weight_decay: float = option("AdamW's, on matrices", default=0.0, least=0)
     clip: float = option("largest norm of the gradient", default=1.0, above=0)
-    temperature: float = option(
-        "temperature at which model and teacher are compared", default=1.0, above=0
+    temperature: float | None = option(
+        "temperature at which model and teacher are compared",
+        default=None,
+        shown="1, of an encoder 2",
+        above=0,
     )
-    kl_weight: float = option("weight of the divergence from the teacher", default=1.0, least=0)
+    kl_weight: float | None = option(
+        "weight of the divergence from the teacher",
+        default=None,
+        shown="1, of an encoder 0.3",
+        least=0,
+    )
     lm_weight: float = option(
-        "weight of the language-model loss, which also learns the text's own manner",
+        "weight of the loss on the text's own tokens, which also learns its manner, or on a task's "
+        "labels",
         default=0.0,
         least=0,
     )
-    hidden_weight: float = option(
+    hidden_weight: float | None = option(
         "weight of the error of the residual stream, seen through the basis that compress stores",
-        default=0.0,
+        default=None,
+        shown="0, of an encoder 0.7",
         least=0,
     )
     lora: int | None = option(
@@ -116,7 +145,12 @@ class RecoverConfig:
     gradient_checkpointing: bool = option(
         "compute activations again in the backward pass instead of keeping them", default=False
     )
-    stop_windows: int = option("windows that the held-out loss is taken on", default=32, least=1)
+    stop_windows: int | None = option(
+        "windows, or rows of a task, that the held-out loss is taken on",
+        default=None,
+        shown="32, of a task all that are kept apart",
+        least=1,
+    )
     check_every: int | None = option(
         "steps between held-out losses", default=None, shown="a tenth of all", least=1
     )
@@ -154,14 +188,20 @@ class RecoverConfig:
                 "Expected the teacher itself for --hidden-weight, found --teacher-logits, which "
                 "holds no hidden states: leave one out."
             )
+        given = [name for name in _OF_TEXT if getattr(self, name) is not None]
+        if self.task is not None and given:
+            raise UserError(
+                f"Expected no {flag(given[0])} with --task, whose rows are learned from, decide "
+                "when to stop and are reported on, found both: leave one out."
+            )
         check_recovery_device(self.device)
 
     @property
     def checked_every(self) -> int:
-        """`check_every`, resolved."""
-        return self.check_every or max(1, self.steps // 10)
+        """`check_every`, resolved, where the steps are."""
+        return self.check_every or max(1, (self.steps or 0) // 10)
 
     @property
     def saved_every(self) -> int:
-        """`checkpoint_every`, resolved."""
-        return self.checkpoint_every or max(1, self.steps // 10)
+        """`checkpoint_every`, resolved, where the steps are."""
+        return self.checkpoint_every or max(1, (self.steps or 0) // 10)

@@ -1,7 +1,7 @@
 """What a recovery starts from: both models, checked against each other, and three texts."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +14,21 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from sp3llm.evaluation.task_scores import Reported
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
     from sp3llm.models.objectives.schema import Objective
     from sp3llm.runtime.processes import Ranks
+    from sp3llm.text.examples import Examples
+    from sp3llm.text.task_sets import TaskSet
     from sp3llm.text.windows import Windows
     from sp3llm.vocabulary.same_text import HeldOut
 
 
 # Settings that change neither the course of training nor what its checkpoints hold.
 _FREE = (
-    *("model", "teacher", "out", "train", "stop_text", "eval_text", "eval_samples", "track"),
-    *("checkpoint_every", "teacher_memory", "device"),
+    *("model", "teacher", "out", "task", "train", "stop_text", "eval_text", "eval_samples"),
+    *("track", "checkpoint_every", "teacher_memory", "device"),
 )
 
 
@@ -60,18 +63,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Texts:
-    """Three sets of windows that share no document."""
+    """Three sets of windows, or of a task's rows, that share no document."""
 
-    training: "Windows"
-    stopping: "Windows"
-    held_out: "HeldOut"
+    training: "Windows | TaskSet"
+    stopping: "Windows | TaskSet"
+    held_out: "HeldOut | Reported"
     """What is reported on."""
 
-    def taught(self) -> "Tensor":
-        """What the teacher is asked about: training windows, then those for stopping."""
-        import torch
-
-        return torch.cat([self.training.tokens, self.stopping.tokens])
+    def taught(self, objective: "Objective") -> "Tensor | Examples":
+        """What the teacher is asked about: training windows or rows, then those for stopping."""
+        return objective.join([self.training.tokens, self.stopping.tokens])
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
 
     small, family = open_model(folder)
     dense, dense_family = open_model(dense_folder)
+    _check_objectives(family.architecture, dense_family.architecture)
     sizes = [
         families.axis_sizes(f, c.config)[families.VOCAB]
         for f, c in ((family, small), (dense_family, dense))
@@ -140,6 +142,23 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
     return Pair(small, family, name, record, dense, dense_family, dense_name, rows)
 
 
+def _check_objectives(architecture: str, teacher: str) -> None:
+    """Raise UserError where the models are not for the same, or for nothing that is learned."""
+    from sp3llm.models.objectives.catalogue import objective_of
+
+    objective = objective_of(architecture)
+    if objective.labels is None and objective.evaluation_windows is None:
+        raise UserError(
+            "Expected a model that continues text or has a head for a task, found one of class "
+            f"{architecture}, which recovery has nothing to score by: fine-tune it instead."
+        )
+    if objective_of(teacher) is not objective:
+        raise UserError(
+            f"Expected a teacher that is for the same as the model of class {architecture}, found "
+            f"one of class {teacher}: name the dense model that it was made from."
+        )
+
+
 def disk_bytes(settings: RecoverConfig, pair: Pair) -> int:
     """Bytes of the output, of two checkpoints and of the best weights.
 
@@ -155,115 +174,34 @@ def disk_bytes(settings: RecoverConfig, pair: Pair) -> int:
     return parameters * pair.small.dtype().itemsize + (2 * 3 + 1) * 4 * trained
 
 
-def window_length_of(settings: RecoverConfig, pair: Pair) -> int:
-    """Tokens a training window: as asked, or what both models have positions for."""
-    from sp3llm.planning.windows import window_length
+def resolved(settings: RecoverConfig, objective: "Objective") -> RecoverConfig:
+    """The settings with the objective's own where nothing was asked for, but for the steps where
+    those follow from how many rows there are.
 
-    return min(
-        window_length(family, model.config, settings.seq_len)
-        for family, model in ((pair.family, pair.small), (pair.dense_family, pair.dense))
-    )
-
-
-def _sets_to_train_and_report_on(settings: RecoverConfig, pair: Pair) -> tuple[str, str]:
-    """Both comma-separated lists of sets: as asked, or the compression's own, where known."""
-    from sp3llm.text.sources import default_evaluation
-
-    compression = pair.compression
-    calibrated = compression.calibration.sources if compression else ("wikitext2",)
-    evaluated = compression.evaluation.sources if compression else ()
-    names = settings.train or ",".join(calibrated)
-    return names, settings.eval_text or ",".join(evaluated) or default_evaluation(names)
-
-
-def text_sets(settings: RecoverConfig, pair: Pair) -> str:
-    """All sets that are read, each once."""
-    from sp3llm.text.sources import split_names
-
-    lists = (*_sets_to_train_and_report_on(settings, pair), settings.stop_text or "")
-    names = [name for names in filter(None, lists) for name in split_names(names)]
-    return ",".join(dict.fromkeys(names))
-
-
-def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
-    """Windows of the three texts. What is reported on is the compression's own, where known."""
-    from sp3llm.models import families
-    from sp3llm.text.tokenizer import load_tokenizer
-    from sp3llm.text.windows import check_token_ids
-    from sp3llm.vocabulary.same_text import held_out_text
-
-    tokenizer = load_tokenizer(pair.small.folder)
-    seq_len = window_length_of(settings, pair)
-    compression = pair.compression
-    names, eval_names = _sets_to_train_and_report_on(settings, pair)
-    whole = tokenizer if pair.rows is None else load_tokenizer(pair.dense.folder)
-    held_out = held_out_text(
-        pair.objective.evaluation_windows,
-        eval_names,
-        (whole, tokenizer),
-        settings.eval_samples,
-        compression.evaluation.seq_len if compression else seq_len,
-        _calibrated_documents(pair, eval_names, (whole, tokenizer)),
-        families.setting(pair.family, pair.small.config, "max_position_embeddings"),
-    )
-    evaluation = held_out.windows
-    training = pair.objective.training_windows(
-        names,
-        tokenizer,
-        settings.steps * settings.batch,
-        seq_len,
-        settings.seed,
-        evaluation.documents,
-    )
-    stopping = pair.objective.training_windows(
-        settings.stop_text or names,
-        tokenizer,
-        settings.stop_windows,
-        seq_len,
-        0,
-        evaluation.documents | training.documents,
-        stopping=settings.stop_text is None,
-    )
-    for family, model, windows in (
-        (pair.family, pair.small, (training, stopping)),
-        (pair.dense_family, pair.dense, (evaluation,)),
-    ):
-        vocab_size = families.axis_sizes(family, model.config)[families.VOCAB]
-        check_token_ids(windows, vocab_size, model.folder)
-    return Texts(training, stopping, held_out)
-
-
-def _calibrated_documents(pair: Pair, names: str, tokenizers: tuple[Any, Any]) -> frozenset[str]:
-    """Documents that the compression was calibrated on, where it read sets that are also to be
-    reported on: they are left out, as the compression left them out.
+    Raises UserError where they do not go together.
     """
-    from sp3llm.text.sources import resolve_source
-    from sp3llm.vocabulary.same_text import calibrated_documents
-
-    compression = pair.compression
-    if compression is None:
-        return frozenset()
-    calibrated = compression.calibration
-    shared = set(calibrated.sources) & {name.strip() for name in names.split(",")}
-    if all(resolve_source(name).stdlib for name in shared):
-        return frozenset()  # divided by content already
-    return calibrated_documents(
-        pair.objective.calibration_windows,
-        ",".join(calibrated.sources),
-        tokenizers,
-        calibrated.samples,
-        calibrated.seq_len,
-        compression.settings["seed"],
-    )
+    recipe = objective.recipe
+    names = ("steps", "temperature", "kl_weight", "hidden_weight", "stop_windows")
+    silent = {name: getattr(recipe, name) for name in names if getattr(settings, name) is None}
+    return replace(settings, **silent)
 
 
-def say_epochs(settings: RecoverConfig, texts: Texts, console: "Console") -> None:
-    """Tell how often the training text is gone through."""
+def with_steps(settings: RecoverConfig, objective: "Objective", texts: Texts) -> RecoverConfig:
+    """The settings with as many steps as the objective's epochs take, where none were asked for."""
+    if settings.steps is not None:
+        return settings
+    rows = objective.recipe.epochs * len(texts.training.tokens)
+    return replace(settings, steps=-(-rows // settings.batch))
+
+
+def say_epochs(settings: RecoverConfig, texts: Texts, unit: str, console: "Console") -> None:
+    """Tell how often the training text is gone through, which is in such units."""
     windows = len(texts.training.tokens)
     epochs = settings.steps * settings.batch / windows
+    padded = texts.training.describe().get("real_tokens") is not None
     console.print(
-        f"{settings.steps} steps of {settings.batch} windows of {texts.training.tokens.shape[1]} "
-        f"tokens; the text holds {windows} windows"
+        f"{settings.steps} steps of {settings.batch} {unit} of {texts.training.tokens.shape[1]} "
+        f"tokens{' at most' * padded}; the text holds {windows} {unit}"
         + (f", gone through {epochs:.1f} times." if epochs > 1 else "."),
         highlight=False,
         markup=False,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sp3llm.options import RecoverConfig
-from sp3llm.recovery.inputs import Pair, Texts
+from sp3llm.recovery.figures import Figures
+from sp3llm.recovery.inputs import Pair
 from sp3llm.recovery.student import default_lr, load_student
 from sp3llm.reporting.record import (
     Excess,
@@ -21,19 +22,19 @@ from sp3llm.reporting.record import (
 from sp3llm.reporting.typed_json import from_json, to_json
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from torch import Tensor
 
-    from sp3llm.maths import paired
+    from sp3llm.evaluation.task_scores import Reported
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.recovery.checkpoints import State
+    from sp3llm.text.task_sets import TaskSet
     from sp3llm.text.windows import Windows
     from sp3llm.vocabulary.same_text import HeldOut
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """What a run produced."""
+@dataclass(frozen=True, kw_only=True)
+class Recovery(Figures):
+    """What a run produced, and what it is worth."""
 
     name: str
     teacher: str
@@ -42,14 +43,9 @@ class Recovery:
     command: str
     state: "State"
     trained_parameters: int
-    training: "Windows"
-    stopping: "Windows"
-    held_out: "HeldOut"
-    dense_perplexity: float
-    perplexity_before: float
-    perplexity: float
-    excess_before: "paired.Excess"
-    excess: "paired.Excess"
+    training: "Windows | TaskSet"
+    stopping: "Windows | TaskSet"
+    held_out: "HeldOut | Reported"
     seconds: float
     peak_memory: int
     device_memory: int
@@ -90,29 +86,6 @@ def export(
     written = Checkpoint(folder, pair.small.config, files)
     check_tensors(written, pair.family)
     return written
-
-
-def measure_three(
-    pair: Pair, written: "Checkpoint", texts: Texts, device: str, progress: "Progress"
-) -> "tuple[Tensor, Tensor, Tensor]":
-    """Losses of the recovered model, the one before and the dense one on the held-out windows,
-    float64, in nats a token of the dense one, a row a window (`HeldOut.small_nats`).
-    """
-    from sp3llm.evaluation.perplexity import measure_losses
-    from sp3llm.runtime.devices import arithmetic_of, resolve_execution
-
-    held_out = texts.held_out
-    small = (held_out.small_tokens, held_out.small_nats)
-    losses = []
-    for checkpoint, family, (tokens, nats) in (
-        (written, pair.family, small),
-        (pair.small, pair.family, small),
-        (pair.dense, pair.dense_family, (held_out.tokens, held_out.dense_nats)),
-    ):
-        dtype = arithmetic_of(pair.dense.dtype(), checkpoint.dtype())
-        execution = resolve_execution(device, dtype)
-        losses.append(nats(measure_losses(checkpoint, family, tokens, execution, progress)))
-    return tuple(losses)
 
 
 def write_result(
@@ -162,7 +135,8 @@ def _tuned_card(settings: RecoverConfig, pair: Pair, entry: RecoveryEntry) -> st
         text = tuned_again(card.read_text(encoding="utf-8"), pair.name, entry)
         return text + card_section(entry)
     base_model = None if Path(settings.model).exists() else pair.name
-    return tuned_card(pair.name, entry, base_model, carried_metadata(pair.small.folder))
+    carried = carried_metadata(pair.small.folder)
+    return tuned_card(pair.name, entry, base_model, carried, pair.objective.pipeline)
 
 
 def _entry(
@@ -172,20 +146,34 @@ def _entry(
     from sp3llm.models import families
     from sp3llm.runtime.machine import machine, versions
 
-    state, training, evaluation = result.state, result.training, result.held_out.windows
-    same = result.held_out.describe(
-        dense=result.dense_perplexity, before=result.perplexity_before, small=result.perplexity
-    )
+    state, training, stopping = result.state, result.training, result.stopping
+    held_out = result.held_out
+    of_text = {}
+    if result.excess is not None:
+        same = held_out.describe(
+            dense=result.dense_perplexity, before=result.perplexity_before, small=result.perplexity
+        )
+        of_text = {
+            "dense_perplexity": result.dense_perplexity,
+            "perplexity_before": result.perplexity_before,
+            "perplexity": result.perplexity,
+            "excess_log_perplexity_before": from_json(Excess, result.excess_before.describe()),
+            "excess_log_perplexity": from_json(Excess, result.excess.describe()),
+            "same_text": from_json(SameText, same) if same else None,
+        }
+        held_out = held_out.windows
+    evaluation = from_json(TextSet, held_out.describe())
     width = families.axis_sizes(pair.family, pair.small.config)[families.RESIDUAL]
+    named = {"task": training, "train": training, "stop_text": stopping, "eval_text": evaluation}
+    names = ("train", "stop_text", "eval_text") if of_text else ("task",)
+    sources = {name: ",".join(named[name].sources) for name in names}
     resolved = replace(
         settings,
         out=result.out,
         teacher=pair.teacher,
-        train=",".join(training.sources),
-        stop_text=",".join(result.stopping.sources),
-        eval_text=",".join(evaluation.sources),
+        **sources,
         seq_len=training.tokens.shape[1],
-        lr=settings.lr or default_lr(width, settings.lora is not None),
+        lr=settings.lr or default_lr(pair.objective, width, settings.lora is not None),
         check_every=settings.checked_every,
         checkpoint_every=settings.saved_every,
         device=device,
@@ -200,13 +188,10 @@ def _entry(
         held_out_losses=tuple(map(tuple, state.held_out)),
         training_losses=tuple(map(tuple, state.trained)),
         training=from_json(TextSet, training.describe()),
-        stopping=from_json(TextSet, result.stopping.describe()),
-        evaluation=from_json(TextSet, evaluation.describe()),
-        dense_perplexity=result.dense_perplexity,
-        perplexity_before=result.perplexity_before,
-        perplexity=result.perplexity,
-        excess_log_perplexity_before=from_json(Excess, result.excess_before.describe()),
-        excess_log_perplexity=from_json(Excess, result.excess.describe()),
+        stopping=from_json(TextSet, stopping.describe()),
+        evaluation=evaluation,
+        **of_text,
+        scores=result.scores or None,
         processes=processes,
         training_seconds=round(state.seconds, 2),
         seconds=round(result.seconds, 2),
@@ -214,5 +199,4 @@ def _entry(
         device_memory_bytes=result.device_memory,
         versions=versions(),
         machine=machine(device),
-        same_text=from_json(SameText, same) if same else None,
     )

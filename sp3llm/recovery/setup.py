@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sp3llm.recovery.stored_logits import StoredTeacher
-    from sp3llm.recovery.teacher import LiveTeacher, StreamTap
+    from sp3llm.recovery.teacher import LiveTeacher, StatesTap, StreamTap
+    from sp3llm.text.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,17 @@ class TrainingSetup:
     names: frozenset[str]
     """Of the weights that are trained."""
     teacher: "LiveTeacher | StoredTeacher"
-    tap: "StreamTap | None"
+    tap: "StreamTap | StatesTap | None"
     """On the model, where its residual stream is compared with the teacher's."""
     target_DK: "Tensor | None"
     """What takes the teacher's stream to the model's, where they are compared: `c T`, the basis
     scaled (`maths.basis.stream_scale`).
     """
-    tokens: "Tensor"
-    """Token ids, `(windows, seq_len)`: windows to train on, then those that decide when to stop
-    (`Texts.taught`).
+    places: tuple[int, ...]
+    """By stream of the model that is compared which of the teacher's is its target."""
+    tokens: "Tensor | Examples"
+    """Windows, token ids `(windows, seq_len)`, or rows of a task: those to train on, then those
+    that decide when to stop (`Texts.taught`).
     """
     training: int
     """How many of them are trained on."""
@@ -54,13 +57,14 @@ def set_up(run: Run, progress: "Progress") -> TrainingSetup:
     from sp3llm.models import families
     from sp3llm.models.stock import run_layers_again
     from sp3llm.recovery.checkpoints import carry_only_trained
-    from sp3llm.recovery.teacher import StreamTap
+    from sp3llm.recovery.teacher import tap_of
 
     settings, accelerator, pair = run.settings, run.accelerator, run.pair
     transformers.utils.logging.disable_progress_bar()
     set_seed(settings.seed)
-    tokens = run.texts.taught()
+    tokens = run.texts.taught(pair.objective)
     target_DK = _stream_target(run) if settings.hidden_weight else None
+    places = stream_places(pair) if settings.hidden_weight else ()
     teacher = _teacher(run, tokens, progress)
 
     stored = pair.small.dtype()
@@ -72,10 +76,10 @@ def set_up(run: Run, progress: "Progress") -> TrainingSetup:
     tap = None
     if settings.hidden_weight:
         stock = model.get_base_model() if settings.lora is not None else model
-        tap = StreamTap(stock, pair.family.layers_module, pair.family.final_norm)
+        tap = tap_of(stock, pair.objective, pair.family)
     model.train()
     hidden_size = families.axis_sizes(pair.family, pair.small.config)[families.RESIDUAL]
-    optimizer, schedule = optimizer_of(settings, model, hidden_size)
+    optimizer, schedule = optimizer_of(settings, pair.objective, model, hidden_size)
     model, optimizer = accelerator.prepare(model, optimizer)
     # Not prepared: accelerate would move it once for every process.
     accelerator.register_for_checkpointing(schedule)
@@ -93,6 +97,7 @@ def set_up(run: Run, progress: "Progress") -> TrainingSetup:
         teacher=teacher,
         tap=tap,
         target_DK=target_DK,
+        places=places,
         tokens=tokens,
         training=len(run.texts.training.tokens),
     )
@@ -109,30 +114,46 @@ def _stream_target(run: Run) -> "Tensor":
 
 
 def _check_basis(basis_DK: "Tensor", pair: Pair) -> None:
-    """Raise UserError if the basis is not one from the teacher's stream to the model's, or they
-    are not as deep.
-    """
-    from sp3llm.models.shapes import Shape
+    """Raise UserError if the basis is not one from the teacher's stream to the model's."""
+    from sp3llm.models import families
 
-    shapes = [
-        Shape.of(family, model.config)
+    wanted = tuple(
+        families.axis_sizes(family, model.config)[families.RESIDUAL]
         for family, model in ((pair.dense_family, pair.dense), (pair.family, pair.small))
-    ]
-    wanted, layers = (
-        tuple(getattr(shape, name) for shape in shapes)
-        for name in ("hidden_size", "num_hidden_layers")
     )
-    if layers[0] != layers[1]:
-        raise UserError(
-            f"Expected as many layers as the teacher's {layers[0]} for --hidden-weight, which "
-            f"compares the streams between them, found {layers[1]} in '{pair.name}': leave it out."
-        )
     if tuple(basis_DK.shape) != wanted:
         raise UserError(
             f"Expected a basis of {wanted} for --hidden-weight, as wide as the teacher and "
             f"'{pair.name}', found {tuple(basis_DK.shape)}: name the dense model that it was made "
             "from."
         )
+
+
+def stream_places(pair: Pair) -> tuple[int, ...]:
+    """By stream of the model, in front of every layer and behind the last, which of the teacher's
+    it is compared with.
+
+    That is the same one where no layer is gone. Else what a layer leaves is compared with what the
+    teacher has in front of the next layer that stayed, as the refit fits it (docs/design.md 3.14).
+
+    Raises UserError where it is not known which layers stayed.
+    """
+    from sp3llm.models import families
+
+    deep, dense = (
+        families.setting(family, model.config, "num_hidden_layers")
+        for family, model in ((pair.family, pair.small), (pair.dense_family, pair.dense))
+    )
+    if deep == dense:
+        return tuple(range(deep + 1))
+    stayed = pair.compression.layers if pair.compression else ()
+    if len(stayed) != deep or max(stayed) >= dense:
+        raise UserError(
+            f"Expected as many layers as the teacher's {dense} for --hidden-weight, or a record of "
+            f"those that stayed, found {deep} in '{pair.name}' and no such record: give "
+            "--hidden-weight 0."
+        )
+    return (0, *stayed[1:], dense)
 
 
 # --------------------------------------------------------------------------- the teacher

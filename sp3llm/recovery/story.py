@@ -26,16 +26,16 @@ from sp3llm.options import RecoverConfig, command_line
 from sp3llm.recovery.inputs import (
     Run,
     disk_bytes,
-    draw_texts,
     identify,
     open_pair,
+    resolved,
     run_identity,
     say_epochs,
-    text_sets,
-    window_length_of,
+    with_steps,
 )
-from sp3llm.recovery.result import Recovery, export, measure_three, write_result
+from sp3llm.recovery.result import Recovery, export, write_result
 from sp3llm.recovery.setup import set_up
+from sp3llm.recovery.subject import subject_of
 from sp3llm.recovery.training import train
 
 if TYPE_CHECKING:
@@ -101,27 +101,28 @@ def _prepare(settings: RecoverConfig, console: "Console", in_place: bool) -> "tu
     from sp3llm.recovery.engine import engine
     from sp3llm.runtime.folders import check_disk, check_not_input, check_output
     from sp3llm.runtime.processes import ranks_of
-    from sp3llm.text.sources import local_files
 
     pair = open_pair(settings, console)
+    subject = subject_of(pair.objective)
     out = settings.out or Path(f"{Path(pair.name).name}-recovered")
-    settings = replace(settings, out=out)
+    settings = replace(resolved(settings, pair.objective), out=out)
     check_output(out)
     check_not_input(out, pair.dense.folder, "the teacher")
     if not in_place:
         check_not_input(out, pair.small.folder, "the model that is tuned")
     if settings.teacher_logits is not None:
         check_not_input(out, settings.teacher_logits, "the teacher's logits")
-    for name, path in local_files(text_sets(settings, pair)).items():
+    for name, path in subject.files(settings, pair).items():
         check_not_input(out, path, f"the text '{name}'")
     check_disk(out, disk_bytes(settings, pair))
     accelerator = engine(settings, out.with_name(out.name + ".logs"))
     ranks = ranks_of(accelerator)
     if not ranks.is_first:
         console = Console(quiet=True)
-    micro_batch = micro_batch_of(settings, window_length_of(settings, pair), ranks.count)
-    texts = ranks.in_all(lambda: draw_texts(settings, pair))
-    say_epochs(settings, texts, console)
+    micro_batch = micro_batch_of(settings, subject.length(settings, pair), ranks.count)
+    texts = ranks.in_all(lambda: subject.draw(settings, pair))
+    settings = with_steps(settings, pair.objective, texts)
+    say_epochs(settings, texts, subject.unit, console)
     model_files, teacher_files = identify(settings, pair, texts, ranks)
     run = Run(
         settings=settings,
@@ -145,7 +146,6 @@ def _write(
     `started` is when the recovery began, by `time.monotonic`. Returns what the record has of it,
     too.
     """
-    from sp3llm.maths.paired import excess_log_perplexity
     from sp3llm.recovery.checkpoints import load_best, trained_parameters
     from sp3llm.runtime.folders import output_folder
     from sp3llm.runtime.machine import device_memory, peak_memory
@@ -155,7 +155,7 @@ def _write(
     device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
     with output_folder(settings.out, say) as partial:
         written = export(settings, pair, load_best(run.work), partial)
-        losses, before, dense = measure_three(pair, written, texts, device, progress)
+        figures = subject_of(pair.objective).measure(pair, written, texts, device, progress)
         result = Recovery(
             name=pair.name,
             teacher=pair.teacher,
@@ -167,11 +167,7 @@ def _write(
             training=texts.training,
             stopping=texts.stopping,
             held_out=texts.held_out,
-            dense_perplexity=pair.objective.merit(dense),
-            perplexity_before=pair.objective.merit(before),
-            perplexity=pair.objective.merit(losses),
-            excess_before=excess_log_perplexity(before, dense),
-            excess=excess_log_perplexity(losses, dense),
+            **vars(figures),
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(),
             device_memory=device_memory(device),

@@ -12,20 +12,22 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Peak learning rates of a model one wide. That of all weights was measured at a width of 176
-# (eval/NOTES.md), that of adapters was not.
-_LR_OF_WEIGHTS, _LR_OF_ADAPTERS = 0.2, 1.0
+    from sp3llm.models.objectives.schema import Objective
+
+# Peak learning rate of adapters in a model one wide, five times that of all weights of a decoder;
+# not measured.
+_LR_OF_ADAPTERS = 5
 # Of AdamW: a second moment over some 20 steps, as language models are trained, since there are only
 # a few hundred; torch's 0.999 would average over a thousand.
 _BETAS = (0.9, 0.95)
 
 
-def default_lr(hidden_size: int, lora: bool) -> float:
+def default_lr(objective: "Objective", hidden_size: int, lora: bool) -> float:
     """Peak learning rate by the width of the model.
 
     The update that a step of Adam makes to what a matrix puts out grows with the width it reads.
     """
-    return (_LR_OF_ADAPTERS if lora else _LR_OF_WEIGHTS) / hidden_size
+    return objective.recipe.lr_of_weights * (_LR_OF_ADAPTERS if lora else 1) / hidden_size
 
 
 def load_student(
@@ -73,7 +75,7 @@ def _with_adapters(
 
 
 def optimizer_of(
-    settings: RecoverConfig, model: "nn.Module", hidden_size: int
+    settings: RecoverConfig, objective: "Objective", model: "nn.Module", hidden_size: int
 ) -> tuple["torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler"]:
     """AdamW over what is trained, with weight decay on matrices only, and its schedule: a linear
     warm-up and a cosine to 0 over the run's steps.
@@ -88,7 +90,7 @@ def optimizer_of(
     ]
     # Adapters are matrices only, and not every engine takes a group of nothing.
     groups = [group for group in groups if group["params"]]
-    lr = settings.lr or default_lr(hidden_size, settings.lora is not None)
+    lr = settings.lr or default_lr(objective, hidden_size, settings.lora is not None)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=_BETAS)
     warmup = math.ceil(settings.warmup * settings.steps)
     # One further along than transformers has it, whose first step has a rate of 0.

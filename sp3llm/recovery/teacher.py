@@ -1,6 +1,6 @@
 """The dense model as a teacher beside the model it teaches: whole, in few bits, or offloaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError, reason
-from sp3llm.maths.losses import divergence
+from sp3llm.models.families import Family
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.quantization.bits import bits_config, check_installed, take_any_width
 from sp3llm.recovery.inputs import Run
@@ -120,6 +120,35 @@ class StreamTap:
         return [streams[number] for number in sorted(streams)]
 
 
+class StatesTap:
+    """Keeps the hidden states that a stock encoder returns: its residual stream in front of every
+    layer, and behind the last.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._streams: Sequence[Tensor] = ()
+        model.register_forward_pre_hook(self._ask, with_kwargs=True)
+        model.register_forward_hook(self._keep)
+
+    def _ask(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        return args, {**kwargs, "output_hidden_states": True}
+
+    def _keep(self, _: nn.Module, __: tuple, output: Any) -> None:
+        self._streams = output.hidden_states
+
+    def take(self) -> list[Tensor]:
+        """What the last forward pass left, `(B, S, width)` each; it is forgotten here."""
+        streams, self._streams = self._streams, ()
+        return list(streams)
+
+
+def tap_of(model: nn.Module, objective: Objective, family: Family) -> StreamTap | StatesTap:
+    """What keeps the residual stream of a stock model."""
+    if objective.states_are_stream:
+        return StatesTap(model)
+    return StreamTap(model, family.layers_module, family.final_norm)
+
+
 @dataclass(frozen=True)
 class LiveTeacher:
     """A teacher that runs beside the model it teaches."""
@@ -127,7 +156,7 @@ class LiveTeacher:
     model: nn.Module
     objective: Objective
     """What it is for."""
-    tap: StreamTap | None
+    tap: StreamTap | StatesTap | None
     """Where hidden states are compared too."""
     device: torch.device
     """Where its answers are wanted."""
@@ -135,25 +164,27 @@ class LiveTeacher:
     """By token of the model it teaches its own, where that has some of them only; None: all."""
 
     @torch.no_grad()
-    def answers(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits `(B, S, V)` for token ids `(B, S)`, and the stream if it is tapped; of a model
+    def answers(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
+        """Logits for a batch, of tokens `(B, S, V)`, and the stream if it is tapped; of a model
         with some of its tokens both are that one's.
         """
+        objective = self.objective
         if self.rows is not None:
-            tokens = self.rows.to(tokens.device)[tokens]
+            batch = objective.in_rows(batch, self.rows)
         # An offloaded model's hooks bring inputs to where each layer runs.
-        logits = self.model(**self.objective.inputs(tokens)).logits
+        logits = objective.logits(self.model(**objective.inputs(batch)), batch)
         if self.rows is not None:
-            logits = logits[..., self.rows.to(logits.device)]
+            logits = objective.of_rows(logits, self.rows)
         streams = [] if self.tap is None else self.tap.take()
         return logits.to(self.device), [stream.to(self.device) for stream in streams]
 
     def divergence(
-        self, logits: Tensor, rows: Tensor, tokens: Tensor, temperature: float
+        self, logits: Tensor, rows: Tensor, batch: Any, temperature: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """Divergence of the logits `(B, S - 1, V)` from its own; and its stream."""
-        wanted, streams = self.answers(tokens)
-        return divergence(logits, self.objective.scored(wanted), temperature), streams
+        """Divergence of scored logits, of tokens `(B, S - 1, V)`, from its own; and its stream."""
+        wanted, streams = self.answers(batch)
+        wanted = self.objective.scored(wanted)
+        return self.objective.divergence(logits, wanted, temperature), streams
 
 
 def live_teacher(run: Run) -> LiveTeacher:
@@ -169,7 +200,6 @@ def live_teacher(run: Run) -> LiveTeacher:
     )
     tap = None
     if settings.hidden_weight:
-        family = run.pair.dense_family
-        tap = StreamTap(model, family.layers_module, family.final_norm)
+        tap = tap_of(model, run.pair.objective, run.pair.dense_family)
     rows = None if run.pair.rows is None else torch.tensor(run.pair.rows)
     return LiveTeacher(model, run.pair.objective, tap, device, rows)

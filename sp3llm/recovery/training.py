@@ -98,20 +98,22 @@ def _step(setup: TrainingSetup, step: int) -> "Tensor":
 
 
 def _loss(setup: TrainingSetup, rows: "Tensor") -> "Tensor":
-    """The loss, a mean over tokens, on the windows of `TrainingSetup.tokens` numbered in `rows`."""
+    """The loss on what of `TrainingSetup.tokens` is numbered in `rows`, a mean over it."""
     from sp3llm.maths.losses import stream_error
 
     settings = setup.run.settings
-    tokens = setup.tokens[rows].to(setup.run.accelerator.device)
+    batch = setup.tokens[rows].to(setup.run.accelerator.device)
     objective = setup.run.pair.objective
-    logits = objective.scored(setup.model(**objective.inputs(tokens)).logits)
-    divergence, dense = setup.teacher.divergence(logits, rows, tokens, settings.temperature)
+    logits = objective.scored(objective.logits(setup.model(**objective.inputs(batch)), batch))
+    divergence, dense = setup.teacher.divergence(logits, rows, batch, settings.temperature)
     loss = settings.kl_weight * divergence
     if settings.lm_weight:
-        loss = loss + settings.lm_weight * objective.learning_loss(logits, tokens)
+        loss = loss + settings.lm_weight * objective.learning_loss(logits, batch)
     if setup.tap is not None:
-        small = setup.tap.take()
-        loss = loss + settings.hidden_weight * stream_error(small, dense, setup.target_DK)
+        wanted = [dense[place] for place in setup.places]
+        real = objective.real_tokens(batch)
+        error = stream_error(setup.tap.take(), wanted, setup.target_DK, real)
+        loss = loss + settings.hidden_weight * error
     return loss
 
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sp3llm.models.objectives.catalogue import objective_of
 from sp3llm.reporting.record import (
     QuantizationEntry,
     Record,
@@ -54,24 +55,30 @@ def compressed_metadata(record: Record, carried: dict[str, Any]) -> str:
         base_model=record.base_model,
         is_quantized=record.quantization is not None,
         tags=["sp3llm", "pruned", *(["bitsandbytes"] if record.quantization else [])],
+        pipeline=objective_of(record.architecture).pipeline,
         datasets=_dataset_ids(record.calibration.sources) or None,
     )
 
 
 def tuned_metadata(
-    model: str, entry: RecoveryEntry, base_model: str | None, carried: dict[str, Any]
+    model: str,
+    entry: RecoveryEntry,
+    base_model: str | None,
+    carried: dict[str, Any],
+    pipeline: str = _TASK,
 ) -> str:
     """The YAML block, between its rules, of a model that sp3llm tuned and did not compress.
 
-    `model` is its name, `base_model` its hub id (None: it was a folder), and `carried` metadata of
-    its card from before.
+    `model` is its name, `base_model` its hub id (None: it was a folder), `carried` metadata of its
+    card from before, and `pipeline` what the hub calls what it is for.
     """
     return _block(
         carried,
         model_name=f"{model}, recovered",
-        eval_results=_perplexity(entry.perplexity, entry.evaluation),
+        eval_results=_recovered(entry),
         base_model=base_model,
         is_quantized=False,
+        pipeline=pipeline,
         tags=["sp3llm"],
     )
 
@@ -81,7 +88,7 @@ def tuned_again(card: str, model: str, entry: RecoveryEntry) -> str:
     from huggingface_hub import ModelCard
 
     parsed = ModelCard(card, ignore_metadata_errors=True)
-    results = _perplexity(entry.perplexity, entry.evaluation)
+    results = _recovered(entry)
     parsed.data.model_name = f"{model}, recovered" if results else None
     parsed.data.eval_results = results or None
     return str(parsed)
@@ -94,6 +101,7 @@ def _block(
     eval_results: "list[EvalResult]",
     base_model: str | None,
     is_quantized: bool,
+    pipeline: str,
     **entries: Any,
 ) -> str:
     from huggingface_hub import ModelCardData
@@ -105,7 +113,7 @@ def _block(
         # The hub guesses where a card does not say, by files and tags, and may guess wrong.
         base_model_relation=relation if base_model else None,
         library_name="transformers",
-        pipeline_tag=_TASK,
+        pipeline_tag=pipeline,
         # A name without results would be metadata that the hub does not know.
         model_name=model_name if eval_results else None,
         eval_results=eval_results or None,
@@ -132,7 +140,28 @@ def _perplexity_of(record: Record) -> "list[EvalResult]":
     if isinstance(last, QuantizationEntry):  # measured on the windows of the compression
         perplexity = last.models.small_quantized.perplexity
         return _perplexity(perplexity, record.evaluation, last.same_text)
+    if isinstance(last, RecoveryEntry):
+        return _recovered(last)
     return _perplexity(last.perplexity, last.evaluation, last.same_text)
+
+
+def _recovered(entry: RecoveryEntry) -> "list[EvalResult]":
+    """What a recovery was measured to be worth: a perplexity, or figures on a task."""
+    from huggingface_hub import EvalResult
+
+    if entry.scores is None:
+        return _perplexity(entry.perplexity, entry.evaluation, entry.same_text)
+    return [
+        EvalResult(
+            task_type="text-classification",
+            dataset_name=score.task,
+            dataset_type=score.task,
+            metric_type=score.metric.lower().replace(" ", "_"),
+            metric_name=f"{score.metric} (sp3llm, {score.samples} rows)",
+            metric_value=score.small,
+        )
+        for score in entry.scores
+    ]
 
 
 def _perplexity(

@@ -228,6 +228,30 @@ class Scores:
     other: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TaskFigure:
+    """A figure of how well both models answer the rows of a task; more is better."""
+
+    task: str
+    metric: str
+    samples: int
+    """Rows."""
+    dense: float
+    small: float
+    paired_standard_error: float | None
+    """Of `small - dense`, over the same rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveredFigure(TaskFigure):
+    """The same of the models of a recovery."""
+
+    before: float
+    """Of the model that was tuned."""
+    paired_standard_error_before: float | None
+    """Of `before - dense`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecoveryEntry:
     """What a run of `sp3llm recover` did and measured."""
@@ -248,11 +272,14 @@ class RecoveryEntry:
     training: TextSet
     stopping: TextSet
     evaluation: TextSet
-    dense_perplexity: float
-    perplexity_before: float
-    perplexity: float
-    excess_log_perplexity_before: Excess
-    excess_log_perplexity: Excess
+    dense_perplexity: float | None = field(default=None, metadata={LATER: True})
+    """Of text, like the next four; None: a task's rows were answered (`scores`)."""
+    perplexity_before: float | None = field(default=None, metadata={LATER: True})
+    perplexity: float | None = field(default=None, metadata={LATER: True})
+    excess_log_perplexity_before: Excess | None = field(default=None, metadata={LATER: True})
+    excess_log_perplexity: Excess | None = field(default=None, metadata={LATER: True})
+    scores: tuple[RecoveredFigure, ...] | None = field(default=None, metadata={LATER: True})
+    """Of a task."""
     processes: int
     training_seconds: float
     seconds: float
@@ -353,20 +380,6 @@ class Samples:
 
 
 # --------------------------------------------------------------------------- the record
-
-
-@dataclass(frozen=True)
-class TaskFigure:
-    """A figure of how well both models answer the rows of a task; more is better."""
-
-    task: str
-    metric: str
-    samples: int
-    """Rows."""
-    dense: float
-    small: float
-    paired_standard_error: float | None
-    """Of `small - dense`, over the same rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,6 @@ def next_steps(out: Path, architecture: str, refusing: Sequence[str], entry: Rec
 
 def card_section(entry: RecoveryEntry) -> str:
     """The section of a model card on the recovery, after an empty line."""
-    evaluation = entry.evaluation
     return f"""
 ## Recovered
 
@@ -52,22 +51,35 @@ Tuned afterwards by distillation from {entry.settings["teacher"]}: {_what_was_do
 
 {markdown_table(recovery_rows(entry))}
 
-Perplexity on {evaluation.tokens:,} tokens of held-out text
-({", ".join(evaluation.sources)}), which shares no document with the text trained on
-({", ".join(entry.training.sources)}) or the text that decided when to stop; the standard error is
-paired over {evaluation.samples} windows. {same_text_line(entry.same_text)}
+{_what_was_measured(entry)}
 
     {entry.command}
 """
 
 
+def _what_was_measured(entry: RecoveryEntry) -> str:
+    evaluation = entry.evaluation
+    if entry.scores is not None:
+        return f"""On the {evaluation.samples:,} rows of the task's validation split
+({", ".join(evaluation.sources)}), of which none was trained on and none decided when to stop; the
+standard error is paired over rows."""
+    return f"""Perplexity on {evaluation.tokens:,} tokens of held-out text
+({", ".join(evaluation.sources)}), which shares no document with the text trained on
+({", ".join(entry.training.sources)}) or the text that decided when to stop; the standard error is
+paired over {evaluation.samples} windows. {same_text_line(entry.same_text)}"""
+
+
 def tuned_card(
-    model: str, entry: RecoveryEntry, base_model: str | None, carried: dict[str, Any]
+    model: str,
+    entry: RecoveryEntry,
+    base_model: str | None,
+    carried: dict[str, Any],
+    pipeline: str = "text-generation",
 ) -> str:
     """README.md of a tuned model that sp3llm did not compress; the arguments are those of
     `metadata.tuned_metadata`.
     """
-    metadata = tuned_metadata(model, entry, base_model, carried)
+    metadata = tuned_metadata(model, entry, base_model, carried, pipeline)
     return f"{metadata}\n# {model}, recovered\n{card_section(entry)}"
 
 

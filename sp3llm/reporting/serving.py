@@ -26,7 +26,7 @@ def loading_lines(out: Path, architecture: str, refusing: Sequence[str]) -> str:
     """How to load what was written to `out`, a line each, and which servers do not, and why."""
     objective = objective_of(architecture)
     lines = [f"  {objective.auto_class}.from_pretrained({str(out)!r})   in transformers"]
-    if objective.labels is None and VLLM not in refusing:
+    if objective.evaluation_windows is not None and VLLM not in refusing:
         lines.append(f"  vllm serve {out}")
     if refusing:
         lines.append(

@@ -12,6 +12,7 @@ from sp3llm.reporting.plans import changed_sizes
 from sp3llm.reporting.record import (
     QuantizationEntry,
     Record,
+    RecoveredFigure,
     RecoveryEntry,
     SameText,
     TaskFigure,
@@ -191,8 +192,11 @@ def score_rows(record: Record) -> list[list[str]]:
 
 def recovery_rows(entry: RecoveryEntry) -> list[Sequence[str]]:
     """The table of a recovery, its head first."""
+    head = ["", "dense", "before", "recovered"]
+    if entry.scores is not None:
+        return [head, *(row for score in entry.scores for row in _score_rows(score))]
     return [
-        ["", "dense", "before", "recovered"],
+        head,
         [
             perplexity_of(entry.same_text, entry.evaluation),
             f"{entry.dense_perplexity:.3f}",
@@ -206,6 +210,23 @@ def recovery_rows(entry: RecoveryEntry) -> list[Sequence[str]]:
             str(entry.excess_log_perplexity_before),
             str(entry.excess_log_perplexity),
         ],
+    ]
+
+
+def _score_rows(score: RecoveredFigure) -> list[Sequence[str]]:
+    """A figure of three models on a task, and what two of them differ from the dense one by."""
+    differences = (
+        (score.before - score.dense, score.paired_standard_error_before),
+        (score.small - score.dense, score.paired_standard_error),
+    )
+    shown = [
+        f"{value:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+        for value, error in differences
+    ]
+    name = f"{score.task}, {score.metric}"
+    return [
+        [name, *(f"{value:.4f}" for value in (score.dense, score.before, score.small))],
+        ["difference from the dense model", "", *shown],
     ]
 
 

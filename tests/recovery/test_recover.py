@@ -716,5 +716,5 @@ def test_options_of_a_recovery_without_one_are_refused(refused):
 
 
 def test_the_learning_rate_falls_with_the_width():
-    assert default_lr(4096, False) < default_lr(256, False)
-    assert math.isfinite(default_lr(256, True))
+    assert default_lr(CAUSAL_LM, 4096, False) < default_lr(CAUSAL_LM, 256, False)
+    assert math.isfinite(default_lr(CAUSAL_LM, 256, True))

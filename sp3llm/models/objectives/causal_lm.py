@@ -40,6 +40,10 @@ def _in_rows(tokens_BS: Tensor, rows: Tensor) -> Tensor:
     return rows.to(tokens_BS.device)[tokens_BS]
 
 
+def _of_rows(logits_BSV: Tensor, rows: Tensor) -> Tensor:
+    return logits_BSV[..., rows.to(logits_BSV.device)]
+
+
 def _logits(output: Any, _: Tensor) -> Tensor:
     return output.logits
 
@@ -86,12 +90,14 @@ CAUSAL_LM = Objective(
     architecture_suffix="ForCausalLM",
     auto_class="AutoModelForCausalLM",
     task_type="CAUSAL_LM",
+    pipeline="text-generation",
     calibration_windows=_calibration_windows,
     training_windows=_training_windows,
     join=torch.cat,
     inputs=_inputs,
     real_tokens=_all_real,
     in_rows=_in_rows,
+    of_rows=_of_rows,
     logits=_logits,
     scored=_scored,
     divergence=divergence,
@@ -103,6 +109,7 @@ CAUSAL_LM = Objective(
         temperature=1.0,
         kl_weight=1.0,
         hidden_weight=0.0,
+        stop_windows=32,
     ),
     evaluation_windows=_evaluation_windows,
     losses=token_losses,

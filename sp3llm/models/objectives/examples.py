@@ -18,6 +18,7 @@ ENCODER_RECIPE = Recipe(
     temperature=2.0,
     kl_weight=0.3,
     hidden_weight=0.7,
+    stop_windows=None,
 )
 
 
@@ -42,6 +43,11 @@ def training_rows(
 ) -> TaskSet:
     """Rows to learn from, or to decide when to stop (`text.task_sets.drawn`)."""
     return drawn(task, tokenizer, samples, seq_len, seed, exclude, stopping, labels)
+
+
+def of_rows(logits: Tensor, _: Tensor) -> Tensor:
+    """Labels are the same in any vocabulary."""
+    return logits
 
 
 def real_tokens(batch: Examples) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional
 from sp3llm.models.objectives.examples import (
     ENCODER_RECIPE,
     calibration_rows,
+    of_rows,
     real_tokens,
     training_rows,
 )
@@ -39,12 +40,14 @@ FEATURE_EXTRACTION = Objective(
     architecture_suffix="Model",
     auto_class="AutoModel",
     task_type="FEATURE_EXTRACTION",
+    pipeline="feature-extraction",
     calibration_windows=calibration_rows,
     training_windows=training_rows,
     join=joined,
     inputs=Examples.inputs,
     real_tokens=real_tokens,
     in_rows=Examples.reread,
+    of_rows=of_rows,
     logits=_states,
     scored=_scored,
     divergence=_divergence,

@@ -12,6 +12,7 @@ from sp3llm.maths.losses import divergence
 from sp3llm.models.objectives.examples import (
     ENCODER_RECIPE,
     calibration_rows,
+    of_rows,
     real_tokens,
     training_rows,
 )
@@ -48,12 +49,14 @@ QUESTION_ANSWERING = Objective(
     architecture_suffix="ForQuestionAnswering",
     auto_class="AutoModelForQuestionAnswering",
     task_type="QUESTION_ANS",
+    pipeline="question-answering",
     calibration_windows=calibration_rows,
     training_windows=training_rows,
     join=joined,
     inputs=Examples.inputs,
     real_tokens=real_tokens,
     in_rows=Examples.reread,
+    of_rows=of_rows,
     logits=_logits,
     scored=_scored,
     divergence=divergence,

@@ -28,6 +28,8 @@ class Recipe:
     """Of their divergence."""
     hidden_weight: float
     """Of the error of the residual stream."""
+    stop_windows: int | None
+    """Windows or rows that decide when to stop; None: all that are kept apart."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Objective:
     """The transformers class that finds them by config."""
     task_type: str
     """What peft calls it."""
+    pipeline: str
+    """What the hub calls it."""
     calibration_windows: Callable[..., Any]
     """Text to calibrate on; called as `text.windows.calibration_windows` is."""
     training_windows: Callable[..., Any]
@@ -59,6 +63,8 @@ class Objective:
     """Which tokens of a batch are no padding, 1 for those, `(rows, tokens)`; None: all."""
     in_rows: Callable[[Any, Any], Any]
     """A batch for a model whose embeddings are other rows: token ids looked up in a table."""
+    of_rows: Callable[[Any, Any], Any]
+    """Logits of a model whose embeddings are other rows, for ours: `(logits, rows)`."""
     logits: Callable[[Any, Any], Any]
     """The logits in the stock model's output for a batch, `(output, batch)`; a distribution each
     along the last dimension, or values."""

@@ -10,6 +10,7 @@ from sp3llm.maths.losses import divergence
 from sp3llm.models.objectives.examples import (
     ENCODER_RECIPE,
     calibration_rows,
+    of_rows,
     real_tokens,
     training_rows,
 )
@@ -46,12 +47,14 @@ SEQUENCE_CLASSIFICATION = Objective(
     architecture_suffix="ForSequenceClassification",
     auto_class="AutoModelForSequenceClassification",
     task_type="SEQ_CLS",
+    pipeline="text-classification",
     calibration_windows=calibration_rows,
     training_windows=training_rows,
     join=joined,
     inputs=Examples.inputs,
     real_tokens=real_tokens,
     in_rows=Examples.reread,
+    of_rows=of_rows,
     logits=_logits,
     scored=_scored,
     divergence=_divergence,
