@@ -148,8 +148,7 @@ def _projection_along(
         gated_DK = None if gated_DK is None else gated_DK @ rotation_KK
     attention_cut = attention_cut_of(dense, family, setting.moments, shape)
     if family.post_norm:
-        basis_DK = diagonalising_turn(basis_DK, _norm_weights(setting).to(basis_DK))
-        return Projection(basis_DK, attention_cut=attention_cut)
+        return Projection(_turned(setting, basis_DK), attention_cut=attention_cut)
     tied_scale_K, embedding_EJ = None, None
     if shape.tie_word_embeddings and family.projections is None:
         norm = f"{family.final_norm}.weight"
@@ -159,6 +158,17 @@ def _projection_along(
     elif shape.tie_word_embeddings:
         embedding_EJ = _embedding_basis(setting, basis_DK)
     return Projection(basis_DK, tied_scale_K, embedding_EJ, gated_DK, attention_cut)
+
+
+def _turned(setting: _Setting, basis_DK: Tensor) -> Tensor:
+    """The basis of a post-norm model, turned such that its norms' weights stay diagonal as far as
+    can be; found once for all shapes of a hidden size.
+    """
+    found, key = setting.moments.columns, ("turned", basis_DK.shape[1])
+    if key not in found:
+        weights_WD = _norm_weights(setting).to(basis_DK)
+        found[key] = (weights_WD, diagonalising_turn(basis_DK, weights_WD))
+    return found[key][1]
 
 
 def _norm_weights(setting: _Setting) -> Tensor:

@@ -34,6 +34,7 @@ from sp3llm.compression.sequential import (
     fit_last_writer,
     run_dense,
     run_dense_on,
+    token_scales,
 )
 from sp3llm.compression.task_head import fit_task_head
 from sp3llm.compression.writers import fit_embeddings, fit_parallel
@@ -234,7 +235,10 @@ def _fit_layers(
     run = run_dense(sides[0].refitter, dense)
     for side, layer, grams in fits:
         fit_first_writers(side.refitter, layer, grams, run)
-        rest = partial(fit_last_writer, side.refitter, layer, run.counts)
+        scales = None
+        if dense.summed is not None and dense.index + 2 not in side.groups:
+            scales = token_scales(side.refitter, dense.summed)
+        rest = partial(fit_last_writer, side.refitter, layer, run.counts, scales)
         side.finish = partial(_finish_layer, side, layer, rest)
 
 

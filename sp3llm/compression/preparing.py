@@ -36,6 +36,7 @@ def prepare(
     from sp3llm.compression.refitter import held_back_from
     from sp3llm.compression.vocabulary import vocabularies_of
     from sp3llm.evaluation.harness import check_scoring
+    from sp3llm.evaluation.task_metrics import check_installed
     from sp3llm.models import families
     from sp3llm.models.checkpoint import open_model
     from sp3llm.models.objectives.catalogue import objective_of
@@ -62,6 +63,8 @@ def prepare(
     dense, family = open_model(folder)
     check_encoder(family, settings, compresses=True)
     check_modules(folder)
+    if settings.task is not None:
+        check_installed()
     original = dense
     dense_dtype = dense.dtype()
     dtype = _dtype(settings.dtype, dense_dtype)

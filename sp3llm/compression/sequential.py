@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from sp3llm.compression.norms import fit_norm
@@ -10,6 +11,7 @@ from sp3llm.compression.readers import fit_readers, stream_grams
 from sp3llm.compression.reading import read_at
 from sp3llm.compression.refitter import DenseLayer, LayerFit, Refitter
 from sp3llm.compression.writers import fit_writer
+from sp3llm.maths.moments import root_mean_square
 from sp3llm.maths.refit import Gram
 from sp3llm.models.families import Family
 from sp3llm.models.hooks import Probe, ValueCounts, value_counts
@@ -53,18 +55,23 @@ def fit_first_writers(
             _through_norm(refitter, layer, number, dense.behind[number])
 
 
-def fit_last_writer(refitter: Refitter, layer: LayerFit, counts: ValueCounts) -> None:
+def fit_last_writer(
+    refitter: Refitter, layer: LayerFit, counts: ValueCounts, scales: Tensor | None = None
+) -> None:
     """Fit the last writer of a layer to the dense stream as it stands, and send the small stream
     through it.
 
-    Experts' writers, each of which sees some tokens only, stay projected.
+    Experts' writers, each of which sees some tokens only, stay projected. `scales`, `(windows,
+    tokens, 1)`, is what the norm of a post-norm layer that layers behind it go with has read, as
+    `token_scales` gives it: what the last of these reads is chased at that scale, which the norm
+    takes from it anyway.
     """
     family, small_stream, number = refitter.family, layer.small_stream, len(layer.group.sites) - 1
     front = _silent_front(family, layer, number, counts)
     summed = layer.dense.stream.hidden if layer.dense.summed is None else layer.dense.summed
     if not layer.group.sparse:
         keeps = refitter.execution.keeps_inputs
-        inputs, kept_P = fit_writer(refitter, layer, number, summed, front, keeps)
+        inputs, kept_P = fit_writer(refitter, layer, number, summed, front, keeps, scales)
         if keeps:
             writer = _linear_writer(refitter, layer, number, kept_P)
             add_to_stream(small_stream, inputs, writer, refitter.execution)
@@ -78,6 +85,16 @@ def fit_last_writer(refitter: Refitter, layer: LayerFit, counts: ValueCounts) ->
         part = replace(front, stop_before=norm)
     run_layer(model, layer.index, layer.tensors, [(small_stream, probes)], part)
     _through_norm(refitter, layer, number, layer.dense.stream.hidden)
+
+
+def token_scales(refitter: Refitter, summed: Tensor) -> Tensor:
+    """Root mean square over channels of each token of a dense stream in front of a norm, where
+    streams are; `(windows, tokens, 1)`.
+    """
+    scales = torch.empty_like(summed[..., :1])
+    for row, x in enumerate(summed):
+        scales[row] = root_mean_square(x, refitter.family.centred).to(scales)
+    return scales
 
 
 def _through_norm(refitter: Refitter, layer: LayerFit, number: int, behind: Tensor) -> None:

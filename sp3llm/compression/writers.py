@@ -18,7 +18,7 @@ from sp3llm.compression.refitter import (
 )
 from sp3llm.compression.units import cut_units, kept_rows
 from sp3llm.maths.basis import stream_scale
-from sp3llm.maths.moments import LEAST_MEAN_SQUARE
+from sp3llm.maths.moments import LEAST_MEAN_SQUARE, root_mean_square
 from sp3llm.maths.products import operand, product, widen
 from sp3llm.maths.refit import Gram, restricted, schur_complement, sum_grams
 from sp3llm.maths.unit_selection import select_units
@@ -150,13 +150,15 @@ def fit_writer(
     target: Tensor,
     front: LayerPart,
     keep_inputs: bool,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Choose the surviving inputs of a layer's writer `number` and fit it to the dense stream.
 
     `W' = argmin sum_t |c X_out T - X' - r a' W'^T|^2 / mean(X_out^2) + lambda |W' - c T^T W|^2`:
     each token weighs as the next norm will read it; `r` is the family's multiplier. `target` is
     `X_out`, `(windows, tokens, D)`; in `front` the blocks in front are silent, whose output is in
-    the small stream already.
+    the small stream already. With `scales`, `(windows, tokens, 1)`, each token of the target is
+    taken at that root mean square.
 
     Returns the inputs, `(windows, tokens, P)`, if they are to be kept, and the indices of those
     that survive; None: all do.
@@ -173,7 +175,7 @@ def fit_writer(
         inputs = execution.empty_stream((*target.shape[:2], len(prior_PK)), target.dtype)
 
     def add_batch(rows: slice, a: Tensor) -> None:
-        missing, weight = _missing(refitter, target, layer.small_stream, rows)
+        missing, weight = _missing(refitter, target, layer.small_stream, rows, scales)
         real = layer.small_stream.real
         add_tokens(refitter, grams, rows, operand(a), missing, weight, real)
         if inputs is not None:
@@ -195,11 +197,18 @@ def fit_writer(
 
 
 def _missing(
-    refitter: Refitter, target: Tensor, small_stream: Stream, rows: slice
+    refitter: Refitter,
+    target: Tensor,
+    small_stream: Stream,
+    rows: slice,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a writer has to add, `(c X_out T - X') / r`, and what each token weighs."""
     family, execution, writes_DK = refitter.family, refitter.execution, refitter.projection.writes()
     wanted = operand(fetch(target[rows], execution.device))
+    if scales is not None:
+        scale = fetch(scales[rows], execution.device) / root_mean_square(wanted, family.centred)
+        wanted = (wanted * scale).to(wanted.dtype)
     scaled_DK = (stream_scale(writes_DK) * writes_DK).to(widen(wanted).dtype)
     there = product(wanted.flatten(0, 1).T, scaled_DK).unflatten(0, wanted.shape[:2])
     missing = there - widen(fetch(small_stream.hidden[rows], execution.device))

@@ -29,8 +29,9 @@ def diagonalising_turn(basis_DK: Tensor, weights_WD: Tensor) -> Tensor:
     the diagonals of `Q^T T^T diag(g) T Q`, summed over the weights `g`, by its square.
 
     All `K` dimensions of a full basis are turned to the channels, where nothing is left. Otherwise
-    `Q` is a Cayley transform in the frame that is orthogonal to ones, found by L-BFGS from the
-    basis as it is; it need not converge.
+    `Q` is a Cayley transform in the frame that is orthogonal to ones, found by L-BFGS; it need not
+    converge. The start is what diagonalises one combination of the weights, that in which channels
+    differ most: where there is a turn that diagonalises all, it is that.
     """
     width, kept = basis_DK.shape
     if kept == width:
@@ -38,6 +39,7 @@ def diagonalising_turn(basis_DK: Tensor, weights_WD: Tensor) -> Tensor:
     # A factor common to a norm's weights is no reason to attend to it more.
     scale_W1 = weights_WD.square().mean(1, keepdim=True).sqrt()
     weights_WD = weights_WD / torch.where(scale_W1 > 0, scale_W1, torch.ones_like(scale_W1))
+    basis_DK = basis_DK @ _start(basis_DK, weights_WD)
     inner_WKK = basis_DK.T @ (weights_WD[:, :, None] * basis_DK)
     frame_KC = mean_free_frame(kept, basis_DK.device)
     eye_CC = torch.eye(kept - 1, dtype=basis_DK.dtype, device=basis_DK.device)
@@ -68,6 +70,31 @@ def diagonalising_turn(basis_DK: Tensor, weights_WD: Tensor) -> Tensor:
     with torch.enable_grad():
         search.step(left_over)
     return basis_DK @ turn().detach()
+
+
+def _start(basis_DK: Tensor, weights_WD: Tensor) -> Tensor:
+    """The orthogonal matrix that fixes ones nearest to the eigenvectors of `T^T diag(g) T`, `g` the
+    combination of the weights in which channels differ most, `(K, K)`.
+    """
+    centred_WD = weights_WD - weights_WD.mean(1, keepdim=True)
+    combined_D = torch.linalg.eigh(centred_WD @ centred_WD.T)[1][:, -1] @ weights_WD
+    vectors_KK = torch.linalg.eigh(basis_DK.T @ (combined_D[:, None] * basis_DK))[1]
+    # Where ones are spread over all of them alike, as a turn that fixes ones has it.
+    sums_K = vectors_KK.sum(0)
+    vectors_KK = vectors_KK * torch.where(sums_K < 0, -1.0, 1.0).to(vectors_KK)
+    ones_K = torch.full_like(sums_K, 1 / math.sqrt(len(sums_K)))
+    found_K = vectors_KK.T @ ones_K
+    return vectors_KK @ _plane_rotation(ones_K, found_K)
+
+
+def _plane_rotation(from_K: Tensor, to_K: Tensor) -> Tensor:
+    """The rotation, in the plane of two unit vectors that are not opposed, that takes one to the
+    other, `(K, K)`.
+    """
+    both_K = from_K + to_K
+    eye_KK = torch.eye(len(from_K), dtype=from_K.dtype, device=from_K.device)
+    halved_KK = torch.outer(both_K, both_K) / (1 + from_K @ to_K)
+    return eye_KK - halved_KK + 2 * torch.outer(to_K, from_K)
 
 
 def diagonal_in(basis_DK: Tensor, weight_D: Tensor) -> Tensor:

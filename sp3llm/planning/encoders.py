@@ -19,6 +19,11 @@ def check_encoder(family: Family, settings: CompressConfig, compresses: bool) ->
         raise UserError(
             f"Expected a decoder for --vocab-from, found a {family.architecture}: leave it out."
         )
+    if is_encoder and family.task_head.answer is None and settings.recover_steps:
+        raise UserError(
+            f"Expected an encoder that answers a task's rows for --recover-steps, found a "
+            f"{family.architecture}, which has no head: leave it out."
+        )
     if is_encoder and compresses and settings.task is None:
         raise UserError(
             f"Expected --task for a {family.architecture}, which is calibrated on a task's rows, "

@@ -30,6 +30,8 @@ def next_steps(out: Path, record: Record, has_page: bool) -> str:
 def _vocabulary_line(record: Record) -> str:
     """That the vocabulary is much of what is left, on a line of its own, where all of it stayed."""
     plan = record.plan
+    if record.answers is not None:  # an encoder keeps it
+        return ""
     line = vocabulary_line("these", plan.shape, plan.parameters)
     return f"\n{line}" if line and record.vocabulary is None else ""
 

@@ -37,14 +37,16 @@ def count_parts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     parts = dict.fromkeys(("embeddings", "attention", "FFN", "norms", "head"), 0)
     shapes = parameter_shapes(family, config)
     for group in groups(family, config):
-        norms = {f"{group.prefix}{site.norm}" for site in group.sites} | {family.final_norm}
-        attention = f"{group.prefix}{family.sites[0].block}."
+        norms = {f"{group.prefix}{site.norm}" for site in group.sites}
+        norms |= {family.final_norm, family.embedding_norm}
+        attention = f"{group.prefix}{family.sites[0].block.partition('.')[0]}."
         for name in group.parameters:
             module = name.rpartition(".")[0]
             if module in norms:
                 part = "norms"
             elif not group.prefix:
-                part = "head" if module == family.head else "embeddings"
+                is_head = module == family.head or name in family.ending
+                part = "head" if is_head else "embeddings"
             else:
                 part = "attention" if name.startswith(attention) else "FFN"
             parts[part] += math.prod(shapes[name])
