@@ -16,6 +16,7 @@ from sp3llm.compression.basis_choice import table_roles
 from sp3llm.compression.depth import depth_loss
 from sp3llm.compression.projection import Projection, unembedding
 from sp3llm.compression.statistics import Moments
+from sp3llm.maths.refit import ridged_factor
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint
 from sp3llm.models.families import Family
@@ -91,11 +92,8 @@ def _cost(error_DD: Tensor, metric_DD: Tensor) -> float:
 def _unexplained(square_DD: Tensor, basis_DK: Tensor) -> Tensor:
     """What a least-squares fit to the kept coordinates leaves of the stream, `(D, D)`."""
     across_DK = square_DD @ basis_DK
-    inside_KK = basis_DK.T @ across_DK
-    inside_KK.diagonal().add_(_KEPT_RIDGE * inside_KK.diagonal().mean())
-    return square_DD - across_DK @ torch.cholesky_solve(
-        across_DK.T, torch.linalg.cholesky(inside_KK)
-    )
+    factor_KK, _, _ = ridged_factor(basis_DK.T @ across_DK, _KEPT_RIDGE)
+    return square_DD - across_DK @ torch.cholesky_solve(across_DK.T, factor_KK)
 
 
 def _units_loss(moments: Moments, shape: Shape) -> float:

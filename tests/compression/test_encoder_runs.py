@@ -152,3 +152,41 @@ def test_a_decoder_has_no_task_and_no_encoder(refused, tmp_path):
         "compress", "--task", "sst2", "--out", tmp_path / "out"
     )
     assert "which has no encoder" in refused("plan", "--of", "encoder")
+
+
+def test_a_sentence_encoder_keeps_its_pooling_and_most_of_its_cosines(place, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    dense = tmp_path / "dense"
+    AutoModel.from_pretrained(place / "dense").save_pretrained(dense)
+    AutoTokenizer.from_pretrained(place / "dense").save_pretrained(dense)
+    modules = [
+        {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (dense / "modules.json").write_text(json.dumps(modules))
+    (dense / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    (dense / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    words = {"keep": 0.6, "of": "encoder", "report": False, "task": f"sst2={place / 'task'}"}
+    options = CompressConfig(model=str(dense), out=tmp_path / "small", hidden_size=24, **words)
+    compress(options, QUIET)
+    small = AutoModel.from_pretrained(tmp_path / "small")
+    assert small.config.hidden_size == 24
+    record = json.loads((tmp_path / "small" / "sp3llm.json").read_text())
+    pearson, _ = record["answers"]
+    assert (pearson["metric"], pearson["dense"]) == ("Pearson of cosines", 1.0)
+    assert pearson["small"] > 0.9
+    kept = json.loads((tmp_path / "small" / "1_Pooling" / "config.json").read_text())
+    assert kept == {"word_embedding_dimension": 24, "pooling_mode_mean_tokens": True}
+    assert json.loads((tmp_path / "small" / "modules.json").read_text()) == modules
+
+
+def test_modules_with_weights_of_their_own_are_refused(place, tmp_path, refused):
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(place / "dense").save_pretrained(tmp_path / "dense")
+    modules = [{"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"}]
+    (tmp_path / "dense" / "modules.json").write_text(json.dumps(modules))
+    words = ("--task", f"sst2={place / 'task'}", "--out", tmp_path / "out")
+    assert "found Dense, whose weights" in refused("compress", tmp_path / "dense", *words)

@@ -47,11 +47,11 @@ def cut(checkpoint, family, shape, projection, rows, folder, refit, layers=None)
     return config, disk_tensors(small, family)
 
 
-def compressed(model, shape_of, folder, refit, basis="gradient"):
-    """Model and small model, all of it streamed, as a run does it."""
+def compressed(model, shape_of, folder, refit, basis="gradient", count=48):
+    """The small model, from so many rows, all of it streamed, as a run does it."""
     save_model(model, folder / "dense")
     checkpoint, family = open_model(folder / "dense")
-    rows = padded_rows(checkpoint.config)
+    rows = padded_rows(checkpoint.config, count)
     moments, _ = measure_dense(checkpoint, family, rows, None, "normalised", basis, EXECUTION)
     shape = shape_of(Shape.of(family, checkpoint.config))
     _, projection = choose_basis(checkpoint, family, moments, shape)
@@ -122,7 +122,7 @@ def test_cut_is_exact_where_channels_repeat_each_other(refit, tmp_path):
     def small_shape(dense):
         return replace(dense, hidden_size=24, head_dim=8)
 
-    small = compressed(wide, small_shape, tmp_path, refit, "pca")
+    small = compressed(wide, small_shape, tmp_path, refit, "pca", 400)
     found, expected = answers_of(small, unseen), answers_of(wide, unseen)
     if not refit:  # the units of the head are chosen by the answer's weights, not refitted
         found, expected = (
