@@ -1,28 +1,15 @@
 """What the models of a compression are measured to be worth: on text, or on a task's rows."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
-from sp3llm.compression.job import Job
+from sp3llm.compression.job import Figures, Job
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sp3llm.maths.paired import Excess
-    from sp3llm.reporting.record import TaskFigure
+    from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.vocabulary.same_text import HeldOut
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of the dense model and the compressed one."""
-
-    dense_perplexity: float | None = None
-    perplexity: float | None = None
-    """Of a dense token, where the vocabulary was cut."""
-    excess: "Excess | None" = None
-    answers: "tuple[TaskFigure, ...] | None" = None
-    """On a task, in place of the perplexities."""
 
 
 def text_figures(
@@ -34,3 +21,16 @@ def text_figures(
     nats, dense_nats = held_out.small_nats(losses), held_out.dense_nats(dense_losses)
     merit, excess = job.objective.merit, excess_log_perplexity(nats, dense_nats)
     return Figures(merit(dense_nats), merit(nats), excess)
+
+
+def stock_model(job: Job, checkpoint: "Checkpoint") -> Any:
+    """The stock model of a checkpoint, whole, in float32; what was just written has no config.json
+    yet.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[job.family.model_type].from_dict(deepcopy(dict(checkpoint.config)))
+    model = job.objective.stock_class().from_pretrained(
+        checkpoint.folder, config=config, dtype="float32"
+    )
+    return model.requires_grad_(False).eval().to(job.execution.device)

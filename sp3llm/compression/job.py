@@ -12,21 +12,34 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sp3llm.compression.figures import Figures
     from sp3llm.compression.projection import Projection
     from sp3llm.compression.refitter import Refitter
     from sp3llm.evaluation.task_scores import Reported
+    from sp3llm.maths.paired import Excess
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
     from sp3llm.models.objectives.schema import Objective
     from sp3llm.models.shapes import Shape
     from sp3llm.planning.limits import Limits, Plan
     from sp3llm.planning.search import Findings
+    from sp3llm.reporting.record import TaskFigure
     from sp3llm.runtime.devices import Execution
     from sp3llm.text.task_sets import TaskSet
     from sp3llm.text.windows import Windows
     from sp3llm.vocabulary.choosing import ChosenVocabulary
     from sp3llm.vocabulary.same_text import HeldOut
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of the dense model and the compressed one."""
+
+    dense_perplexity: float | None = None
+    perplexity: float | None = None
+    """Of a dense token, where the vocabulary was cut."""
+    excess: "Excess | None" = None
+    answers: "tuple[TaskFigure, ...] | None" = None
+    """On a task, in place of the perplexities."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class Result:
     weight_bytes: int
     calibration: "Windows | TaskSet"
     held_out: "HeldOut | Reported"
-    figures: "Figures"
+    figures: Figures
     seconds: float
     peak_memory: int
     device_memory: int

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sp3llm.compression.figures import stock_model
 from sp3llm.compression.job import Job
 from sp3llm.errors import UserError
 
@@ -106,7 +107,6 @@ def _cosines(
     import torch
     from torch.nn import functional
 
-    from sp3llm.compression.tasks import stock_model
     from sp3llm.evaluation.score_task import BATCH
 
     model = stock_model(job, checkpoint)

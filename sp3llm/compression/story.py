@@ -33,7 +33,7 @@ from sp3llm.compression.afterwards import (
     write_report,
 )
 from sp3llm.compression.attempts import compress_resumably
-from sp3llm.compression.job import Job, Result, with_dtype
+from sp3llm.compression.job import Figures, Job, Result, with_dtype
 from sp3llm.compression.preparing import prepare
 from sp3llm.compression.recording import record_of
 from sp3llm.compression.shape_search import choose_shape
@@ -143,7 +143,7 @@ def run_stages(
     import torch
 
     from sp3llm.compression.depth import kept_layers
-    from sp3llm.compression.figures import Figures, text_figures
+    from sp3llm.compression.figures import text_figures
     from sp3llm.compression.tasks import read_rows, task_answers
     from sp3llm.compression.vocabulary_losses import vocabulary_losses
     from sp3llm.evaluation.perplexity import measure_losses

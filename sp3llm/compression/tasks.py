@@ -1,10 +1,10 @@
 """The rows of an encoder's task: some to calibrate on, and how both models answer the others."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sp3llm.compression.figures import stock_model
 from sp3llm.compression.job import Job
 from sp3llm.errors import UserError
 
@@ -118,16 +118,3 @@ def _answers(
         )
         for split, questions in asked.splits.items()
     }
-
-
-def stock_model(job: Job, checkpoint: "Checkpoint") -> Any:
-    """The stock model of a checkpoint, whole, in float32; what was just written has no config.json
-    yet.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[job.family.model_type].from_dict(deepcopy(dict(checkpoint.config)))
-    model = job.objective.stock_class().from_pretrained(
-        checkpoint.folder, config=config, dtype="float32"
-    )
-    return model.requires_grad_(False).eval().to(job.execution.device)
