@@ -63,7 +63,11 @@ class Result:
     weight_bytes: int
     calibration: "Windows | TaskSet"
     held_out: "HeldOut | Reported"
-    figures: Figures
+    dense_perplexity: float | None
+    perplexity: float | None
+    excess: "Excess | None"
+    answers: "tuple[TaskFigure, ...] | None"
+    """These four as `Figures` has them."""
     seconds: float
     peak_memory: int
     device_memory: int

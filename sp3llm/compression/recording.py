@@ -22,12 +22,12 @@ def record_of(job: Job, result: Result, parameters: PartCounts, mask: LearnedMas
     """Everything needed to know, and repeat, what was done; options as they were resolved."""
     from sp3llm.runtime.machine import machine, versions
 
-    held_out, figures, of_text = result.held_out, result.figures, {}
+    held_out, of_text = result.held_out, {}
     named = {"task": ",".join(result.calibration.sources)}
     if job.settings.task is None:
-        same = held_out.describe(dense=figures.dense_perplexity, small=figures.perplexity)
+        same = held_out.describe(dense=result.dense_perplexity, small=result.perplexity)
         of_text = {
-            "excess_log_perplexity": from_json(Excess, figures.excess.describe()),
+            "excess_log_perplexity": from_json(Excess, result.excess.describe()),
             "same_text": from_json(SameText, same) if same else None,
         }
         held_out = held_out.windows
@@ -57,9 +57,9 @@ def record_of(job: Job, result: Result, parameters: PartCounts, mask: LearnedMas
         plan=result.plan,
         calibration=from_json(TextSet, result.calibration.describe()),
         evaluation=from_json(TextSet, held_out.describe()),
-        dense_perplexity=figures.dense_perplexity,
-        perplexity=figures.perplexity,
-        answers=figures.answers,
+        dense_perplexity=result.dense_perplexity,
+        perplexity=result.perplexity,
+        answers=result.answers,
         **of_text,
         layers=result.layers,
         trials=tuple(

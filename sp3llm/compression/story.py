@@ -236,7 +236,7 @@ def run_stages(
         weight_bytes=plan.parameters * job.dtype.itemsize,
         calibration=calibration,
         held_out=held_out,
-        figures=figures,
+        **vars(figures),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
         device_memory=device_memory(str(execution.device)),
