@@ -45,7 +45,8 @@ def compress(
     With `progress` bars and tables are printed as the command prints them.
 
     Returns what was made and measured: `plan`, `perplexity`, `dense_perplexity`, `excess`, of an
-    encoder `answers`, `out`, ...; None where a killed run had finished the compression and only its recovery was left.
+    encoder `answers`, `out`, ...; None where a killed run had finished the compression and only its
+    recovery was left.
     Raises UserError for anything that the user can mend; nothing is then left in `out`.
     """
     settings = _settings(CompressConfig, model=model, **options)
