@@ -77,12 +77,12 @@ def _models(settings: ScoreConfig) -> list[_Model]:
     from sp3llm.models.objectives.catalogue import task_objective
     from sp3llm.models.source import read_config, resolve_model
     from sp3llm.text.tasks import task_for
-    from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.text.tokenizer import load_row_tokenizer
 
     found = []
     for model in filter(None, (settings.model, settings.against)):
         folder, name, _ = resolve_model(model)
-        config, tokenizer = read_config(folder), load_tokenizer(folder)
+        config, tokenizer = read_config(folder), load_row_tokenizer(folder)
         objective = task_objective(config, name)
         labels = objective.labels(config)
         task = task_for(settings.task or "", labels.kind)

@@ -46,11 +46,11 @@ def _task(settings: RecoverConfig, pair: Pair) -> "tuple[Task, Labels]":
 def row_length_of(settings: RecoverConfig, pair: Pair) -> int:
     """Tokens a row at most: as asked, or what is usual and both models have positions for."""
     from sp3llm.evaluation.task_scores import row_length
-    from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.text.tokenizer import load_row_tokenizer
 
     task, _ = _task(settings, pair)
     return min(
-        row_length(task, model.config, load_tokenizer(model.folder), settings.seq_len)
+        row_length(task, model.config, load_row_tokenizer(model.folder), settings.seq_len)
         for model in (pair.small, pair.dense)
     )
 
@@ -66,10 +66,10 @@ def draw_rows(settings: RecoverConfig, pair: Pair) -> Texts:
     """Training rows, those of them that decide when to stop, and the validation rows."""
     from sp3llm.evaluation.task_scores import reported
     from sp3llm.models import families
-    from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.text.tokenizer import load_row_tokenizer
 
     task, labels = _task(settings, pair)
-    tokenizer = load_tokenizer(pair.small.folder)
+    tokenizer = load_row_tokenizer(pair.small.folder)
     seq_len = row_length_of(settings, pair)
     held_out = reported(task, labels, tokenizer, seq_len)
     learned = labels if settings.lm_weight else None
@@ -95,12 +95,12 @@ def measure_rows(
 ) -> Figures:
     """How the recovered model, the one before and the dense one answer the validation rows."""
     from sp3llm.evaluation.task_scores import reported, score_rows
-    from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.text.tokenizer import load_row_tokenizer
 
     small = texts.held_out
     dense = small
     if pair.rows is not None:
-        tokenizer = load_tokenizer(pair.dense.folder)
+        tokenizer = load_row_tokenizer(pair.dense.folder)
         dense = reported(small.task, small.labels, tokenizer, small.seq_len)
     answers = [
         _answers(pair, checkpoint, asked, device, progress, name)

@@ -39,6 +39,21 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def load_row_tokenizer(folder: Path) -> Any:
+    """The tokenizer in an encoder's folder, for rows of a task: it tells both texts of a pair apart
+    by types where the model knows some, whatever its class has of them.
+
+    Raises UserError if there is none that loads.
+    """
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(folder)
+    if getattr(AutoConfig.from_pretrained(folder), "type_vocab_size", 0) < 2:
+        names = tokenizer.model_input_names
+        tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
+    return tokenizer
+
+
 def keep_tokenizer_class(dense: Path, folder: Path) -> None:
     """Have `folder`, which holds a copy of the `dense` model's tokenizer, load it as that model's.
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from sp3llm.cli import main
 from sp3llm.errors import UserError
@@ -190,3 +191,17 @@ def test_bad_input_is_one_sentence(words, expected, folders, tmp_path, capsys, m
     assert expected in said
     assert said.count("\n") == 1
     assert not list(tmp_path.glob("*-score"))
+
+
+def test_models_that_know_no_types_are_given_none(tmp_path):
+    config = DistilBertConfig(
+        vocab_size=90, dim=32, n_layers=1, n_heads=4, hidden_dim=48, max_position_embeddings=32
+    )
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "small")
+    word_tokenizer().save_pretrained(tmp_path / "small")  # of a class that has types
+    pairs = [{"a": "good film", "b": "a plot", "label": n % 2} for n in range(3)]
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / f"{split}.jsonl", pairs)
+    task = f"{tmp_path / 'train.jsonl'}:a,b,label"
+    found = score_task(ScoreConfig(str(tmp_path / "small"), task=task, output=tmp_path), QUIET)
+    assert found.rows[0].samples == 3
