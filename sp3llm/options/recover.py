@@ -68,12 +68,7 @@ class RecoverConfig:
         shown="2048 tokens' worth, one at least",
         least=1,
     )
-    seq_len: int | None = option(
-        "tokens a window, or a row of a task at most",
-        default=None,
-        shown="2048, of a task 128 and of answers in a text 384, or the model's positions if fewer",
-        least=2,
-    )
+    seq_len: int | None = same_as(CompressConfig, "seq_len")
     lr: float | None = option(
         "peak learning rate", default=None, shown="by the hidden size", above=0
     )
@@ -148,7 +143,7 @@ class RecoverConfig:
     stop_windows: int | None = option(
         "windows, or rows of a task, that the held-out loss is taken on",
         default=None,
-        shown="32, of a task all that are kept apart",
+        shown="32, of a task 512 at most",
         least=1,
     )
     check_every: int | None = option(

@@ -78,8 +78,7 @@ def draw_rows(settings: RecoverConfig, pair: Pair) -> Texts:
     shared = (held_out.documents, False, learned)
     training = draw(task, tokenizer, samples, seq_len, settings.seed, *shared)
     known = held_out.documents | training.documents
-    stopping_rows = settings.stop_windows or _ALL_ROWS
-    stopping = draw(task, tokenizer, stopping_rows, seq_len, 0, known, True, learned)
+    stopping = draw(task, tokenizer, settings.stop_windows, seq_len, 0, known, True, learned)
     vocab_size = families.axis_sizes(pair.family, pair.small.config)[families.VOCAB]
     largest = max(int(one.tokens.input_ids.max()) for one in (training, stopping))
     if largest >= vocab_size:

@@ -18,7 +18,7 @@ ENCODER_RECIPE = Recipe(
     temperature=2.0,
     kl_weight=0.3,
     hidden_weight=0.7,
-    stop_windows=None,
+    stop_windows=512,
 )
 
 

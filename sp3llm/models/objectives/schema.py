@@ -28,8 +28,8 @@ class Recipe:
     """Of their divergence."""
     hidden_weight: float
     """Of the error of the residual stream."""
-    stop_windows: int | None
-    """Windows or rows that decide when to stop; None: all that are kept apart."""
+    stop_windows: int
+    """Windows or rows, at most, that decide when to stop."""
 
 
 @dataclass(frozen=True)
