@@ -75,7 +75,7 @@ def tuned_metadata(
     return _block(
         carried,
         model_name=f"{model}, recovered",
-        eval_results=_recovered(entry),
+        eval_results=_measured(entry),
         base_model=base_model,
         is_quantized=False,
         pipeline=pipeline,
@@ -88,7 +88,7 @@ def tuned_again(card: str, model: str, entry: RecoveryEntry) -> str:
     from huggingface_hub import ModelCard
 
     parsed = ModelCard(card, ignore_metadata_errors=True)
-    results = _recovered(entry)
+    results = _measured(entry)
     parsed.data.model_name = f"{model}, recovered" if results else None
     parsed.data.eval_results = results or None
     return str(parsed)
@@ -140,27 +140,26 @@ def _perplexity_of(record: Record) -> "list[EvalResult]":
     if isinstance(last, QuantizationEntry):  # measured on the windows of the compression
         perplexity = last.models.small_quantized.perplexity
         return _perplexity(perplexity, record.evaluation, last.same_text)
-    if isinstance(last, RecoveryEntry):
-        return _recovered(last)
-    return _perplexity(last.perplexity, last.evaluation, last.same_text)
+    return _measured(last)
 
 
-def _recovered(entry: RecoveryEntry) -> "list[EvalResult]":
-    """What a recovery was measured to be worth: a perplexity, or figures on a task."""
+def _measured(run: Record | RecoveryEntry) -> "list[EvalResult]":
+    """What a run measured its weights to be worth: a perplexity, or figures on a task."""
     from huggingface_hub import EvalResult
 
-    if entry.scores is None:
-        return _perplexity(entry.perplexity, entry.evaluation, entry.same_text)
+    figures = run.answers if isinstance(run, Record) else run.scores
+    if figures is None:
+        return _perplexity(run.perplexity, run.evaluation, run.same_text)
     return [
         EvalResult(
             task_type="text-classification",
-            dataset_name=score.task,
-            dataset_type=score.task,
-            metric_type=score.metric.lower().replace(" ", "_"),
-            metric_name=f"{score.metric} (sp3llm, {score.samples} rows)",
-            metric_value=score.small,
+            dataset_name=figure.task,
+            dataset_type=figure.task,
+            metric_type=figure.metric.lower().replace(" ", "_"),
+            metric_name=f"{figure.metric} (sp3llm, {figure.samples} rows)",
+            metric_value=figure.small,
         )
-        for score in entry.scores
+        for figure in figures
     ]
 
 

@@ -191,9 +191,7 @@ def test_undamaged_model_is_compressed_and_loads(dense, run, out):
 # --------------------------------------------------------------------------- families and folders
 
 
-@pytest.mark.parametrize(
-    "model_type", ["gpt2", "gemma2", "deepseek_v3", "t5", "unheard-of", None]
-)
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "deepseek_v3", "t5", "unheard-of", None])
 def test_unsupported_family_is_refused_by_name_with_what_is_supported(model_type, model, refused):
     edit_json(model / "config.json", model_type=model_type, architectures=None)
     message = refused(model)

@@ -4,6 +4,7 @@ import csv
 import json
 from itertools import pairwise
 
+import datasets
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -154,6 +155,36 @@ def test_named_tasks_have_what_they_predict():
     assert set(TASKS["mnli"].evaluations) == {"matched", "mismatched"}
     with pytest.raises(UserError, match="Expected a task of values, which the model predicts"):
         task_for("sst2", VALUE)
+
+
+@pytest.mark.parametrize(("name", "asked"), [
+    ("sst2", ("nyu-mll/glue", "sst2", ["train", "validation"])),
+    ("mnli", ("nyu-mll/glue", "mnli", ["train", "validation_matched", "validation_mismatched"])),
+    ("squad", ("rajpurkar/squad", None, ["train", "validation"])),
+])  # fmt: skip
+def test_named_tasks_come_from_the_hub_split_by_split(name, asked, monkeypatch):
+    task, seen = TASKS[name], []
+    answers = {"text": ["film"], "answer_start": [4]}
+    row = dict.fromkeys(task.columns, "the film") | {task.label: answers if name == "squad" else 1}
+
+    def load(dataset, config, split):
+        seen.append((dataset, config, split))
+        return datasets.Dataset.from_list([{**row, task.columns[0]: f"{split} film"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = {**evaluation_rows(task), "": training_rows(task) + training_rows(task, stopping=True)}
+    assert [one for *one, split in seen] == [list(asked[:2])] * len(seen)
+    assert {split for *_, split in seen} == set(asked[2])
+    assert all(len(rows) == 1 for rows in found.values())
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        UserError, match=f"check the network, or name a copy of it as {name}=FOLDER"
+    ):
+        training_rows(task)
 
 
 @pytest.mark.parametrize(
