@@ -90,9 +90,12 @@ def _equal(found: int, true: int) -> float:
 
 
 def _matthews(pairs: Sequence[tuple[int, int]]) -> float:
+    """0 where answers or truths are all the same."""
     from sklearn.metrics import matthews_corrcoef
 
     found, true = _columns(pairs)
+    if np.ptp(found) == 0 or np.ptp(true) == 0:
+        return 0.0
     return float(matthews_corrcoef(true, found))
 
 

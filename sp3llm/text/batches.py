@@ -1,14 +1,15 @@
 """Rows of a batch, be it token ids of packed windows or padded examples."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from sp3llm.text.examples import Examples
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Batch = Tensor | Examples
+Batch: TypeAlias = "Tensor | Examples"
+"""Packed windows, or padded rows."""
 
 
 def rows_of(batch: "Batch", rows: "slice | Tensor") -> "Batch":
