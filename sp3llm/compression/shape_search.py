@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sp3llm.models.shapes import Shape
     from sp3llm.planning.search import Findings, Losses
     from sp3llm.runtime.journal import Journal
-    from sp3llm.text.batches import Batch
+    from sp3llm.text.examples import Examples
 
 # A trial sees windows this long at most.
 _TRIAL_TOKENS = 512
@@ -41,7 +41,7 @@ class _Search:
 
     job: Job
     moments: "Moments"
-    calibration: "Batch"
+    calibration: "Tensor | Examples"
     """All calibration windows, `(windows, tokens)`, or rows, which bases are made from."""
     journal: "Journal"
     vocabularies: "Mapping[int, float]"
@@ -180,7 +180,7 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
     found.journal.save(_TRIALS, len(losses), facts={"losses": losses})
 
 
-def _shares(job: Job, windows: "Batch") -> tuple[int, int, int]:
+def _shares(job: Job, windows: "Tensor | Examples") -> tuple[int, int, int]:
     """How many of the windows trials are fitted on, how many choose the ridges, and how many tell
     what they lose.
     """

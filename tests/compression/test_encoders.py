@@ -63,8 +63,6 @@ def compressed(model, shape_of, folder, refit, basis="gradient", count=48):
 @pytest.mark.parametrize("task", ["ForSequenceClassification", "ForQuestionAnswering", "Model"])
 @pytest.mark.parametrize("model_type", ANSWERING)
 def test_full_width_leaves_answers_unchanged(model_type, task, refit, tmp_path):
-    if task == "Model" and refit is False and model_type == "roberta":
-        pytest.skip("as bert's")
     config = encoder_config(model_type, task)
     model = encoder_of(config)
     basis = "pca" if task == "Model" else "gradient"
