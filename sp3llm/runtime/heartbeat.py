@@ -31,32 +31,35 @@ def watch(
     `silent` is called, in one of them, with a process of which nothing was heard for `silence`
     seconds and with those; one that `has_left` need not be heard.
     """
-    quiet = dict.fromkeys(others, 0)
-    """By process: beats since the last sign. Counted, so that time in which this process itself was
-    stopped does not count."""
+    # Each is changed by one thread alone, or a change of the other could be undone.
+    beats = 0
+    """Counted, so that time in which this process itself was stopped does not count."""
+    heard = dict.fromkeys(others, 0)
+    """At which beat each that has not left was last heard."""
 
     def give_and_take() -> None:
         number, before = 0, {}
         while True:
             # What cannot be reached now may be in a while; a silence is told by the other thread.
             with contextlib.suppress(RuntimeError):
-                number += 1
-                store.set(_key(index), str(number))
-                for other in list(quiet):
+                for other in list(heard):
                     if has_left(other):
-                        del quiet[other]
+                        del heard[other]
                     elif store.check([_key(other)]):
                         sign = store.get(_key(other))
                         if sign != before.get(other):
-                            before[other], quiet[other] = sign, 0
+                            before[other], heard[other] = sign, beats
+                number += 1
+                store.set(_key(index), str(number))
             time.sleep(beat)
 
     def count() -> None:
+        nonlocal beats
         while True:
             time.sleep(beat)
-            for other in list(quiet):
-                quiet[other] = quiet.get(other, 0) + 1
-                if quiet[other] * beat > silence:
+            beats += 1
+            for other, last in list(heard.items()):
+                if (beats - last) * beat > silence:
                     silent(other, silence)
 
     for work in (give_and_take, count):

@@ -170,3 +170,30 @@ def test_a_host_of_which_nothing_is_heard_is_told(ends, told):
     while not found and time.monotonic() < until:
         time.sleep(0.02)
     assert found[:1] == told
+
+
+def test_a_host_that_has_left_stays_left_while_another_is_told_and_the_store_goes():
+    store, told, asked, left = HashStore(), [], [], set()
+
+    def has_left(other: int) -> bool:
+        if "store" in left:
+            raise RuntimeError("the first host has gone, and the store with it")
+        asked.append(other)
+        return other in left
+
+    def silent(other: int, seconds: float) -> None:
+        """While one is told the other leaves, is seen to, and the store goes."""
+        if not told:
+            left.add(2)
+            del asked[:]
+            while asked.count(1) < 3:
+                time.sleep(0.01)
+            left.add("store")
+        told.append(other)
+
+    watch(store, 2, [], lambda _: False, lambda *_: None, 0.01, 1.0)
+    watch(store, 0, [1, 2], has_left, silent, 0.02, 0.4)
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        time.sleep(0.02)
+    assert set(told) == {1}
