@@ -5,13 +5,15 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
 
 from sp3llm.errors import ResumableError, UserError, of_all, reason
 from sp3llm.runtime.heartbeat import watch
+from sp3llm.runtime.interfaces import address_towards, gloo_uses, interface_towards
 
 # How long processes wait for each other to begin: a cold file system takes its time to import from.
 ARRIVAL = timedelta(minutes=10)
@@ -27,9 +29,10 @@ def processes() -> int:
 @contextlib.contextmanager
 def all_begun() -> Iterator[None]:
     """Begin the block when all processes that a launcher started have come here; it is for torch
-    to connect them in. From then on this process ends where nothing is heard of another host.
+    to connect them in, over the interface that leads to the first one's host. From then on this
+    process ends where nothing is heard of another host.
 
-    Raises UserError where a process does not come.
+    Raises UserError where a process does not come, or torch does not get them connected.
     """
     if processes() == 1 or torch.distributed.is_initialized():
         yield
@@ -44,8 +47,8 @@ def all_begun() -> Iterator[None]:
             f"found that not all did ({_why(error)}): what the others said says why, or else see "
             "to it that the hosts reach each other."
         ) from error
-    names = [f"process {process} on {host}" for process, (_, host) in enumerate(words)]
-    gone = [name for name, (word, _) in zip(names, words, strict=True) if word != _HERE]
+    names = [f"process {process} on {host}" for process, (_, host, _) in enumerate(words)]
+    gone = [name for name, (word, *_) in zip(names, words, strict=True) if word != _HERE]
     if gone:
         raise of_all(
             UserError(
@@ -53,31 +56,57 @@ def all_begun() -> Iterator[None]:
                 "said says why."
             )
         )
+    interface, connected = None, threading.Event()
     if _on_several_hosts():
-        _watch_others(store, index, names)
-    yield
-    del store  # only now: what the first process serves it with, torch uses too
+        # To the first process's host its own name may lead over loopback: to others it does not.
+        ways = [os.environ["MASTER_ADDR"], *(address for *_, address in words)]
+        interface = interface_towards(ways)
+        _watch_others(store, index, names, connected.is_set)
+    try:
+        with gloo_uses(interface):
+            yield
+    except RuntimeError as error:
+        raise _unreached(_why(error)) from error
+    finally:
+        connected.set()
+        del store  # only now: what the first process serves it with, torch uses too
 
 
-def _watch_others(store: torch.distributed.Store, index: int, names: Sequence[str]) -> None:
-    """End this process, number `index`, where nothing is heard of one of the others, by name."""
+def _watch_others(
+    store: torch.distributed.Store,
+    index: int,
+    names: Sequence[str],
+    connected: Callable[[], bool],
+) -> None:
+    """End this process, number `index`, where nothing is heard of one of the others, by name, or
+    one leaves before all are connected.
+    """
 
-    def has_left(other: int) -> bool:
-        return _word(store, other)[0] != _HERE
-
-    def end(other: int, seconds: float) -> None:
+    def end(message: str) -> None:
         if int(os.environ.get("LOCAL_RANK", index)) == 0:
-            print(
-                f"sp3llm: Expected all {len(names)} processes to stay until the run ends, heard "
-                f"nothing of {names[other]} for {seconds / 60:g} minutes: see whether its host "
-                "runs and can be reached; then give the same command again, on every host.",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"sp3llm: {message}", file=sys.stderr, flush=True)
         os._exit(2)  # what waits for the network hears of nothing else
 
+    def has_left(other: int) -> bool:
+        try:
+            left = _word(store, other)[0] != _HERE
+        except RuntimeError:  # the first one's host keeps the words for all
+            if connected():
+                raise
+            other, left = 0, True
+        if left and not connected():
+            end(str(_unreached(f"{names[other]} has gone")))
+        return left
+
+    def silent(other: int, seconds: float) -> None:
+        end(
+            f"Expected all {len(names)} processes to stay until the run ends, heard nothing of "
+            f"{names[other]} for {seconds / 60:g} minutes: see whether its host runs and can be "
+            "reached; then give the same command again, on every host."
+        )
+
     others = [other for other in range(len(names)) if other != index]
-    watch(store, index, others, has_left, end)
+    watch(store, index, others, has_left, silent)
 
 
 def leave() -> None:
@@ -105,14 +134,15 @@ def _announced(word: str, patience: timedelta) -> tuple[torch.distributed.Store,
     from torch.distributed.rendezvous import rendezvous
 
     store, index, count = next(rendezvous("env://", timeout=patience))
-    store.set(_key(index), f"{word} {socket.gethostname()}")
+    address = address_towards(os.environ["MASTER_ADDR"])
+    store.set(_key(index), f"{word} {socket.gethostname()} {address}")
     return store, index, count
 
 
-def _word(store: torch.distributed.Store, process: int) -> tuple[str, str]:
-    """The word that a process left, and its host."""
-    word, host = store.get(_key(process)).decode().split()
-    return word, host
+def _word(store: torch.distributed.Store, process: int) -> tuple[str, str, str]:
+    """The word that a process left, its host, and the address that reaches the first one's."""
+    word, host, address = store.get(_key(process)).decode().split(" ")
+    return word, host, address
 
 
 def _key(process: int) -> str:
@@ -140,16 +170,16 @@ def lost_process_told() -> Iterator[None]:
         ) from error
 
 
-def unreached(error: RuntimeError) -> UserError:
+def _unreached(why: str) -> UserError:
     """What to raise where torch does not get processes that have begun connected."""
     return UserError(
-        f"Expected {processes()} processes to reach each other, found that not all did "
-        f"({_why(error)}): where a host's name leads to itself or to another network, name the "
-        "network interface with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+        f"Expected {processes()} processes to reach each other, found that not all did ({why}): "
+        "see to it that hosts reach each other at every port, and name on each the network "
+        "interface for it with GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU)."
     )
 
 
 def _why(error: Exception) -> str:
     """What torch's transport says, without the place in its source."""
-    text = re.sub(r"^\[[^\]]*\] *", "", reason(error, 400))
+    text = re.sub(r"^\[[^\]]*\] *|\[/[^\]]*:\d+\] *", "", reason(error, 400))
     return re.split(r"[.;] (?:This is typically|Exception raised)", text)[0][:200]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sp3llm.errors import UserError, of_all
-from sp3llm.runtime.presence import ARRIVAL, all_begun, processes, unreached
+from sp3llm.runtime.presence import ARRIVAL, all_begun, processes
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -172,10 +172,7 @@ def init_distributed(device: str) -> tuple[Ranks, str]:
     from accelerate import PartialState
 
     with all_begun():
-        try:
-            state = PartialState(cpu=device == "cpu", timeout=ARRIVAL)
-        except RuntimeError as error:
-            raise unreached(error) from error
+        state = PartialState(cpu=device == "cpu", timeout=ARRIVAL)
     # There is no public way to wait longer for a peer at work than for one that is to begin.
     torch.distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
     ranks = ranks_of(state)

@@ -5,8 +5,10 @@ Each is a process in a folder of its own, with a copy of everything under the sa
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import HashStore
 
 from sp3llm.cli import main
-from sp3llm.runtime import journal
+from sp3llm.errors import UserError
+from sp3llm.runtime import journal, presence
 from sp3llm.runtime.heartbeat import watch
 from tests.runtime.test_ranks import close, free_port
 from tests.runtime.test_resume import FORKS, content, dense, die_at, settings  # noqa: F401
@@ -28,9 +31,7 @@ OPTIONS += ["--device", "cpu", "--out", "small"]
 def as_host(number: int, home: Path, port: int, words: list[str], writes: int | None) -> None:
     """The process of a host, in the environment that a launcher sets there."""
     os.chdir(home)
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    be_host(number, port)
     torch.set_num_threads(1)
     journal._SHARE_OF_TIME = 10.0
     for stream, name in ((1, "log"), (2, "said")):
@@ -38,6 +39,13 @@ def as_host(number: int, home: Path, port: int, words: list[str], writes: int | 
     if writes is not None:
         die_at(writes)
     main(["compress", *words])
+
+
+def be_host(number: int, port: int) -> None:
+    """Have the environment that a launcher sets on one of two hosts."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
 
 
 def run(hosts: list[Path], *more: str, host1: tuple[str, ...] = (), dies: int | None = None):
@@ -146,6 +154,41 @@ def test_a_host_that_refuses_before_the_others_know_of_it_is_not_waited_for(host
     assert codes == [2, 2]
     assert "Expected 2 processes to begin, found that process 1 on" in said[0]
     assert "Expected --keep between 0 and 1" in said[1]
+
+
+def connect_or_not(number: int, home: Path, port: int, fails: int) -> None:
+    """The process of a host that begins; on one of two torch fails to connect it."""
+    be_host(number, port)
+    os.dup2(os.open(home / f"said{number}", os.O_WRONLY | os.O_CREAT), 2)
+    presence.watch = partial(presence.watch, beat=0.1)
+    try:
+        with presence.all_begun():
+            if number == fails:
+                raise RuntimeError("[/a/place.cc:1] connection refused")
+            time.sleep(60)  # as torch would wait
+    except UserError as error:
+        sys.exit(str(error))
+    finally:
+        presence.leave()
+
+
+@pytest.mark.parametrize("fails", [0, 1])  # the first one keeps the store
+def test_a_host_that_cannot_be_connected_is_not_waited_for(fails, tmp_path):
+    port = free_port()
+    processes = [
+        FORKS.Process(target=connect_or_not, args=(number, tmp_path, port, fails))
+        for number in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == ([1, 2] if fails == 0 else [2, 1])
+    for number in (0, 1):
+        said = [line for line in (tmp_path / f"said{number}").open() if "Expected" in line]
+        why = "connection refused" if number == fails else f"process {fails} on"
+        assert len(said) == 1
+        assert f"2 processes to reach each other, found that not all did ({why}" in said[0]
 
 
 @pytest.mark.slow
