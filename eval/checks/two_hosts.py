@@ -183,7 +183,7 @@ def launch(command: str, *words: str) -> list[str]:
 
 def both(hosts: list[Host], name: str, **changes: Any) -> list[subprocess.Popen[bytes]]:
     """The run on both hosts. `command` is another one, with `words`; `model` another model; `both`
-    are further options, `host0` and `host1` those of one alone.
+    are further options, `host0` and `host1` those of one alone; `environment` is what users set.
     """
     launcher = ["--nnodes", "2", "--nproc-per-node", "1"]
     launcher += ["--master-addr", hosts[0].name, "--master-port", str(PORT)]
@@ -194,15 +194,17 @@ def both(hosts: list[Host], name: str, **changes: Any) -> list[subprocess.Popen[
             changes.get("command", "compress"), *launcher, "--node-rank", str(host.number)
         )
         more = [*changes.get("both", []), *changes.get(host.name, [])]
-        started.append(host.start([*start, *words, *more], name))
+        environment = changes.get("environment", {})
+        started.append(host.start([*start, *words, *more], name, **environment))
     return started
 
 
 def wait(started: list[subprocess.Popen[bytes]]) -> tuple[list[int], float]:
     """How they ended, and the seconds between the first end and the last."""
     ends: dict[int, float] = {}
-    begun = time.monotonic()
-    while len(ends) < len(started) and time.monotonic() - begun < LONGEST:
+    for _ in range(10 * LONGEST):  # counted: while all of it is stopped nobody is late
+        if len(ends) == len(started):
+            break
         for number, process in enumerate(started):
             if number not in ends and process.poll() is not None:
                 ends[number] = time.monotonic()
@@ -380,10 +382,10 @@ def cases(bench: Bench) -> dict[str, tuple[str, Callable[[str], list[str]]]]:
     def a_file_there() -> None:
         (disk / "sub").write_text("")
 
-    def own_names_at_home() -> None:
+    def own_names_lead_to(address: str) -> None:
         lines = (bench.hosts[0].work / "hosts").read_text()
         for host in bench.hosts:
-            (host.disk / "hosts").write_text(lines.replace(host.address, "127.0.0.1"))
+            (host.disk / "hosts").write_text(lines.replace(host.address, address))
 
     hub = ["owner/small-model"]
     recover = ["--recover-steps", "2"]
@@ -407,7 +409,15 @@ def cases(bench: Bench) -> dict[str, tuple[str, Callable[[str], list[str]]]]:
         "out": ("host1: `--out` below a file", when(a_file_there, both=["--out", "sub/small"])),
         "then": ("`--recover-steps 2`", when(nothing, both=recover)),
         "recover": ("`sp3llm.recover` itself", when(with_small, command="recover", words=tuned)),
-        "names": ("each host's name leads to itself", when(own_names_at_home)),
+        "names": (
+            "each host's own name leads to 127.0.0.1",
+            when(lambda: own_names_lead_to("127.0.0.1")),
+        ),
+        "debian": ("to 127.0.1.1", when(lambda: own_names_lead_to("127.0.1.1"))),
+        "interface": (
+            "`GLOO_SOCKET_IFNAME=lo` on both",
+            when(nothing, environment={"GLOO_SOCKET_IFNAME": "lo"}),
+        ),
         "killed": ("host1's process killed", lost(1, "process")),
         "host1": ("everything on host1 killed", lost(1, "host")),
         "host0": ("everything on host0 killed", lost(0, "host")),
@@ -457,7 +467,8 @@ def main() -> None:
             if options.only and name not in options.only:
                 continue
             for number, cells in enumerate(run(name)):
-                rows.append(f"| {'the same command again' if number else what} {cells}")
+                row = f"| {'the same command again' if number else what} {cells}"
+                rows.append(row.replace(str(work), "WORK"))
                 print(rows[-1], flush=True)
     finally:
         disconnect(hosts)
