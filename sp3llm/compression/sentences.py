@@ -33,10 +33,10 @@ def read_texts_of_rows(job: Job) -> "tuple[TaskSet, TaskSet]":
     from sp3llm.text.task_rows import digests, evaluation_rows, training_rows
     from sp3llm.text.task_sets import TaskSet
     from sp3llm.text.tasks import resolve_task
-    from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.text.tokenizer import load_row_tokenizer
 
     task, settings = resolve_task(job.settings.task or ""), job.settings
-    tokenizer = load_tokenizer(job.dense.folder)
+    tokenizer = load_row_tokenizer(job.dense.folder)
     seq_len = row_length(task, job.dense.config, tokenizer, settings.seq_len)
     held_out = [row for rows in evaluation_rows(task).values() for row in _texts(rows)]
     held_out = _shuffled(held_out, 0)[:_MOST_TEXTS]

@@ -45,14 +45,14 @@ def read_rows(job: Job) -> TaskRows:
     from sp3llm.compression.sentences import read_texts_of_rows
     from sp3llm.evaluation.task_scores import reported, row_length
     from sp3llm.text.task_sets import drawn
-    from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.text.tokenizer import load_row_tokenizer
 
     if job.objective.labels is None:
         rows = TaskRows(*read_texts_of_rows(job))
         _check_ids(job, rows.calibration)
         return rows
     task, labels = task_of(job)
-    tokenizer = load_tokenizer(job.dense.folder)
+    tokenizer = load_row_tokenizer(job.dense.folder)
     seq_len = row_length(task, job.dense.config, tokenizer, job.settings.seq_len)
     held_out = reported(task, labels, tokenizer, seq_len)
     settings, known = job.settings, held_out.documents
