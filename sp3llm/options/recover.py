@@ -149,9 +149,10 @@ class RecoverConfig:
     check_every: int | None = option(
         "steps between held-out losses", default=None, shown="a tenth of all", least=1
     )
-    patience: int = option(
+    patience: int | None = option(
         "checks without a better loss before training stops; the best weights are kept",
-        default=5,
+        default=None,
+        shown="5, of a task 10",
         least=1,
     )
     checkpoint_every: int | None = option(

@@ -181,7 +181,7 @@ def resolved(settings: RecoverConfig, objective: "Objective") -> RecoverConfig:
     Raises UserError where they do not go together.
     """
     recipe = objective.recipe
-    names = ("steps", "temperature", "kl_weight", "hidden_weight", "stop_windows")
+    names = ("steps", "temperature", "kl_weight", "hidden_weight", "stop_windows", "patience")
     silent = {name: getattr(recipe, name) for name in names if getattr(settings, name) is None}
     return replace(settings, **silent)
 

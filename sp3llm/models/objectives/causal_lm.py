@@ -110,6 +110,7 @@ CAUSAL_LM = Objective(
         kl_weight=1.0,
         hidden_weight=0.0,
         stop_windows=32,
+        patience=5,
     ),
     evaluation_windows=_evaluation_windows,
     losses=token_losses,

@@ -30,6 +30,8 @@ class Recipe:
     """Of the error of the residual stream."""
     stop_windows: int
     """Windows or rows, at most, that decide when to stop."""
+    patience: int
+    """Checks without a better loss before training stops; ten are all that there are."""
 
 
 @dataclass(frozen=True)
