@@ -71,9 +71,9 @@ def run(options: argparse.Namespace, keep: float, seed: int) -> dict[str, Any]:
         if not finished(tuned):
             settings = {"task": options.task, "steps": options.steps, "seed": seed}
             recover(RecoverConfig(out, options.model, out=tuned, **settings), console)
-        record = record_of(tuned)
-        row["recovered"] = record["answers"][0]["small"]
-        row["error of the last"] = record["answers"][0]["paired_standard_error"]
+        score = record_of(tuned)["recoveries"][-1]["scores"][0]
+        row["recovered"] = score["small"]
+        row["error of the last"] = score["paired_standard_error"]
     for rows in (1, 32):
         dense, small = latency([Path(options.model), out], rows)
         row[f"latency of {rows}"] = small / dense
@@ -92,8 +92,11 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     rows = [run(options, keep, seed) for keep in options.keep for seed in options.seeds]
+    # Folders by their own names, but for that of the results: where they lie is this machine's.
     words = [
-        "=".join(Path(part).name for part in word.split("=")) if "/" in word else word
+        "=".join(Path(part).name for part in word.split("="))
+        if "/" in word and word != options.name
+        else word
         for word in sys.argv[1:]
     ]
     found = {"command": command(__file__, words), "rows": rows, **surroundings("cpu")}
