@@ -5,25 +5,14 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from sp3llm.models.objectives.examples import (
-    ENCODER_RECIPE,
-    calibration_rows,
-    of_rows,
-    real_tokens,
-    training_rows,
-)
-from sp3llm.models.objectives.schema import Objective
+from sp3llm.models.objectives.examples import row_objective
 from sp3llm.models.task_head import pooled_distances, pooled_gradients
-from sp3llm.text.examples import Examples, joined
+from sp3llm.text.examples import Examples
 
 
 def _states(output: Any, batch: Examples) -> Tensor:
     """The stream of the real tokens, `(tokens, width)`."""
     return output.last_hidden_state[batch.attention_mask.bool()]
-
-
-def _scored(states_ND: Tensor) -> Tensor:
-    return states_ND
 
 
 def _divergence(states_ND: Tensor, teacher_ND: Tensor, _: float) -> Tensor:
@@ -35,25 +24,15 @@ def _learning_loss(states_ND: Tensor, _: Examples) -> Tensor:
     return functional.mse_loss(states_ND, states_ND.detach())
 
 
-FEATURE_EXTRACTION = Objective(
+FEATURE_EXTRACTION = row_objective(
     name="feature-extraction",
     architecture_suffix="Model",
     auto_class="AutoModel",
     task_type="FEATURE_EXTRACTION",
     pipeline="feature-extraction",
-    calibration_windows=calibration_rows,
-    training_windows=training_rows,
-    join=joined,
-    inputs=Examples.inputs,
-    real_tokens=real_tokens,
-    in_rows=Examples.reread,
-    of_rows=of_rows,
     logits=_states,
-    scored=_scored,
     divergence=_divergence,
     learning_loss=_learning_loss,
-    recipe=ENCODER_RECIPE,
-    states_are_stream=True,
     divergences=pooled_distances,
     loss_gradients=pooled_gradients,
 )

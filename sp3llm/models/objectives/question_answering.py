@@ -1,7 +1,6 @@
 """Extractive question answering: where in a context the answer to a question stands."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,16 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sp3llm.maths.losses import divergence
-from sp3llm.models.objectives.examples import (
-    ENCODER_RECIPE,
-    calibration_rows,
-    of_rows,
-    real_tokens,
-    training_rows,
-)
-from sp3llm.models.objectives.schema import Objective
-from sp3llm.models.task_head import backward_answers, row_divergences, row_losses
-from sp3llm.text.examples import Examples, joined
+from sp3llm.models.objectives.examples import answering_objective
+from sp3llm.text.examples import Examples
 from sp3llm.text.labels import Labels
 from sp3llm.text.tasks import SPAN
 
@@ -36,35 +27,18 @@ def _logits(output: Any, batch: Examples) -> Tensor:
     return logits_B2S.masked_fill(batch.attention_mask[:, None] == 0, _NEVER)
 
 
-def _scored(logits_B2S: Tensor) -> Tensor:
-    return logits_B2S
-
-
 def _learning_loss(logits_B2S: Tensor, batch: Examples) -> Tensor:
     return functional.cross_entropy(logits_B2S.float().flatten(0, 1), batch.labels.flatten())
 
 
-QUESTION_ANSWERING = Objective(
+QUESTION_ANSWERING = answering_objective(
+    _logits,
     name="question-answering",
     architecture_suffix="ForQuestionAnswering",
     auto_class="AutoModelForQuestionAnswering",
     task_type="QUESTION_ANS",
     pipeline="question-answering",
-    calibration_windows=calibration_rows,
-    training_windows=training_rows,
-    join=joined,
-    inputs=Examples.inputs,
-    real_tokens=real_tokens,
-    in_rows=Examples.reread,
-    of_rows=of_rows,
-    logits=_logits,
-    scored=_scored,
     divergence=divergence,
     learning_loss=_learning_loss,
-    recipe=ENCODER_RECIPE,
     labels=_labels,
-    states_are_stream=True,
-    losses=partial(row_losses, _logits),
-    divergences=partial(row_divergences, _logits),
-    loss_gradients=partial(backward_answers, _logits, ENCODER_RECIPE.temperature),
 )
