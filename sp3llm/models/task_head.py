@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,24 +112,37 @@ def backward_answers(
     information, without the noise of labels drawn. At 2, as in distillation, rows of which the
     model is sure have a say. Of a value it is the value itself.
     """
+
+    def weighed_answers(rows: slice, x: Tensor) -> Tensor:
+        answers = widen(_answers(logits, model, stream, rows, x))
+        shares = (answers.detach() / temperature).softmax(-1)
+        if answers.shape[-1] > 1:
+            answers = answers - (shares * answers).sum(-1, keepdim=True)
+        return shares.sqrt() * answers
+
+    with materialized(model.module, head, model.execution):
+        return _signed_gradients(model, stream, windows, weighed_answers)
+
+
+def _signed_gradients(
+    model: LayeredModel,
+    stream: Stream,
+    windows: Sequence[int],
+    values_of: Callable[[slice, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Gradients by a stream of the sum of values, each with a random sign, twice
+    (`backward_answers`); `values_of` gives them for the rows of a batch and their stream.
+    """
     execution = model.execution
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
     by_stream = torch.empty_like(stream.hidden)
-    with materialized(model.module, head, execution):
-        for rows in batches(stream.hidden, execution):
-            x = fetch(stream.hidden[rows], execution.device).requires_grad_()
-            answers = widen(_answers(logits, model, stream, rows, x))
-            generator.manual_seed(windows[rows.start])
-            drawn = torch.randint(0, 2, answers.shape, generator=generator)
-            signs = (2.0 * drawn - 1).to(answers)
-            shares = (answers.detach() / temperature).softmax(-1)
-            centred = (
-                answers
-                if answers.shape[-1] == 1
-                else (answers - (shares * answers).sum(-1, keepdim=True))
-            )
-            (gradient,) = torch.autograd.grad((signs * shares.sqrt() * centred).sum(), x)
-            store(by_stream[rows], gradient, execution.device)
+    for rows in batches(stream.hidden, execution):
+        x = fetch(stream.hidden[rows], execution.device).requires_grad_()
+        values = values_of(rows, x)
+        generator.manual_seed(windows[rows.start])
+        signs = 2.0 * torch.randint(0, 2, values.shape, generator=generator) - 1
+        (gradient,) = torch.autograd.grad((signs.to(values) * values).sum(), x)
+        store(by_stream[rows], gradient, execution.device)
     settle(execution.device)
     return by_stream, by_stream
 
@@ -165,18 +179,7 @@ def pooled_gradients(
     windows: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """What `backward_answers` gives, of pooled rows: the gradient of a random direction of each."""
-    execution = model.execution
-    generator = torch.Generator().manual_seed(0)
-    by_stream = torch.empty_like(stream.hidden)
-    for rows in batches(stream.hidden, execution):
-        x = fetch(stream.hidden[rows], execution.device).requires_grad_()
-        pooled = _pooled(stream, rows, x)
-        generator.manual_seed(windows[rows.start])
-        signs = 2.0 * torch.randint(0, 2, pooled.shape, generator=generator) - 1
-        (gradient,) = torch.autograd.grad((signs.to(pooled) * pooled).sum(), x)
-        store(by_stream[rows], gradient, execution.device)
-    settle(execution.device)
-    return by_stream, by_stream
+    return _signed_gradients(model, stream, windows, partial(_pooled, stream))
 
 
 def _check(found: Tensor) -> None:
