@@ -160,9 +160,7 @@ def files_named(settings: CompressConfig) -> dict[str, Path]:
 
     if settings.task is None:
         return local_files(text_sets(settings))
-    task = resolve_task(settings.task)
-    places = (task.training, *(task.evaluations or {}).values())
-    return {str(place): place for place in places if isinstance(place, Path)}
+    return resolve_task(settings.task).files
 
 
 def _of_host(job: Job) -> dict[str, Any]:

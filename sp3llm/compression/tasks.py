@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from sp3llm.compression.figures import stock_model
 from sp3llm.compression.job import Job
-from sp3llm.errors import UserError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -63,14 +62,10 @@ def read_rows(job: Job) -> TaskRows:
 
 def _check_ids(job: Job, calibration: "TaskSet") -> None:
     from sp3llm.models import families
+    from sp3llm.text.windows import check_token_ids
 
     vocab_size = families.axis_sizes(job.family, job.dense.config)[families.VOCAB]
-    largest = int(calibration.tokens.input_ids.max())
-    if largest >= vocab_size:
-        raise UserError(
-            f"Expected token ids below the model's vocab_size {vocab_size}, found {largest}: the "
-            f"tokenizer in '{job.dense.folder}' belongs to another model."
-        )
+    check_token_ids((calibration,), vocab_size, job.dense.folder)
 
 
 def task_answers(
@@ -108,13 +103,6 @@ def _answers(
 ) -> dict[str, Sequence[Any]]:
     """By split what a model answers."""
     from sp3llm.evaluation.score_task import BATCH
-    from sp3llm.evaluation.task_answers import answers_of
 
     model = stock_model(job, checkpoint)
-    bar = progress.add_task(f"{what}, answers", total=asked.examples)
-    return {
-        split: answers_of(
-            model, job.objective, questions, BATCH, lambda done: progress.advance(bar, done)
-        )
-        for split, questions in asked.splits.items()
-    }
+    return asked.answered_by(model, what, job.objective, BATCH, progress)

@@ -108,7 +108,6 @@ def _answers(
     """What a model answers to every split."""
     import torch
 
-    from sp3llm.evaluation.task_answers import answers_of
     from sp3llm.evaluation.task_scores import load_model
     from sp3llm.runtime.progress import progress_bars
 
@@ -116,13 +115,8 @@ def _answers(
     stock = load_model(model.folder, model.name, model.objective, device, settings.dtype)
     try:
         with progress_bars(console) as progress:
-            bar = progress.add_task(f"{model.name}, answers", total=model.reported.examples)
-            found = {
-                name: answers_of(
-                    stock, model.objective, asked, batch, lambda done: progress.advance(bar, done)
-                )
-                for name, asked in model.reported.splits.items()
-            }
+            about = (model.name, model.objective, batch, progress)
+            found = model.reported.answered_by(stock, *about)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The GPU ran out of memory while '{model.name}' was scored: give a smaller "

@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sp3llm.errors import UserError, reason
 from sp3llm.evaluation.comparison import Row, paired_standard_error
-from sp3llm.evaluation.task_answers import Questions, questions_of
+from sp3llm.evaluation.task_answers import Questions, answers_of, questions_of
 from sp3llm.evaluation.task_metrics import metrics_of
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.text.examples import joined
@@ -18,6 +18,9 @@ from sp3llm.text.labels import Labels, class_numbers
 from sp3llm.text.task_rows import evaluation_rows
 from sp3llm.text.task_sets import TaskSet, usual_length
 from sp3llm.text.tasks import Task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # For the standard error of what is no mean over rows: of that itself within a twentieth.
 _RESAMPLES = 200
@@ -46,6 +49,18 @@ class Reported:
     def examples(self) -> int:
         """How many rows, or stretches of contexts, a model is run on."""
         return sum(len(asked.examples) for asked in self.splits.values())
+
+    def answered_by(
+        self, model: nn.Module, name: str, objective: Objective, batch: int, progress: "Progress"
+    ) -> Answers:
+        """What a stock model, called `name`, answers to them, `batch` at once."""
+        bar = progress.add_task(f"{name}, answers", total=self.examples)
+        return {
+            split: answers_of(
+                model, objective, asked, batch, lambda done: progress.advance(bar, done)
+            )
+            for split, asked in self.splits.items()
+        }
 
     def describe(self) -> dict[str, Any]:
         """What `sp3llm.json` records of these rows."""

@@ -57,9 +57,7 @@ def row_length_of(settings: RecoverConfig, pair: Pair) -> int:
 
 def task_files(settings: RecoverConfig, pair: Pair) -> dict[str, Path]:
     """The files that rows are read from."""
-    task, _ = _task(settings, pair)
-    places = (task.training, *(task.evaluations or {}).values())
-    return {str(place): place for place in places if isinstance(place, Path)}
+    return _task(settings, pair)[0].files
 
 
 def draw_rows(settings: RecoverConfig, pair: Pair) -> Texts:
@@ -67,6 +65,7 @@ def draw_rows(settings: RecoverConfig, pair: Pair) -> Texts:
     from sp3llm.evaluation.task_scores import reported
     from sp3llm.models import families
     from sp3llm.text.tokenizer import load_row_tokenizer
+    from sp3llm.text.windows import check_token_ids
 
     task, labels = _task(settings, pair)
     tokenizer = load_row_tokenizer(pair.small.folder)
@@ -80,12 +79,7 @@ def draw_rows(settings: RecoverConfig, pair: Pair) -> Texts:
     known = held_out.documents | training.documents
     stopping = draw(task, tokenizer, settings.stop_windows, seq_len, 0, known, True, learned)
     vocab_size = families.axis_sizes(pair.family, pair.small.config)[families.VOCAB]
-    largest = max(int(one.tokens.input_ids.max()) for one in (training, stopping))
-    if largest >= vocab_size:
-        raise UserError(
-            f"Expected token ids below the model's vocab_size {vocab_size}, found {largest}: the "
-            f"tokenizer in '{pair.small.folder}' belongs to another model."
-        )
+    check_token_ids((training, stopping), vocab_size, pair.small.folder)
     return Texts(training, stopping, held_out)
 
 
@@ -109,11 +103,7 @@ def measure_rows(
             (pair.dense, dense, "dense model"),
         )
     ]
-    after, before, dense_answers = answers
-    pairs = zip(
-        score_rows(small, after, dense_answers), score_rows(small, before, dense_answers),
-        strict=True,
-    )  # fmt: skip
+    after, before = (score_rows(small, one, answers[-1]) for one in answers[:-1])
     return Figures(
         scores=tuple(
             RecoveredFigure(
@@ -126,7 +116,7 @@ def measure_rows(
                 paired_standard_error_before=earlier.paired_standard_error,
                 paired_standard_error=row.paired_standard_error,
             )
-            for row, earlier in pairs
+            for row, earlier in zip(after, before, strict=True)
         )
     )
 
@@ -138,7 +128,6 @@ def _answers(
     from transformers import AutoConfig
 
     from sp3llm.evaluation.score_task import BATCH
-    from sp3llm.evaluation.task_answers import answers_of
     from sp3llm.evaluation.task_scores import load_model
 
     # What was just written has no config yet.
@@ -147,10 +136,4 @@ def _answers(
     )
     place = (pair.objective, torch.device(device), "float32", config)
     model = load_model(checkpoint.folder, name, *place)
-    bar = progress.add_task(f"{name}, answers", total=asked.examples)
-    return {
-        split: answers_of(
-            model, pair.objective, questions, BATCH, lambda done: progress.advance(bar, done)
-        )
-        for split, questions in asked.splits.items()
-    }
+    return asked.answered_by(model, name, pair.objective, BATCH, progress)

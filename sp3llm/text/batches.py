@@ -30,6 +30,11 @@ def first_tokens_of(windows: "Batch", count: int) -> "Batch":
     return windows if isinstance(windows, Examples) else windows[:, :count]
 
 
+def token_ids(batch: "Batch") -> "Tensor":
+    """Ids of all tokens, padding among them."""
+    return batch.input_ids if isinstance(batch, Examples) else batch
+
+
 def real_tokens(batch: "Batch") -> int:
     """How many tokens of a batch are no padding."""
     return batch.tokens if isinstance(batch, Examples) else batch.numel()

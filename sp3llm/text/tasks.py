@@ -56,6 +56,12 @@ class Task:
         """As a record names them."""
         return (self.words or self.name,)
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """Those that rows are read from, by what they are called."""
+        places = (self.training, *(self.evaluations or {}).values())
+        return {str(place): place for place in places if isinstance(place, Path)}
+
 
 def _glue(
     config: str,
