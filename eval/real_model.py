@@ -25,7 +25,17 @@ import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-from common import RESULTS, as_json, command, hardware, shown, surroundings, table, write
+from common import (
+    RESULTS,
+    as_json,
+    command,
+    hardware,
+    shown,
+    surroundings,
+    table,
+    with_own_names,
+    write,
+)
 from stage_clock import clocks
 
 from sp3llm.options import CompressConfig
@@ -192,11 +202,7 @@ def measured(
 
 def report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the tables."""
-    # Folders and files by their own names: where they lie is this machine's alone.
-    words = [
-        ",".join(Path(part).name for part in word.split(",")) if "/" in word else word
-        for word in sys.argv[1:]
-    ]
+    words = with_own_names(sys.argv[1:], options.name)
     run = {"command": command(__file__, words), "rows": rows, **surroundings("cpu")}
     head = [
         "keep",

@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, as_json, command, finished, hardware, shown, surroundings, table, write
+from common import (
+    RESULTS,
+    as_json,
+    command,
+    finished,
+    hardware,
+    shown,
+    surroundings,
+    table,
+    with_own_names,
+    write,
+)
 from rich.console import Console
 from torch import Tensor
 
@@ -85,18 +96,16 @@ def excess_by_window(folder: Path, dense: Path, losses: dict[str, Tensor]) -> Te
     record = read_record(folder)
     held_out = held_out_text(record, folder, dense)
     execution = resolve_execution("cpu", torch.bfloat16)
-    found = {}
-    for place, tokens in ((dense, held_out.tokens), (folder, held_out.small_tokens)):
-        key = f"{place}-{record.evaluation.sha256}"
-        if place == folder or key not in losses:
-            checkpoint = open_checkpoint(place)
-            measured = measure_losses(checkpoint, family_of(checkpoint.config), tokens, execution)
-            if place == folder:
-                found[place] = measured
-                continue
-            losses[key] = measured
-        found[place] = losses[key]
-    return held_out.small_nats(found[folder]).mean(1) - held_out.dense_nats(found[dense]).mean(1)
+
+    def losses_of(place: Path, tokens: Tensor) -> Tensor:
+        checkpoint = open_checkpoint(place)
+        return measure_losses(checkpoint, family_of(checkpoint.config), tokens, execution)
+
+    text = record.evaluation.sha256
+    if text not in losses:
+        losses[text] = losses_of(dense, held_out.tokens)
+    small = held_out.small_nats(losses_of(folder, held_out.small_tokens))
+    return small.mean(1) - held_out.dense_nats(losses[text]).mean(1)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -177,10 +186,7 @@ def report(options: argparse.Namespace) -> None:
                 "" if against is None else shown(against),
             ]
         )
-    words = [
-        ",".join(Path(part).name for part in word.split(",")) if "/" in word else word
-        for word in sys.argv[1:]
-    ]
+    words = with_own_names(sys.argv[1:], options.name)
     found = {"command": command(__file__, words), "rows": rows, **surroundings("cpu")}
     head = ["keep", "axes", "parameters kept", "hidden, FFN, KV, layers, tokens"]
     head += ["excess, nats a token of the dense model", f"over `{options.against}`"]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -46,6 +47,18 @@ def command(script: str, words: Sequence[str] | None = None) -> str:
     """How a script (its `__file__`) was called in the repository, or is with these words."""
     path = Path(script).resolve().relative_to(ROOT)
     return shlex.join(["python", str(path), *(sys.argv[1:] if words is None else words)])
+
+
+def with_own_names(words: Iterable[str], name: str = "") -> list[str]:
+    """Words of a command with folders and files by their own names, lists and pairs of them too:
+    where they lie is one machine's alone. `name`, of results, stays.
+    """
+
+    def own(word: str) -> str:
+        parts = re.split("([,=])", word)
+        return "".join(part if part in ",=" else Path(part).name for part in parts)
+
+    return [own(word) if "/" in word and word != name else word for word in words]
 
 
 def surroundings(device: Any, **more: str) -> dict[str, Any]:

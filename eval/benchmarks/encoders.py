@@ -25,6 +25,7 @@ from common import (
     record_of,
     surroundings,
     table,
+    with_own_names,
     write,
 )
 from rich.console import Console
@@ -92,13 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     rows = [run(options, keep, seed) for keep in options.keep for seed in options.seeds]
-    # Folders by their own names, but for that of the results: where they lie is this machine's.
-    words = [
-        "=".join(Path(part).name for part in word.split("="))
-        if "/" in word and word != options.name
-        else word
-        for word in sys.argv[1:]
-    ]
+    words = with_own_names(sys.argv[1:], options.name)
     found = {"command": command(__file__, words), "rows": rows, **surroundings("cpu")}
     cells = []
     for row in rows:

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, as_json, command, hardware, shown, surroundings, table, write
+from common import (
+    RESULTS,
+    as_json,
+    command,
+    hardware,
+    shown,
+    surroundings,
+    table,
+    with_own_names,
+    write,
+)
 from rich.console import Console
 from torch import Tensor
 
@@ -115,7 +125,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the files under eval/results")
     options = parser.parse_args()
     runs = [run(options, keep) for keep in options.keep]
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    words = with_own_names(sys.argv[1:], options.name)
     record = {"command": command(__file__, words), "runs": runs, **surroundings("cpu")}
     parts = []
     for one in runs:
