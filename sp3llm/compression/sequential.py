@@ -1,7 +1,6 @@
 """Fit a layer whose blocks come one after the other: attention, then the FFN."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -159,7 +158,7 @@ def run_dense_on(
 def _keeper(place: Tensor, execution: Execution) -> Probe:
     """A probe that keeps what it sees."""
 
-    def keep(rows: slice, x: Tensor, place: Tensor) -> None:
+    def keep(rows: slice, x: Tensor) -> None:
         store(place[rows], x, execution.device)
 
-    return partial(keep, place=place)
+    return keep

@@ -68,7 +68,7 @@ class Journal:
         """Whether less than a sixtieth of the time since the run began was spent on saving.
 
         All processes get the first one's answer. What has to be done again after a kill is so
-        never more than some thirty times what saving takes.
+        never more than some sixty times what saving takes.
         """
         if self.folder is None:
             return False
