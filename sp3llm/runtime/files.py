@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
 
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield len(encoded).to_bytes(8, "little")
+        yield encoded
+        for name in names:
+            yield from _chunks(tensors[name])
+
     def write(aside: Path) -> None:
-        with aside.open("wb") as file:
-            for piece in (len(encoded).to_bytes(8, "little"), encoded):
+        # Hashing takes longer than writing: it goes on beside, one piece behind.
+        with aside.open("wb") as file, ThreadPoolExecutor(1) as beside:
+            hashed = beside.submit(digest.update, b"")
+            for piece in pieces():
                 file.write(piece)
-                digest.update(piece)
-            for name in names:
-                for piece in _chunks(tensors[name]):
-                    file.write(piece)
-                    digest.update(piece)
+                hashed.result()
+                hashed = beside.submit(digest.update, piece)
 
     write_durably(path, write)
     return digest.hexdigest()
