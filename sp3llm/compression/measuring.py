@@ -3,6 +3,7 @@ of their inputs, and losses before.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from rich.progress import Progress
@@ -73,9 +74,6 @@ def measure_dense(
     float64, in nats. Raises UserError where activations, moments or gradients hold NaN or
     infinity.
     """
-    finished = journal.latest("moments")
-    if finished is not None:
-        return unpack(finished.tensors, execution), finished.tensors.get("losses")
     depth = len(families.groups(family, dense.config)) - 2
     width = Shape.of(family, dense.config).hidden_size
     sites, most = (
@@ -91,16 +89,30 @@ def measure_dense(
     )
     if run.takes_gradients:
         measure_gradients(run)
-    measured, losses = _forward(run)
-    run.slots.check_finite()
-    journal.save("moments", 0, {**pack(measured), **({} if losses is None else {"losses": losses})})
-    journal.drop("dense", "fisher")
-    trim_memory()
-    return measured, losses
+    finished = journal.latest("moments")
+    if finished is not None:
+        measured, losses = unpack(finished.tensors, execution), finished.tensors.get("losses")
+    else:
+        measured, losses = _forward(run)
+        run.slots.check_finite()
+        named = {} if losses is None else {"losses": losses}
+        journal.save("moments", 0, {**pack(measured), **named})
+        journal.drop("dense")
+        trim_memory()
+    return _with_gradients(run, measured), losses
+
+
+def _with_gradients(run: DensePass, measured: Moments) -> Moments:
+    """The moments with what the journal has apart from them: what gradients say."""
+    if not run.takes_gradients:
+        return measured
+    fisher = run.fisher.finished()
+    metrics_DD = fisher.sites_DD if run.basis == "gradient" else measured.metrics_DD
+    return replace(measured, fisher=fisher, metrics_DD=metrics_DD)
 
 
 def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
-    """The forward pass of `measure_dense` over all windows."""
+    """The forward pass of `measure_dense` over all windows; without what gradients say."""
     family, execution, journal, layers = run.family, run.execution, run.journal, run.layers
     before = journal.latest("dense")
     start, saved = (0, {}) if before is None else (before.step, before.tensors)
@@ -144,21 +156,13 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
         run.objective.merit(losses)  # refuses now what has none, not when all work is done
     measured = Moments(
         sites_DD=tuple(run.slots.sums),
-        metrics_DD=_metrics(run),
+        metrics_DD=tuple(run.slots.metrics) if run.basis == "readers" else (),
         head_DD=head_DD,
         heads=tuple(heads),
-        fisher=run.fisher.finished() if run.takes_gradients else None,
         layers_L=run.fisher.layers_L if run.gaps is not None else None,
         curves=curves,
     )
     return measured, losses
-
-
-def _metrics(run: DensePass) -> tuple[Tensor, ...]:
-    """What an error at the sites costs, as the basis asks for it."""
-    if run.basis == "gradient":
-        return tuple(run.fisher.sites_DD)
-    return tuple(run.slots.metrics) if run.basis == "readers" else ()
 
 
 def _measure_layer(
