@@ -112,19 +112,20 @@ def prepare(
             f"found {settings.calibrated}: raise --samples, or leave nothing to search for with "
             "--allocate width, --tie keep and, for OPT, --head-dim."
         )
+    max_memory = memory_limits(settings.max_memory)
+    arithmetic = arithmetic_of(dense_dtype, dtype)
+    execution = resolve_execution(device, arithmetic, ranks, max_memory, settings.compute_dtype)
     largest = max(plan_of(family, original.config, limits, shape).parameters for shape in shapes)
     workload = Workload(
         settings.calibrated,
         settings.eval_samples,
         window_length(family, dense.config, settings.seq_len),
         dense_dtype.itemsize,
+        execution.dtype.itemsize,
     )
     kept = needs_of(family, dense.config, shapes[0], workload, limits.export_as).kept
     result_bytes = largest * dtype.itemsize if ranks.is_first else 0
     check_disk(out, result_bytes + kept - held_by_run(out))
-    max_memory = memory_limits(settings.max_memory)
-    arithmetic = arithmetic_of(dense_dtype, dtype)
-    execution = resolve_execution(device, arithmetic, ranks, max_memory, settings.compute_dtype)
     # Refuses a config that transformers rejects, before any work.
     empty_model(dense.config, objective_of(family.architecture))
     if learned:
