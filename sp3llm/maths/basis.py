@@ -169,10 +169,13 @@ def _tangent(direction_DR: Tensor, y_DR: Tensor) -> Tensor:
     return direction_DR - y_DR @ (y_DR.T @ direction_DR)
 
 
-def _retracted(y_DR: Tensor) -> Tensor:
-    """Orthonormal columns of the same span, near those given: QR with a positive diagonal."""
-    q_DR, r_RR = torch.linalg.qr(y_DR)
-    return q_DR * torch.where(r_RR.diagonal() < 0, -1.0, 1.0).to(q_DR)
+def _retracted(x_DR: Tensor) -> Tensor:
+    """Orthonormal columns of the same span, near those given, which are orthonormal ones and a
+    tangent direction: QR with a positive diagonal, by the Cholesky factor of `X^T X`, which is at
+    least the identity.
+    """
+    factor_RR = torch.linalg.cholesky(x_DR.T @ x_DR)
+    return torch.linalg.solve_triangular(factor_RR, x_DR.T, upper=False).T
 
 
 def stream_scale(basis_DK: Tensor) -> float:
