@@ -68,19 +68,19 @@ step() {
 
 default='gradient, search (the default)'
 compress=("$python" eval/benchmarks/bench_compress.py --results "$results" --device "$device")
-step tests 90 "$python" -m pytest tests/test_gpu.py -m "$tests" -p no:cacheprovider
+step tests 105 "$python" -m pytest tests/test_gpu.py -m "$tests" -p no:cacheprovider
 tail -n 1 "$work/log" | sed 's/^/\n    tests: /' >"$work/tests"
-step "7b-streams-${places[0]}" 105 "${compress[@]}" --name "7b-streams-${places[0]}" \
+step "7b-streams-${places[0]}" 100 "${compress[@]}" --name "7b-streams-${places[0]}" \
     "${small[@]}" --streams "${places[0]}" --only "$default"
-step "7b-streams-${places[1]}" 105 "${compress[@]}" --name "7b-streams-${places[1]}" \
+step "7b-streams-${places[1]}" 110 "${compress[@]}" --name "7b-streams-${places[1]}" \
     "${small[@]}" --streams "${places[1]}" --only "$default"
-step 70b-layer 80 "${compress[@]}" --name 70b-layer "${large[@]}" --only 'gradient, width'
+step 70b-layer 75 "${compress[@]}" --name 70b-layer "${large[@]}" --only 'gradient, width'
 rm -rf "$work"/llama-* "$work"/tiny-*
-step pair 40 "$python" eval/benchmarks/random_pair.py "$work/pair" "${pair[@]}" \
+step pair 50 "$python" eval/benchmarks/random_pair.py "$work/pair" "${pair[@]}" \
     --dtype bfloat16 --device "$device" --tokenizer
-step recovery 60 "$python" eval/benchmarks/recovery_speed.py --pair "$work/pair" \
+step recovery 55 "$python" eval/benchmarks/recovery_speed.py --pair "$work/pair" \
     --results "$results" --name recovery "${recovery[@]}" --device "$device"
-step speed 50 "$python" -m sp3llm bench "$work/pair/small" --against "$work/pair/dense" \
+step speed 45 "$python" -m sp3llm bench "$work/pair/small" --against "$work/pair/dense" \
     "${prompts[@]}" --dtype bfloat16 --device "$device" --output "$results/speed.json"
 cat "$work/tests" >>"$results/steps.md"
 cat "$results/steps.md"
