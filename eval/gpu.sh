@@ -23,7 +23,7 @@ trap 'rm -rf "$work"' EXIT
 if [[ ${1:-} == --dry-run ]]; then
     card="none (dry run)" results=$(mktemp -d) device=cpu
     tests='not gpu and not slow'
-    small=(--shape tiny --layers 2 4 --samples 24 --seq-len 64)
+    small=(--shape tiny --samples 24 --seq-len 64)
     large=(--shape tiny --layers 1 --samples 24 --seq-len 64)
     places=(host disk)
     pair=(--hidden-size 64 --intermediate-size 128 --layers 2 --heads 4 --vocab-size 4096)
@@ -34,7 +34,7 @@ else
     card=$("$python" -c 'import torch; print(torch.cuda.get_device_name())')
     results=eval/results/gpu-$(tr -cs '[:alnum:]\n' - <<<"${card,,}" | sed 's/^nvidia-//; s/-$//')
     tests=gpu
-    small=(--shape llama-2-7b --layers 2 4 --samples 128 --seq-len 2048)
+    small=(--shape llama-2-7b --samples 128 --seq-len 2048)
     large=(--shape llama-2-70b --layers 1 --samples 128 --seq-len 2048)
     places=(gpu host)
     pair=(--hidden-size 4096 --intermediate-size 11008 --layers 8 --heads 32 --vocab-size 32000)
@@ -68,19 +68,19 @@ step() {
 
 default='gradient, search (the default)'
 compress=("$python" eval/benchmarks/bench_compress.py --results "$results" --device "$device")
-step tests 105 "$python" -m pytest tests/test_gpu.py -m "$tests" -p no:cacheprovider
+step tests 95 "$python" -m pytest tests/test_gpu.py -m "$tests" -p no:cacheprovider
 tail -n 1 "$work/log" | sed 's/^/\n    tests: /' >"$work/tests"
-step "7b-streams-${places[0]}" 100 "${compress[@]}" --name "7b-streams-${places[0]}" \
-    "${small[@]}" --streams "${places[0]}" --only "$default"
-step "7b-streams-${places[1]}" 110 "${compress[@]}" --name "7b-streams-${places[1]}" \
-    "${small[@]}" --streams "${places[1]}" --only "$default"
-step 70b-layer 75 "${compress[@]}" --name 70b-layer "${large[@]}" --only 'gradient, width'
+step "7b-streams-${places[0]}" 125 "${compress[@]}" --name "7b-streams-${places[0]}" \
+    "${small[@]}" --layers 2 4 --streams "${places[0]}" --only "$default"
+step "7b-streams-${places[1]}" 80 "${compress[@]}" --name "7b-streams-${places[1]}" \
+    "${small[@]}" --layers 2 --streams "${places[1]}" --only "$default"
+step 70b-layer 100 "${compress[@]}" --name 70b-layer "${large[@]}" --only 'gradient, width'
 rm -rf "$work"/llama-* "$work"/tiny-*
-step pair 50 "$python" eval/benchmarks/random_pair.py "$work/pair" "${pair[@]}" \
+step pair 45 "$python" eval/benchmarks/random_pair.py "$work/pair" "${pair[@]}" \
     --dtype bfloat16 --device "$device" --tokenizer
-step recovery 55 "$python" eval/benchmarks/recovery_speed.py --pair "$work/pair" \
+step recovery 53 "$python" eval/benchmarks/recovery_speed.py --pair "$work/pair" \
     --results "$results" --name recovery "${recovery[@]}" --device "$device"
-step speed 45 "$python" -m sp3llm bench "$work/pair/small" --against "$work/pair/dense" \
+step speed 42 "$python" -m sp3llm bench "$work/pair/small" --against "$work/pair/dense" \
     "${prompts[@]}" --dtype bfloat16 --device "$device" --output "$results/speed.json"
 cat "$work/tests" >>"$results/steps.md"
 cat "$results/steps.md"
