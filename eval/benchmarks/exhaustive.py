@@ -33,7 +33,7 @@ from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.depth import kept_layers
 from sp3llm.compression.job import Job, refitter_of
 from sp3llm.compression.preparing import prepare
-from sp3llm.compression.refitter import held_back_from
+from sp3llm.compression.refitter import held_back_from, solves_in
 from sp3llm.compression.shape_search import choose_shape
 from sp3llm.compression.stages import measure
 from sp3llm.compression.texts import read_texts
@@ -55,7 +55,10 @@ def held_out_losses(
     """Losses of refitted shapes on the held-out windows, `(windows, tokens - 1)` each."""
     seen, refitters = len(calibration), []
     for shape in shapes:
-        basis = choose_basis(job.dense, job.family, moments, shape, calibration, job.settings.turn)
+        basis = choose_basis(
+            *(job.dense, job.family, moments, shape, calibration, job.settings.turn),
+            dtype=solves_in(job.execution),
+        )
         layers = kept_layers(moments, shape)
         refitters.append(refitter_of(job, shape, basis[1], layers, held_back_from(seen), seen))
     ends, _ = refitted_ends(refitters, torch.cat([calibration, evaluation]))

@@ -46,21 +46,24 @@ def choose_basis(
     shape: Shape,
     tokens: Tensor | None = None,
     turn: str = "none",
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Projection]:
     """The global basis: top principal components, or the projector of that rank that costs least.
 
     Under LayerNorm it is taken in the mean-free frame and turned into another one (docs/design.md
     3.4). `tokens` are calibration token ids, which a narrower embedding table is chosen by; `turn`
-    is one of `options.choices.TURNS`.
+    is one of `options.choices.TURNS`; `dtype` that of the steps of the search (`metric_basis`).
 
     Returns all eigenvalues of the summed moments, falling, and the projection.
     """
-    eigenvalues_C, basis_DK = columns_of_width(family, moments, shape.hidden_size)
+    eigenvalues_C, basis_DK = columns_of_width(family, moments, shape.hidden_size, dtype)
     setting = _Setting(dense, family, moments, shape, tokens, turn)
     return eigenvalues_C, _projection_along(setting, basis_DK)
 
 
-def columns_of_width(family: Family, moments: Moments, width: int) -> tuple[Tensor, Tensor]:
+def columns_of_width(
+    family: Family, moments: Moments, width: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """What `choose_basis` begins with for all shapes of a hidden size: all eigenvalues of the
     summed moments, falling, and the columns that are kept, before they are turned. Found once.
     """
@@ -71,7 +74,8 @@ def columns_of_width(family: Family, moments: Moments, width: int) -> tuple[Tens
         kept = width - family.centred
         basis_CK = vectors_CC[:, :kept]
         if inside.metrics_DD:
-            basis_CK = metric_basis(inside.sites_DD, inside.metrics_DD, vectors_CC, kept)
+            sites = (inside.sites_DD, inside.metrics_DD)
+            basis_CK = metric_basis(*sites, vectors_CC, kept, dtype=dtype)
         moments.columns[key] = (eigenvalues_C, _outside(family, basis_CK))
     return moments.columns[key]
 

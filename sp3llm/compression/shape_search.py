@@ -204,6 +204,7 @@ def _shares(job: Job, windows: "Tensor | Examples") -> tuple[int, int, int]:
 def _projection(found: _Search, shape: "Shape") -> "Projection":
     """The projection of a shape, made once for all shapes of its widths."""
     from sp3llm.compression.basis_choice import choose_basis
+    from sp3llm.compression.refitter import solves_in
 
     job, moments = found.job, found.moments
     sizes = (shape.hidden_size, shape.word_embed_proj_dim, shape.tie_word_embeddings)
@@ -211,7 +212,8 @@ def _projection(found: _Search, shape: "Shape") -> "Projection":
         sizes += (shape.num_key_value_heads, shape.head_dim)
     if sizes not in found.projections:
         basis = choose_basis(
-            job.dense, job.family, moments, shape, found.calibration, job.settings.turn
+            *(job.dense, job.family, moments, shape, found.calibration, job.settings.turn),
+            dtype=solves_in(job.execution),
         )
         found.projections[sizes] = same_basis_for_all(job, basis)[1]
     return found.projections[sizes]

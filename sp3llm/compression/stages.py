@@ -108,6 +108,7 @@ def final_basis(
     """
     from sp3llm.compression.basis_choice import attention_cut_of, choose_basis, learned_basis
     from sp3llm.compression.projection import Projection
+    from sp3llm.compression.refitter import solves_in
     from sp3llm.evaluation.perplexity import LOSSES
     from sp3llm.models.export import SHARD, WEIGHTS
 
@@ -121,7 +122,8 @@ def final_basis(
         return eigenvalues, Projection(**matrices, attention_cut=cut, kept_units=kept_units)
     turn = job.settings.turn
     if mask is None:
-        basis = choose_basis(job.dense, job.family, moments, shape, tokens, turn)
+        dtype = solves_in(job.execution)
+        basis = choose_basis(job.dense, job.family, moments, shape, tokens, turn, dtype)
     else:
         basis = learned_basis(job.dense, job.family, moments, shape, tokens, *mask.stream(), turn)
     eigenvalues, projection = same_basis_for_all(job, basis)

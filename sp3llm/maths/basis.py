@@ -107,6 +107,7 @@ def metric_basis(
     vectors_DD: Tensor,
     kept: int,
     steps: int = _STEPS,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The subspace of `kept` dimensions that loses least of what is read (docs/design.md 3.2).
 
@@ -115,14 +116,16 @@ def metric_basis(
     stream's second moment: conjugate gradients on the Grassmann manifold (Edelman, Arias and
     Smith 1998) with a QR retraction, from the orthonormal `vectors_DD`, whose first `kept`
     columns are the start. It need not converge: the last steps change the cost, and not the
-    model.
+    model. Nor need its products be exact: `dtype` is that of the steps.
 
     Returns `Z`, `(D, K)`, float64, turned to the principal axes of the summed moments within the
     subspace, so that it does not depend on the path taken.
     """
     if kept == len(vectors_DD):
         return vectors_DD
-    sites = list(zip(metrics_DD, moments_DD, strict=True))
+    sites = [
+        (a_DD.to(dtype), c_DD.to(dtype)) for a_DD, c_DD in zip(metrics_DD, moments_DD, strict=True)
+    ]
 
     def cost_and_gradient(y_DR: Tensor) -> tuple[Tensor, Tensor]:
         cost, gradient_DR = y_DR.new_zeros(()), torch.zeros_like(y_DR)
@@ -133,7 +136,7 @@ def metric_basis(
             gradient_DR += 2 * (ay_DR @ ycy_RR + cy_DR @ yay_RR)
         return cost, _tangent(gradient_DR, y_DR)
 
-    y_DR = vectors_DD[:, kept:]
+    y_DR = vectors_DD[:, kept:].to(dtype)
     cost, gradient_DR = cost_and_gradient(y_DR)
     direction_DR = -gradient_DR
     step = 1.0 / gradient_DR.norm().clamp_min(_LEAST_NORM)
@@ -156,7 +159,7 @@ def metric_basis(
         y_DR, cost, gradient_DR, step = trial_DR, trial_cost, trial_gradient_DR, step * 2
         if settled:
             break
-    z_DK = torch.linalg.qr(y_DR, mode="complete")[0][:, y_DR.shape[1] :]
+    z_DK = torch.linalg.qr(y_DR.double(), mode="complete")[0][:, y_DR.shape[1] :]
     total_DD = sum(moments_DD, torch.zeros_like(vectors_DD))
     _, axes_KK = eigenbasis(z_DK.T @ total_DD @ z_DK)
     return z_DK @ axes_KK
