@@ -24,7 +24,6 @@ from sp3llm.models.hooks import (
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.models.stock import empty_model, fuse_experts
 from sp3llm.runtime.devices import Execution
-from sp3llm.runtime.memory import trim_memory
 from sp3llm.runtime.transfer import fetch, fetched, settle, store
 
 
@@ -158,7 +157,6 @@ def run_layer(
                         probes[OUTPUT](rows, output)
     settle(execution.device)
     seen.check([stream.hidden for stream, _ in streams], f"layer {index}")
-    trim_memory()
 
 
 @torch.no_grad()
