@@ -43,7 +43,7 @@ CHILD = """
 import sys
 import torch, transformers, accelerate, tokenizers
 import transformers.models.llama.modeling_llama
-import sp3llm.compress, sp3llm.measure, sp3llm.rebuild, sp3llm.data
+import sp3llm.compression.story, sp3llm.compression.building, sp3llm.compression.measuring
 from sp3llm.cli import main
 print("ready", flush=True)
 sys.stdin.readline()
