@@ -28,7 +28,6 @@ KINDS = {
         ("compression.measuring", "run_layer"),
         ("compression.gradients", "run_layer"),
         ("compression.gradients", "backward_layer"),
-        ("compression.building", "run_layer"),
         ("compression.sequential", "run_layer"),
         ("compression.sequential", "add_to_stream"),
         ("compression.vocabulary_losses", "run_layer"),

@@ -1,0 +1,63 @@
+"""Benchmarks time what is there: they name functions of the passes, which move."""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "eval" / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """They import each other by their own names."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def module_of(name: str):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules.pop(name, None)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_benchmark_is_imported(name):
+    module_of(name)
+
+
+def test_every_function_that_is_timed_by_kind_of_work_is_there():
+    clocks = module_of("stage_clock").clocks
+    with clocks() as (stages, kinds):
+        assert not stages.seconds
+        assert not kinds.seconds
+
+
+def test_every_function_whose_time_a_compression_shows_is_there(monkeypatch):
+    module = module_of("bench_compress")
+    text = (BENCHMARKS / "bench_compress.py").read_text()
+    install = next(
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name == "install_clocks"
+    )
+    pairs = [
+        (pair.elts[0].id, pair.elts[1].value)
+        for node in ast.walk(install)
+        if isinstance(node, ast.For)
+        for pair in node.iter.elts
+    ]
+    assert pairs
+    for owner, function in pairs:
+        assert hasattr(getattr(module, owner), function), f"{owner}.{function}"
+
+
+def test_what_is_imported_before_memory_counts_is_there():
+    child = module_of("bench_memory").CHILD
+    for line in child.splitlines():
+        if line.startswith("import "):
+            for name in line.removeprefix("import ").split(", "):
+                assert importlib.util.find_spec(name), name
