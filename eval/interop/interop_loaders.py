@@ -5,8 +5,9 @@ installed:
 
     python interop_loaders.py LOADER MODEL REFERENCE.npz WORK
 
-REFERENCE holds `tokens` (windows, tokens) and float32 `logits` (windows, tokens, vocabulary). What
-was found is printed as one line of JSON: a list of `{format, loads, ...}`, one a format.
+REFERENCE holds `tokens` (windows, tokens) and float32 `logits` (windows, tokens, vocabulary);
+REFERENCE.json beside it what transformers answers to prompts. What was found is printed as one line
+of JSON: a list of `{format, loads, ...}`, one a format.
 """
 
 import json
@@ -16,6 +17,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def perplexity(logits: np.ndarray, tokens: np.ndarray) -> float:
-    picked = np.take_along_axis(log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)
-    return float(np.exp(-picked.mean()))
+    return perplexity_of(np.take_along_axis(log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1))
+
+
+def perplexity_of(log_probabilities: np.ndarray) -> float:
+    return float(np.exp(-log_probabilities.mean()))
 
 
 def compare(logits: np.ndarray, reference: np.ndarray, tokens: np.ndarray) -> Found:
@@ -202,6 +207,30 @@ def bitsandbytes(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[
     yield "nf4", lambda: run(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
+def torchao(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[str, Callable]]:
+    def run() -> tuple[np.ndarray, str]:
+        import torch
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import AutoModelForCausalLM, TorchAoConfig
+
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.float32,
+            device_map="cpu",
+        )  # fmt: skip
+        count = sum(
+            type(part.weight) is not torch.nn.Parameter
+            for part in loaded.modules()
+            if isinstance(part, torch.nn.Linear)
+        )
+        if not count:
+            raise RuntimeError("no layer was quantized")
+        with torch.no_grad():
+            logits = loaded(input_ids=torch.tensor(tokens)).logits.float().numpy()
+        return logits, f"{count} layers quantized"
+
+    yield "int8 weights", run
+
+
 LOADERS = {
     "llama.cpp": llama_cpp,
     "ctranslate2": ctranslate2,
@@ -209,18 +238,38 @@ LOADERS = {
     "openvino": openvino,
     "peft": peft,
     "bitsandbytes": bitsandbytes,
+    "torchao": torchao,
 }
+
+
+def runs(
+    name: str, model: Path, reference: Path, work: Path
+) -> Iterator[tuple[str, Callable[[], tuple[Found, str]]]]:
+    """What there is to run of a tool, by format: each says what it found, and a note."""
+    with np.load(reference) as stored:
+        tokens, logits = stored["tokens"], stored["logits"]
+    if name not in LOADERS:
+        from interop_servers import SERVERS
+
+        answers = json.loads(reference.with_suffix(".json").read_text())
+        yield from SERVERS[name](model, tokens, logits, answers, work)
+        return
+
+    def compared(run: Callable[[], tuple[np.ndarray, str]]) -> tuple[Found, str]:
+        theirs, note = run()
+        return compare(theirs, logits, tokens), note
+
+    for kind, run in LOADERS[name](model, tokens, work):
+        yield kind, partial(compared, run)
 
 
 def main() -> None:
     name, model, reference, work = sys.argv[1:]
-    with np.load(reference) as stored:
-        tokens, logits = stored["tokens"], stored["logits"]
     found = []
-    for kind, run in LOADERS[name](Path(model), tokens, Path(work)):
+    for kind, run in runs(name, Path(model), Path(reference), Path(work)):
         try:
             theirs, note = run()
-            row = {"loads": True, "note": note, **compare(theirs, logits, tokens)}
+            row = {"loads": True, "note": note, **theirs}
         except Exception as error:  # the reason is the result
             traceback.print_exc()
             text = " ".join(str(error).split())
