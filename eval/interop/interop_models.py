@@ -29,8 +29,8 @@ MODELS = {
     "llama, 75 %, 3072 tokens": [
         *("--keep", "0.75", "--vocab-from", "stdlib", "--vocab-size", "3072", *QUICK)
     ],
-    "qwen2, 75 %": ["qwen2", "--keep", "0.75", *QUICK],
-    "qwen3, 75 %": ["qwen3", "--keep", "0.75", *QUICK],
+    "qwen2, 75 %": ["qwen2", "--keep", "0.75", "--calib", "stdlib", *QUICK],
+    "qwen3, 75 %": ["qwen3", "--keep", "0.75", "--calib", "stdlib", *QUICK],
     "opt, 75 %": ["opt-4m", "--keep", "0.75", "--calib", "stdlib", *QUICK],
     "opt, 75 %, 3 heads": [
         *("opt-4m", "--keep", "0.75", "--calib", "stdlib", "--num-key-value-heads", "3", *QUICK)

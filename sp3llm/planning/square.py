@@ -11,6 +11,10 @@ from sp3llm.planning.spending import Request, nothing_fits, with_widest_ffn
 
 # Embedding widths that are tried beside the whole one, in quarters of it.
 _EMBEDDING_QUARTERS = (3, 2)
+# Sizes of heads that vLLM's attention takes on CPUs as on GPUs (docs/deploy.md). Large heads shrink
+# to these; smaller ones in all steps, since half of a head, or whole ones gone, loses far more.
+SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_LARGE_HEAD_DIM = 128
 # From this width on they are multiples of 64, which tensor cores like.
 _WIDE_TABLE = 1024
 
@@ -18,10 +22,11 @@ _WIDE_TABLE = 1024
 def square_candidates(request: Request, start: Shape) -> list[Shape]:
     """Shapes whose width is heads times head size, the full embedding width first.
 
-    Heads shrink alike where no rotary embedding forbids it, in steps of 8, or go whole; where
-    embeddings have a width of their own, three quarters and half of it are tried too. In each row
-    hidden sizes rise from the widest that leaves the FFN whole; wider ones have a narrower FFN,
-    which takes up the remainder of the budget.
+    Heads shrink alike where no rotary embedding forbids it, in steps of 8 (those of 128 and more to
+    `SERVED_HEAD_DIMS`, unless a width is asked for), or go whole; where embeddings have a width of
+    their own, three quarters and half of it are tried too. In each row hidden sizes rise from the
+    widest that leaves the FFN whole; wider ones have a narrower FFN, which takes up the remainder
+    of the budget.
 
     `start` is the shape that `by_hand.start_shape` makes. Raises UserError if no shape is allowed,
     or none fits.
@@ -44,12 +49,20 @@ def _shrunk_heads(request: Request, start: Shape) -> Iterable[list[Shape]]:
     limits = request.limits
     if request.family.rotary or limits.num_key_value_heads is not None:
         return
-    step = head_dim_step(request.family)
-    whole = range(step, request.dense.head_dim, step)
-    head_dims = [limits.head_dim] if limits.head_dim else whole
+    head_dims = [limits.head_dim] if limits.head_dim else _head_dims(request)
     for width in _embedding_widths(request):
         row = replace(start, word_embed_proj_dim=width)
         yield [replace(row, head_dim=head_dim) for head_dim in head_dims]
+
+
+def _head_dims(request: Request) -> list[int]:
+    """Sizes that heads shrink to, if none is asked for."""
+    step, dense = head_dim_step(request.family), request.dense.head_dim
+    sizes = range(step, dense, step)
+    asked = request.limits.hidden_size or request.limits.multiple_of
+    if dense < _LARGE_HEAD_DIM or request.family.task_head is not None or asked:
+        return list(sizes)
+    return [head_dim for head_dim in sizes if head_dim in SERVED_HEAD_DIMS]
 
 
 def _whole_heads(request: Request, start: Shape) -> list[Shape]:

@@ -15,6 +15,7 @@ from sp3llm.models.shapes import Shape, cost_of
 from sp3llm.options import CompressConfig
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits, plan_of
+from sp3llm.planning.square import SERVED_HEAD_DIMS
 from tests.conftest import TINY
 from tests.helpers import LOAD_ELSEWHERE, compress_tiny
 from tests.planning.test_plan import LLAMA_2_7B, LLAMA_3_8B, MIXTRAL_8X7B
@@ -25,6 +26,13 @@ QWEN3_4B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
     "tie_word_embeddings": True,
 }  # fmt: skip
+OPT_6_7B = {
+    "model_type": "opt", "hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "word_embed_proj_dim": 4096, "vocab_size": 50272,
+    "max_position_embeddings": 2048, "do_layer_norm_before": True, "tie_word_embeddings": True,
+}  # fmt: skip
+OPT_1_3B = OPT_6_7B | {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192,
+                       "num_hidden_layers": 24}  # fmt: skip
 
 
 @given(
@@ -84,6 +92,21 @@ def test_families_that_are_square_anyway_plan_the_same(variant):
         candidates(family, config, Limits(0.9, square=square)) for square in (False, True)
     )
     assert plain == square
+
+
+@given(keep=st.floats(0.3, 0.97))
+@settings(max_examples=20, deadline=None)
+def test_large_heads_shrink_to_sizes_that_servers_take_unless_asked(keep):
+    opt = FAMILIES["opt"]
+
+    def head_dims(config, keep, **asked):
+        limits = Limits(keep, every_layer=True, **asked)
+        return {shape.head_dim for shape in candidates(opt, config, limits)}
+
+    assert head_dims(OPT_6_7B, keep) <= set(SERVED_HEAD_DIMS)
+    assert head_dims(OPT_6_7B, 0.75, head_dim=104) == {104}
+    assert 104 in head_dims(OPT_6_7B, 0.75, hidden_size=104 * 32)
+    assert 56 in head_dims(OPT_1_3B, 0.75)
 
 
 def test_a_budget_that_no_square_shape_fits_says_which_does():
