@@ -151,6 +151,8 @@ def save(
     earlier = {"versions": {}, "models": {}, "rows": []}
     if path.is_file():
         earlier = json.loads(path.read_text())
+    for row in rows:
+        row["expected_perplexity"] = model["perplexity"]
     others = [row for row in earlier["rows"] if (row["loader"], row["model"]) != (loader, name)]
     places = {key: place for place, key in enumerate([*REQUIREMENTS, *MODELS])}
     models = {**earlier["models"], name: model}

@@ -43,9 +43,10 @@ def details(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        expected = record["models"][row["model"]]["perplexity"]
         cells = [
-            f"{row['perplexity']:.3f} ({expected:.3f})" if "perplexity" in row else "",
+            f"{row['perplexity']:.3f} ({row['expected_perplexity']:.3f})"
+            if "perplexity" in row
+            else "",
             f"{row['mean_kl']:.1e}" if "mean_kl" in row else "",
             f"{apart:.1e}" if (apart := row.get("largest_log_probability_difference")) else "",
             f"{100 * row['same_first_choice']:.1f} %" if "same_first_choice" in row else "",
