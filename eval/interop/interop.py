@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,31 +117,38 @@ def main() -> None:
     parser.add_argument("--timed", action="store_true", help="speeds too, on a quiet machine")
     parser.add_argument("--torch", default="torch==2.13.0", help="what pip is asked for")
     options = parser.parse_args()
-    models, stored = {}, {}
-    for name in options.models:
-        folder = compressed(name, CACHE)
-        stored[name] = CACHE / "work" / f"{folder.name}.npz"
-        stored[name].parent.mkdir(exist_ok=True)
-        config = read_config(folder)
-        family = family_of(config)
-        words = MODELS[name] or ()
-        models[name] = {
+    for loader in options.only:
+        python = environment(loader, options.torch)
+        for name in options.models:
+            folder, stored, model = prepared(name)
+            print(f"{loader}: {name}", flush=True)
+            found = measure(loader, python, name, folder, stored, options.timed)
+            for row in found:
+                print("   ", json.dumps(row), flush=True)
+            rows = [{"loader": loader, "model": name, **row} for row in found]
+            save(loader, versions(python), name, rows, model)
+
+
+@cache
+def prepared(name: str) -> tuple[Path, Path, dict[str, Any]]:
+    """A model's folder, made if need be, where its reference is stored, and what it is."""
+    folder = compressed(name, CACHE)
+    stored = CACHE / "work" / f"{folder.name}.npz"
+    stored.parent.mkdir(exist_ok=True)
+    config = read_config(folder)
+    family = family_of(config)
+    words = MODELS[name] or ()
+    return (
+        folder,
+        stored,
+        {
             "command": " ".join(["sp3llm compress", *words]) if words else None,
             "architecture": config["architectures"][0],
             "parameters": count_parameters(family, config),
             **asdict(Shape.of(family, config)),
-            "perplexity": reference(folder, stored[name]),
-        }
-    for loader in options.only:
-        python = environment(loader, options.torch)
-        for name in options.models:
-            print(f"{loader}: {name}", flush=True)
-            folder = compressed(name, CACHE)
-            found = measure(loader, python, name, folder, stored[name], options.timed)
-            for row in found:
-                print("   ", json.dumps(row), flush=True)
-            rows = [{"loader": loader, "model": name, **row} for row in found]
-            save(loader, versions(python), name, rows, models[name])
+            "perplexity": reference(folder, stored),
+        },
+    )
 
 
 def save(
