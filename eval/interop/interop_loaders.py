@@ -207,30 +207,6 @@ def bitsandbytes(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[
     yield "nf4", lambda: run(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
-def torchao(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[str, Callable]]:
-    def run() -> tuple[np.ndarray, str]:
-        import torch
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import AutoModelForCausalLM, TorchAoConfig
-
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.float32,
-            device_map="cpu",
-        )  # fmt: skip
-        count = sum(
-            type(part.weight) is not torch.nn.Parameter
-            for part in loaded.modules()
-            if isinstance(part, torch.nn.Linear)
-        )
-        if not count:
-            raise RuntimeError("no layer was quantized")
-        with torch.no_grad():
-            logits = loaded(input_ids=torch.tensor(tokens)).logits.float().numpy()
-        return logits, f"{count} layers quantized"
-
-    yield "int8 weights", run
-
-
 LOADERS = {
     "llama.cpp": llama_cpp,
     "ctranslate2": ctranslate2,
@@ -238,7 +214,6 @@ LOADERS = {
     "openvino": openvino,
     "peft": peft,
     "bitsandbytes": bitsandbytes,
-    "torchao": torchao,
 }
 
 

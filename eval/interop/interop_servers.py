@@ -1,4 +1,4 @@
-"""Serve or generate from a model folder, and compare what is said with transformers.
+"""Serve a model folder, and compare what is said with transformers.
 
 Part of eval/interop/interop_loaders.py, in the tool's own virtual environment. These tools give no
 logits of a whole text; they are compared by their answers.
@@ -160,80 +160,4 @@ def _wait_for(server: subprocess.Popen, url: str, log: Path) -> None:
     raise RuntimeError(f"no answer within {_START_S} seconds")
 
 
-def openvino_genai(
-    model: Path, tokens: np.ndarray, logits: np.ndarray, answers: Answers, work: Path
-) -> Iterator[tuple[str, Callable]]:
-    """`LLMPipeline` on what optimum-intel exports, tokenizer included."""
-
-    def run() -> tuple[Found, str]:
-        import openvino_genai
-        from optimum.exporters.openvino import main_export
-
-        path = work / "exported"
-        main_export(str(model), output=path, task="text-generation-with-past",
-                    stateful=True, convert_tokenizer=True)  # fmt: skip
-        pipeline = openvino_genai.LLMPipeline(
-            str(path), "CPU", INFERENCE_PRECISION_HINT="f32", KV_CACHE_PRECISION="f32"
-        )
-        tokenizer = pipeline.get_tokenizer()
-        ids = [tokenizer.encode(prompt).input_ids.data[0].tolist() for prompt in answers["prompts"]]
-        if ids != answers["ids"]:
-            raise RuntimeError("the exported tokenizer has other ids")
-        new = len(answers["tokens"][0])
-        said = []
-        for row in ids:
-            result = pipeline.generate(
-                openvino_genai.TokenizedInputs(
-                    _ov_tensor([row]), _ov_tensor([[1] * len(row)])
-                ),
-                max_new_tokens=new, do_sample=False, ignore_eos=True,
-            )  # fmt: skip
-            said.append(list(result.tokens[0]))
-        return compare_answers(said, None, answers), ""
-
-    yield "float32", run
-
-
-def _ov_tensor(rows: list) -> Any:
-    import openvino
-
-    return openvino.Tensor(np.array(rows, np.int64))
-
-
-def onnxruntime_genai(
-    model: Path, tokens: np.ndarray, logits: np.ndarray, answers: Answers, work: Path
-) -> Iterator[tuple[str, Callable]]:
-    """onnxruntime-genai's own model builder, and its generator."""
-
-    def run(kind: str) -> tuple[Found, str]:
-        import onnxruntime_genai
-
-        path = work / kind
-        words = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model)]
-        words += ["-o", str(path), "-p", kind, "-e", "cpu", "-c", str(work / "cache")]
-        built = subprocess.run(words, capture_output=True, text=True, check=False)
-        if built.returncode:
-            raise RuntimeError((built.stderr.strip().splitlines() or ["no word"])[-1])
-        loaded = onnxruntime_genai.Model(str(path))
-        new = len(answers["tokens"][0])
-        said = []
-        for row in answers["ids"]:
-            params = onnxruntime_genai.GeneratorParams(loaded)
-            params.set_search_options(max_length=len(row) + new, min_length=len(row) + new,
-                                      do_sample=False)  # fmt: skip
-            generator = onnxruntime_genai.Generator(loaded, params)
-            generator.append_tokens([row])
-            while not generator.is_done():
-                generator.generate_next_token()
-            said.append([int(token) for token in generator.get_sequence(0)[len(row) :]])
-        return compare_answers(said, None, answers), ""
-
-    yield "float32", lambda: run("fp32")
-    yield "int4", lambda: run("int4")
-
-
-SERVERS = {
-    "vllm": vllm,
-    "openvino-genai": openvino_genai,
-    "onnxruntime-genai": onnxruntime_genai,
-}
+SERVERS = {"vllm": vllm}

@@ -95,7 +95,7 @@ def table(record: dict[str, Any]) -> str:
 (nats a token) and the share of tokens with the same first choice are against the same folder in
 transformers, float32. \"Same\": a mean KL below {SAME:g}. Servers and generators give no logits:
 there it is {record["answers"]} that are transformers' own, and, where
-the tool gives log-probabilities (vLLM, of these and of the windows), none {SAME_LOGS:g} away.
+the tool gives log-probabilities (vLLM, of these and of the windows), none {SAME_LOGS:g} away. Blank: not run.
 
 {matrix(record)}
 {speeds(record)}
