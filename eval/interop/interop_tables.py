@@ -93,9 +93,9 @@ def table(record: dict[str, Any]) -> str:
 
 `{record["command"]}`, {record["tokens"]}, {record["machine"]}. Perplexity, mean KL divergence
 (nats a token) and the share of tokens with the same first choice are against the same folder in
-transformers, float32. \"Same\": a mean KL below {SAME:g}. Servers and generators give no logits:
-there it is {record["answers"]} that are transformers' own, and, where
-the tool gives log-probabilities (vLLM, of these and of the windows), none {SAME_LOGS:g} away. Blank: not run.
+transformers, float32. \"Same\": a mean KL below {SAME:g}. A server gives no logits: there it is
+{record["answers"]} that are transformers' own, and no log-probability of these
+or of the windows {SAME_LOGS:g} away. Blank: not run.
 
 {matrix(record)}
 {speeds(record)}
