@@ -265,10 +265,11 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> None:
 {options.samples} windows of {options.seq_len} tokens to calibrate on, {options.eval_samples} held
 out, evaluated in bfloat16; differences are paired window by window. Dense:
 {found["dense"]["loss"]:.4f} nats a token, {found["dense"]["parameters"]:,} parameters; tied tensors
-count once everywhere. No peer refits and nothing is tuned; peers prune in float32. Seconds and memory are of the part that
-compresses; those of sp3llm contain its two evaluations. Seconds with "(shared)" were taken beside
-other work and say no more than the order. Machine: {hardware(found["machine"])}; torch
-{found["versions"]["torch"]}, transformers {found["versions"]["transformers"]}.
+count once everywhere. No peer refits and nothing is tuned; peers prune in float32. Seconds and
+memory are of the part that compresses; those of sp3llm contain its two evaluations. Seconds with
+"(shared)" were taken beside other work and say no more than the order. Machine:
+{hardware(found["machine"])}; torch {found["versions"]["torch"]}, transformers
+{found["versions"]["transformers"]}.
 
 {table(head, lines)}
 """

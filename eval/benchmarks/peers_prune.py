@@ -51,7 +51,7 @@ def changed(config: Any, **sizes: int) -> Any:
 
 
 def most(sizes: Iterable[int], config_of: Callable[[int], Any], budget: float) -> int:
-    """The first of the sizes, from large to small, with which a model fits the budget."""
+    """The first of the sizes, or of the ratios, with which a model fits the budget."""
     for size in sizes:
         if true_count(config_of(size)) <= budget:
             return size
@@ -168,26 +168,35 @@ def pruned(model: Any, importance: Any, ratio: float, cut: str) -> Any:
     return model
 
 
+def sizes_at(config: Any, ratio: float, cut: str) -> dict[str, int]:
+    """What `pruned` leaves at a ratio, to search by without pruning: widths rounded down to fours,
+    of the heads of every KV group as many.
+    """
+
+    def left(size: int) -> int:
+        return int(size * (1 - ratio)) // 4 * 4
+
+    sizes = {"intermediate_size": left(config.intermediate_size)}
+    if cut != "ffn":
+        sizes["hidden_size"] = left(config.hidden_size)
+    if cut == "all":
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        removed = heads - int(heads * (1 - ratio))
+        sizes["num_attention_heads"] = heads - -(-removed // groups) * groups
+    return {**sizes, "head_dim": config.head_dim}
+
+
 def by_torch_pruning(model: Any, tokens: Tensor, budget: float, score: str, cut: str) -> Any:
-    """Search the ratio that comes to the budget, with one layer, and prune by it."""
+    """Prune by the smallest ratio that comes to the budget, in steps of a thousandth."""
     import torch_pruning as tp
 
     config = model.config
     tied = config.tie_word_embeddings
-
-    def config_at(ratio: float) -> Any:
-        small = AutoModelForCausalLM.from_config(changed(config, num_hidden_layers=1))
-        found = pruned(small, tp.importance.GroupMagnitudeImportance(p=2), ratio, cut).config
-        return changed(found, num_hidden_layers=config.num_hidden_layers)
-
-    too_little, ratio = 0.0, 0.9
-    while ratio - too_little > 2**-10:
-        middle = (too_little + ratio) / 2
-        if true_count(config_at(middle)) <= budget:
-            ratio = middle
-        else:
-            too_little = middle
-    print("ratio", ratio)
+    thousandth = most(
+        range(1, 1000), lambda n: changed(config, **sizes_at(config, n / 1000, cut)), budget
+    )
+    ratio = thousandth / 1000
+    print("ratio", ratio, sizes_at(config, ratio, cut), flush=True)
     if score == "taylor":
         for rows in tokens.split(ROWS):
             model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
@@ -195,6 +204,8 @@ def by_torch_pruning(model: Any, tokens: Tensor, budget: float, score: str, cut:
     else:
         importance = tp.importance.GroupMagnitudeImportance(p=2)
     model = pruned(model, importance, ratio, cut)
+    if true_count(model.config) > budget:
+        raise SystemExit(f"The ratio {ratio} leaves more than the budget.")
     if tied:  # each side of a tie is cut by itself, and alike
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         if not torch.equal(table.weight, head.weight):
