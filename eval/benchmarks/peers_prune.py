@@ -14,7 +14,8 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,14 @@ def changed(config: Any, **sizes: int) -> Any:
     return type(config).from_dict(values)
 
 
-def most(sizes: Iterable[int], config_of: Callable[[int], Any], budget: float) -> int:
-    """The first of the sizes, or of the ratios, with which a model fits the budget."""
-    for size in sizes:
-        if true_count(config_of(size)) <= budget:
-            return size
-    raise SystemExit(f"Nothing that this method cuts leaves {budget:,.0f} parameters.")
+def most(sizes: range, config_of: Callable[[int], Any], budget: float) -> int:
+    """The first of the sizes, or of the ratios, with which a model fits the budget; parameters fall
+    along them.
+    """
+    first = bisect_left(sizes, -budget, key=lambda size: -true_count(config_of(size)))
+    if first == len(sizes):
+        raise SystemExit(f"Nothing that this method cuts leaves {budget:,.0f} parameters.")
+    return sizes[first]
 
 
 # --------------------------------------------------------------------------- plain transformers
@@ -193,7 +196,7 @@ def by_torch_pruning(model: Any, tokens: Tensor, budget: float, score: str, cut:
     config = model.config
     tied = config.tie_word_embeddings
     thousandth = most(
-        range(1, 1000), lambda n: changed(config, **sizes_at(config, n / 1000, cut)), budget
+        range(1, 600), lambda n: changed(config, **sizes_at(config, n / 1000, cut)), budget
     )
     ratio = thousandth / 1000
     print("ratio", ratio, sizes_at(config, ratio, cut), flush=True)
