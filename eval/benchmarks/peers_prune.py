@@ -270,12 +270,14 @@ def main() -> None:
     budget = options.keep * sum(p.numel() for p in model.parameters())
     model = METHODS[options.method](model, windows["calibration"], budget)
     model.zero_grad(set_to_none=True)
-    model = model.to(dtype)
-    model.save_pretrained(options.out)
+    with torch.no_grad():  # the parameters alone: rotary frequencies are float32 wherever they run
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    probe = token_losses(model.eval(), windows["probe"])
+    model.to(dtype).save_pretrained(options.out)
     AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    probe = token_losses(model.float().eval(), windows["probe"])
     torch.save(probe, f"{options.out}.probe.pt")
     said = {"seconds": seconds, "peak_memory_bytes": peak}
     Path(f"{options.out}.json").write_text(json.dumps(said) + "\n")
