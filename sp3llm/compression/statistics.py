@@ -106,7 +106,10 @@ class FisherSums:
 
     def pack(self) -> dict[str, Tensor]:
         """As named tensors; `restore` is the inverse."""
-        return {**_pack_fisher(self.finished()), "layers": self.layers_L}
+        named = {"fisher.head": self.head_DD, "layers": self.layers_L}
+        for of, tensors in (("sites", self.sites_DD), ("behind", self.behind_DD)):
+            named |= {f"fisher.{of}.{i}": tensor for i, tensor in enumerate(tensors)}
+        return named
 
     def restore(self, named: Mapping[str, Tensor]) -> None:
         """Set the sums to those that `pack` has named."""
@@ -126,12 +129,6 @@ class FisherSums:
                 "The gradients of the loss hold NaN or infinity: use --basis readers and a shape "
                 "by hand, or --dtype float32, or an undamaged copy of the checkpoint."
             )
-
-
-def _pack_fisher(fisher: Fisher) -> dict[str, Tensor]:
-    named = {"fisher.head": fisher.head_DD}
-    named |= {f"fisher.sites.{i}": tensor for i, tensor in enumerate(fisher.sites_DD)}
-    return named | {f"fisher.behind.{i}": tensor for i, tensor in enumerate(fisher.behind_DD)}
 
 
 @dataclass
@@ -222,14 +219,14 @@ class SiteSlots:
 
 
 def pack(moments: Moments) -> dict[str, Tensor]:
-    """Moments as named tensors, for the journal; `unpack` is the inverse."""
+    """Moments as named tensors, for the journal, which has the Fisher information apart from them;
+    `unpack` is the inverse.
+    """
     named: dict[str, Tensor | None] = {"head": moments.head_DD}
     for name in ("sites_DD", "metrics_DD"):
         named |= {f"{name}.{i}": tensor for i, tensor in enumerate(getattr(moments, name))}
     for layer, head in enumerate(moments.heads):
         named |= {f"heads.{layer}.{of.name}": getattr(head, of.name) for of in fields(head)}
-    if moments.fisher is not None:
-        named |= _pack_fisher(moments.fisher)
     named |= {f"curves.{axis}": tensor for axis, tensor in moments.curves.items()}
     named["layers"] = moments.layers_L
     return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -256,15 +253,11 @@ def unpack(named: Mapping[str, Tensor], execution: Execution) -> Moments:
         None if name not in named else named[name].to(execution.device, copy=True)
         for name in ("head", "layers")
     )
-    fisher = None
-    if "fisher.head" in named:
-        fisher = Fisher(listed("fisher.sites"), under("fisher")["head"], listed("fisher.behind"))
     return Moments(
         sites_DD=listed("sites_DD"),
         metrics_DD=listed("metrics_DD"),
         head_DD=head_DD,
         heads=heads,
-        fisher=fisher,
         layers_L=layers_L,
         curves=under("curves"),
     )
