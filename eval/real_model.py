@@ -29,6 +29,7 @@ from common import (
     RESULTS,
     as_json,
     command,
+    halves,
     hardware,
     shown,
     surroundings,
@@ -64,16 +65,6 @@ def fetch(folder: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def halves(text: Path, folder: Path) -> tuple[Path, Path]:
-    """The two halves of a text, cut at a blank line or a line's end, as files."""
-    content = text.read_text(encoding="utf-8")
-    middle = content.find("\n", len(content) // 2) + 1
-    parts = folder / "calibration.txt", folder / "evaluation.txt"
-    for path, part in zip(parts, (content[:middle], content[middle:]), strict=True):
-        path.write_text(part, encoding="utf-8")
-    return parts
 
 
 @torch.no_grad()

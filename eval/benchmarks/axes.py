@@ -22,7 +22,9 @@ from common import (
     as_json,
     command,
     finished,
+    halves,
     hardware,
+    losses_of,
     shown,
     surroundings,
     table,
@@ -32,11 +34,7 @@ from common import (
 from rich.console import Console
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from real_model import halves
-
 from sp3llm.compression.story import compress
-from sp3llm.evaluation.perplexity import measure_losses
 from sp3llm.maths.paired import excess_log_perplexity
 from sp3llm.models.checkpoint import open_checkpoint
 from sp3llm.models.families import count_parameters, family_of
@@ -45,7 +43,6 @@ from sp3llm.models.source import resolve_model
 from sp3llm.options import CompressConfig
 from sp3llm.reporting.origins import held_out_text
 from sp3llm.reporting.record import read_record
-from sp3llm.runtime.devices import resolve_execution
 
 CONTESTANTS = (
     *("before", "width", "ffn", "depth", "vocabulary", "shape", "all"),
@@ -95,16 +92,10 @@ def excess_by_window(folder: Path, dense: Path, losses: dict[str, Tensor]) -> Te
     """
     record = read_record(folder)
     held_out = held_out_text(record, folder, dense)
-    execution = resolve_execution("cpu", torch.bfloat16)
-
-    def losses_of(place: Path, tokens: Tensor) -> Tensor:
-        checkpoint = open_checkpoint(place)
-        return measure_losses(checkpoint, family_of(checkpoint.config), tokens, execution)
-
     text = record.evaluation.sha256
     if text not in losses:
-        losses[text] = losses_of(dense, held_out.tokens)
-    small = held_out.small_nats(losses_of(folder, held_out.small_tokens))
+        losses[text] = losses_of(dense, held_out.tokens, torch.bfloat16)
+    small = held_out.small_nats(losses_of(folder, held_out.small_tokens, torch.bfloat16))
     return small.mean(1) - held_out.dense_nats(losses[text]).mean(1)
 
 

@@ -9,6 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from sp3llm.evaluation.perplexity import measure_losses
+from sp3llm.models.checkpoint import open_checkpoint
+from sp3llm.models.families import family_of
+from sp3llm.runtime.devices import resolve_execution
 from sp3llm.runtime.folders import RECORD
 from sp3llm.runtime.machine import machine, versions
 
@@ -38,6 +45,16 @@ def write(path: Path, **texts: str) -> None:
 
 def as_json(record: Any) -> str:
     return json.dumps(record, indent=1) + "\n"
+
+
+def halves(text: Path, folder: Path) -> tuple[Path, Path]:
+    """The two halves of a text, cut at a blank line or a line's end, as files."""
+    content = text.read_text(encoding="utf-8")
+    middle = content.find("\n", len(content) // 2) + 1
+    parts = folder / "calibration.txt", folder / "evaluation.txt"
+    for path, part in zip(parts, (content[:middle], content[middle:]), strict=True):
+        path.write_text(part, encoding="utf-8")
+    return parts
 
 
 # --------------------------------------------------------------------------- words
@@ -109,6 +126,13 @@ def contest(parser: argparse.ArgumentParser, contestants: Iterable[str]) -> argp
             print(name, "finished" if finished(options.work / name) else "")
         parser.exit()
     return options
+
+
+def losses_of(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Token losses of a model, `(windows, tokens - 1)`, nats, in that arithmetic on the CPU."""
+    checkpoint = open_checkpoint(folder)
+    execution = resolve_execution("cpu", dtype)
+    return measure_losses(checkpoint, family_of(checkpoint.config), tokens, execution)
 
 
 def finished(folder: Path) -> bool:

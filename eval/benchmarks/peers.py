@@ -26,7 +26,9 @@ from common import (
     as_json,
     command,
     finished,
+    halves,
     hardware,
+    losses_of,
     shown,
     surroundings,
     table,
@@ -36,16 +38,11 @@ from common import (
 from peers_prune import METHODS, token_losses
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from real_model import halves
-
-from sp3llm.evaluation.perplexity import measure_losses
 from sp3llm.maths.paired import excess_log_perplexity
 from sp3llm.models.checkpoint import open_checkpoint
-from sp3llm.models.families import family_of
+from sp3llm.models.families import count_parameters, family_of
 from sp3llm.models.source import resolve_model
 from sp3llm.reporting.record import read_record
-from sp3llm.runtime.devices import resolve_execution
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.text.windows import Windows, calibration_windows, evaluation_windows
 
@@ -130,12 +127,6 @@ def windows_of(dense: Path, options: argparse.Namespace) -> tuple[Windows, Windo
     return drawn, held_out
 
 
-def losses_of(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    checkpoint = open_checkpoint(folder)
-    execution = resolve_execution("cpu", dtype)
-    return measure_losses(checkpoint, family_of(checkpoint.config), tokens, execution)
-
-
 def loaded(folder: Path, tokens: Tensor, expected: Tensor) -> dict[str, Any]:
     """What plain transformers makes of a folder: its class, its parameters, how far its token
     losses are from those expected, in float32.
@@ -187,13 +178,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Every contestant at every budget; a row that is finished waits beside its folder."""
     dense_folder, _, _ = resolve_model(options.model)
     drawn, held_out = windows_of(dense_folder, options)
-    from transformers import AutoModelForCausalLM
-
-    whole = AutoModelForCausalLM.from_pretrained(dense_folder)
+    config = open_checkpoint(dense_folder).config
+    parameters = count_parameters(family_of(config), config)
     kept = options.work / f"dense-{held_out.sha256[:12]}.pt"
     if not kept.exists():
         torch.save(losses_of(dense_folder, held_out.tokens, torch.bfloat16), kept)
-    dense = {"parameters": sum(p.numel() for p in whole.parameters()), "losses": torch.load(kept)}
+    dense = {"parameters": parameters, "losses": torch.load(kept)}
     rows = []
     for keep in options.keep:
         ours = {

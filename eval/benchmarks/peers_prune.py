@@ -16,6 +16,7 @@ import resource
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,17 +242,15 @@ def by_modelopt(model: Any, tokens: Tensor, budget: float, mode: str) -> Any:
 
 METHODS: dict[str, Callable[[Any, Tensor, float], Any]] = {
     "magnitude-ffn": without_neurons,
-    "block-influence": lambda *given: without_layers(*given, above=0),
-    "block-influence-one-more": lambda *given: without_layers(*given, above=1),
+    "block-influence": partial(without_layers, above=0),
+    "block-influence-one-more": partial(without_layers, above=1),
     **{
-        f"torch-pruning-{score}-{cut}": lambda *given, score=score, cut=cut: by_torch_pruning(
-            *given, score, cut
-        )
+        f"torch-pruning-{score}-{cut}": partial(by_torch_pruning, score=score, cut=cut)
         for score in ("magnitude", "taylor")
         for cut in ("all", "heads-stay", "ffn")
     },
-    "modelopt-fastnas": lambda *given: by_modelopt(*given, "fastnas"),
-    "modelopt-mcore_minitron": lambda *given: by_modelopt(*given, "mcore_minitron"),
+    "modelopt-fastnas": partial(by_modelopt, mode="fastnas"),
+    "modelopt-mcore_minitron": partial(by_modelopt, mode="mcore_minitron"),
 }
 
 
