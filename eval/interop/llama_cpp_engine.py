@@ -11,12 +11,12 @@ import os
 import sys
 from pathlib import Path
 
-import xllamacpp
-
 _NEW_TOKENS = 64
 
 
 def main() -> None:
+    import xllamacpp  # here: what runs the tests, which import this file, has none
+
     model, prompts = sys.argv[1:]
     params = xllamacpp.CommonParams()
     params.model.path = model
