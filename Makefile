@@ -12,6 +12,8 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 VENV_FLOOR ?= .floor
 DEMO ?= demo-output
+# A process a core, each with one thread: models of a test are too small for two.
+PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n logical --maxprocesses 8
 
 .PHONY: demo test slow style docs floor interop install clean
 
@@ -30,10 +32,10 @@ demo: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(call PYTEST,$(BIN)) -m 'not slow and not gpu'
 
 slow: install
-	$(BIN)/python -m pytest
+	$(call PYTEST,$(BIN))
 
 style: install
 	$(BIN)/ruff format .
@@ -47,7 +49,7 @@ floor:
 	$(VENV_FLOOR)/bin/python -m pip install --quiet --no-deps -e .
 	$(VENV_FLOOR)/bin/python eval/checks/floors.py > $(VENV_FLOOR)/floors.txt
 	$(VENV_FLOOR)/bin/python -m pip install --quiet -r $(VENV_FLOOR)/floors.txt
-	$(VENV_FLOOR)/bin/python -m pytest -m 'not slow and not gpu'
+	$(call PYTEST,$(VENV_FLOOR)/bin) -m 'not slow and not gpu'
 
 interop: install
 	$(BIN)/python eval/interop/interop.py --torch '$(TORCH)'

@@ -19,7 +19,7 @@ EXTRAS = {
     "tasks": ["scikit-learn>=1.3"],
     "quantize": ["bitsandbytes>=0.48.1"],
     "recover": ["peft>=0.15"],
-    "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8"],
+    "dev": ["pytest>=8", "pytest-xdist[psutil]>=3.5", "hypothesis>=6", "ruff>=0.8"],
 }
 EXTRAS["all"] = sorted({need for name in EXTRAS if name != "dev" for need in EXTRAS[name]})
 
