@@ -25,10 +25,11 @@ def run(settings: PlanConfig) -> None:
     from sp3llm.models.families import count_parameters
     from sp3llm.models.shapes import Shape
     from sp3llm.reporting.plans import needs_line, plan_table, recovery_line, vocabulary_line
+    from sp3llm.runtime.progress import print_line
 
     console = Console()
     if overview.note:
-        console.print(overview.note, markup=False)
+        print_line(console, overview.note)
     console.print(
         plan_table(
             overview.model, overview.family, overview.config, overview.limits, overview.shapes
@@ -48,4 +49,4 @@ def run(settings: PlanConfig) -> None:
     if overview.recovery_needs is not None:
         lines.append(recovery_line(settings.recovery, seq_len, overview.recovery_needs))
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        print_line(console, line)

@@ -21,6 +21,7 @@ def run(settings: ReportConfig) -> None:
     from sp3llm.reporting.page import write_page
     from sp3llm.reporting.record import add_to_record, read_record
     from sp3llm.reporting.samples import with_samples
+    from sp3llm.runtime.progress import print_line
 
     folder, push_to_hub = settings.folder, settings.push_to_hub
     console = Console()
@@ -34,8 +35,8 @@ def run(settings: ReportConfig) -> None:
     write_card(folder, record, dense_folder(record, settings.dense))
     written = write_page(folder, record, no_samples)
     if no_samples:
-        console.print(f"No samples: {no_samples}", markup=False, highlight=False)
-    console.print(f"Written: {written}, {folder / 'README.md'}", markup=False, highlight=False)
+        print_line(console, f"No samples: {no_samples}")
+    print_line(console, f"Written: {written}, {folder / 'README.md'}")
     if push_to_hub is not None:
         url = push(folder, push_to_hub, settings.private, console)
-        console.print(f"Pushed to {url}", markup=False, highlight=False)
+        print_line(console, f"Pushed to {url}")

@@ -1,5 +1,6 @@
 """A compression from its journal: continued after a kill, with smaller batches out of memory."""
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Mapping
@@ -40,12 +41,11 @@ def compress_resumably(
     from sp3llm.runtime.journal import open_journal
     from sp3llm.runtime.locks import check_shared
     from sp3llm.runtime.memory import is_out_of_memory
-    from sp3llm.runtime.progress import progress_bars
+    from sp3llm.runtime.progress import print_line, progress_bars
 
     started, settings, ranks = time.monotonic(), job.settings, job.execution.ranks
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
+    say = functools.partial(print_line, console)
 
     with run_folder(job.out, settings.fresh, ranks, say) as folder:
         if settings.recover_steps or settings.score:

@@ -55,11 +55,12 @@ def prepare(
     from sp3llm.runtime.folders import check_disk, check_not_input, check_output, held_by_run
     from sp3llm.runtime.memory import memory_limits
     from sp3llm.runtime.placement import free_memory
+    from sp3llm.runtime.progress import print_line
     from sp3llm.vocabulary.restricting import restricted_checkpoint
 
     folder, name, note = resolve_model(settings.model)
     if note:
-        console.print(note, markup=False)
+        print_line(console, note)
     dense, family = open_model(folder)
     check_encoder(family, settings, compresses=True)
     check_modules(folder)
@@ -141,7 +142,7 @@ def prepare(
         check_scoring(settings)
     line = idle_gpus_line(execution, "sp3llm.compress")
     if line:
-        console.print(line, markup=False, highlight=False)
+        print_line(console, line)
     if settings.quantize:
         check_before(settings.quantize, execution.device, family, dense.config, shapes, out)
     return Job(

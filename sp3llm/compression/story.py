@@ -91,6 +91,7 @@ def _compress(
     from sp3llm.evaluation.harness import score_compressed
     from sp3llm.reporting.card import write_card
     from sp3llm.reporting.compression import closing_table, next_steps
+    from sp3llm.runtime.progress import print_line
 
     job = None
 
@@ -105,7 +106,7 @@ def _compress(
     out = Path(os.path.realpath(job.out))  # where `.` is when it has been replaced
     result = None
     if ranks.from_first(lambda: is_being_recovered(job)):
-        console.print(f"'{job.out}' is compressed; going on with its recovery.", markup=False)
+        print_line(console, f"'{job.out}' is compressed; going on with its recovery.")
         held_out = ranks.from_first(lambda: _held_out(job))
     else:
         result, record, job = compress_resumably(job, run_stages, console)
@@ -113,7 +114,7 @@ def _compress(
         console.print(closing_table(record))
         if ranks.is_first:
             write_report(job, out, held_out, record, console)
-        console.print(next_steps(job.out, record, settings.report), highlight=False, markup=False)
+        print_line(console, next_steps(job.out, record, settings.report))
     if settings.recover_steps:
         recover_result(job, ranks.from_first(lambda: read_record(out)), console)
     if settings.score:
@@ -161,6 +162,7 @@ def run_stages(
     from sp3llm.runtime.files import write_json
     from sp3llm.runtime.machine import device_memory, peak_memory
     from sp3llm.runtime.memory import trim_memory
+    from sp3llm.runtime.progress import print_line
     from sp3llm.text.tokenizer import keep_tokenizer_class
     from sp3llm.vocabulary.restricting import instead_of
 
@@ -192,7 +194,7 @@ def run_stages(
             dense = job.dense
             calibration, held_out = draw_texts(job, journal)
     plan = plan_of(family, job.original.config, job.limits, shape)
-    progress.console.print(plan_line(job.name, plan), highlight=False, markup=False)
+    print_line(progress.console, plan_line(job.name, plan))
     layers = kept_layers(moments, shape)
     small_config = resized_config(family, dense.config, shape, layers)
     small_config = with_dtype(small_config, job.dtype, job.dense_dtype)

@@ -31,6 +31,7 @@ def vocabularies_of(
     be rewritten, or more must stay than is asked for.
     """
     from sp3llm.models.families import VOCAB, axis_sizes
+    from sp3llm.runtime.progress import print_line
     from sp3llm.vocabulary.choosing import MOST_VOCABULARIES, choose_vocabularies
     from sp3llm.vocabulary.wanted import wanted_tokens
 
@@ -46,7 +47,7 @@ def vocabularies_of(
     size, devices = settings.vocab_size, settings.tensor_parallel
     chosen = choose_vocabularies(dense.folder, wanted, size, devices, most)
     for line in chosen[0].lines():
-        console.print(line, markup=False, highlight=False)
+        print_line(console, line)
     return chosen
 
 

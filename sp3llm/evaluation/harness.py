@@ -430,6 +430,7 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
     import torch
 
     from sp3llm.runtime.devices import resolve_execution
+    from sp3llm.runtime.progress import print_line
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("reading lm-eval's tasks"):
@@ -440,7 +441,7 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
     models = [_Model.of(m) for m in (settings.model, settings.against) if m is not None]
     selection, notes = _within_positions(selection, models)
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        print_line(console, note)
     output = output_for(settings, models[0].name)
     scoring = _Scoring(settings, selection, device, output, console)
     scored, loaded = _score_all(scoring, models)
@@ -455,10 +456,9 @@ def score(settings: ScoreConfig, console: "Console") -> Comparison | None:
     written = write_comparison(comparison, settings, output, str(device), versions())
     console.print(table(comparison))
     further = "" if dense else " Add --against DENSE to learn what was lost."
-    console.print(
+    print_line(
+        console,
         f"Written to {output}: {written} and .md, and lm-eval's own results and samples.{further}",
-        markup=False,
-        highlight=False,
     )
     return comparison
 
@@ -471,6 +471,8 @@ def _score_all(
 
     import torch
 
+    from sp3llm.runtime.progress import print_line
+
     scored, loaded = [], {}
     for model in models:
         # Tasks are loaded for each model by itself: some look at its name, and they keep answers.
@@ -478,7 +480,7 @@ def _score_all(
             scoring.selection, scoring.settings.include_path, scoring.model_args(model)
         )
         _check_safe(loaded, scoring.settings)
-        scoring.console.print(f"Scoring {model.name}", markup=False, highlight=False)
+        print_line(scoring.console, f"Scoring {model.name}")
         try:
             scored.append(_score_one(scoring, model, loaded))
         except torch.OutOfMemoryError as error:

@@ -44,6 +44,7 @@ def score_task(settings: ScoreConfig, console: "Console") -> Comparison:
     from sp3llm.evaluation.task_metrics import check_installed
     from sp3llm.evaluation.task_scores import score_rows
     from sp3llm.runtime.devices import resolve_execution
+    from sp3llm.runtime.progress import print_line
 
     check_installed()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -63,11 +64,7 @@ def score_task(settings: ScoreConfig, console: "Console") -> Comparison:
     _write_answers(output / written.replace("comparison", "answers", 1), asked, answers)
     console.print(table(comparison))
     further = "" if against else " Add --against DENSE to learn what was lost."
-    console.print(
-        f"Written to {output}: {written} and .md, and all answers.{further}",
-        markup=False,
-        highlight=False,
-    )
+    print_line(console, f"Written to {output}: {written} and .md, and all answers.{further}")
     return comparison
 
 

@@ -179,6 +179,7 @@ def bench(settings: BenchConfig, console: "Console") -> dict[str, Any]:
     Raises UserError for anything the user can mend.
     """
     from sp3llm.runtime.devices import resolve_execution
+    from sp3llm.runtime.progress import print_line
 
     device = resolve_execution(settings.device, torch.float32).device
     _check_output(settings.output)
@@ -198,11 +199,11 @@ def bench(settings: BenchConfig, console: "Console") -> dict[str, Any]:
     console.print(table(record, cells))
     unknown = [subject.name for subject in pair if subject.family is None]
     if unknown:
-        console.print(
+        print_line(
+            console,
             f"No promise is shown: sp3llm does not know the family of {' or '.join(unknown)}.",
-            markup=False,
         )
-    console.print(_write(settings.output, record, cells), markup=False)
+    print_line(console, _write(settings.output, record, cells))
     return record
 
 

@@ -12,6 +12,7 @@ The story, top-down:
 What is written is stock: it loads with plain transformers where bitsandbytes is installed.
 """
 
+import functools
 import logging
 import os
 import shutil
@@ -103,7 +104,7 @@ def quantize(settings: QuantizeConfig, console: "Console") -> Record:
     from sp3llm.reporting.quantization import closing_table, next_steps
     from sp3llm.runtime.devices import arithmetic_of, resolve_execution
     from sp3llm.runtime.folders import output_folder
-    from sp3llm.runtime.progress import progress_bars
+    from sp3llm.runtime.progress import print_line, progress_bars
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says how it casts at every call
     started = time.monotonic()
@@ -120,8 +121,7 @@ def quantize(settings: QuantizeConfig, console: "Console") -> Record:
     _check_output(out, settings.to, small, dense)
     held_out = held_out_text(record, small.checkpoint.folder, dense.checkpoint.folder)
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
+    say = functools.partial(print_line, console)
 
     with output_folder(out, say) as partial, progress_bars(console) as progress:
         measuring = Measuring(held_out, execution, progress)
@@ -172,6 +172,7 @@ def _pair(settings: QuantizeConfig, console: "Console") -> tuple[Source, Source,
     """The compressed model, the dense one, and the record that binds them."""
     from sp3llm.models.source import resolve_model
     from sp3llm.reporting.origins import find_dense
+    from sp3llm.runtime.progress import print_line
 
     folder, name, note = resolve_model(settings.model)
     small = _opened(folder, name)
@@ -179,9 +180,9 @@ def _pair(settings: QuantizeConfig, console: "Console") -> tuple[Source, Source,
     dense_folder = find_dense(record, settings.dense)
     dense = _opened(dense_folder, settings.dense or record.model)
     if settings.dense is None:
-        console.print(f"The dense model is {dense.name}.", markup=False, highlight=False)
+        print_line(console, f"The dense model is {dense.name}.")
     if note:
-        console.print(note, markup=False)
+        print_line(console, note)
     return small, dense, record
 
 

@@ -105,6 +105,7 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
     from sp3llm.models.checkpoint import open_model
     from sp3llm.models.source import resolve_model
     from sp3llm.runtime.folders import RECORD
+    from sp3llm.runtime.progress import print_line
     from sp3llm.text.tokenizer import load_tokenizer
     from sp3llm.vocabulary.restricting import shared_rows
 
@@ -120,7 +121,7 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
     if settings.teacher is None:
         dense_note = f"The teacher is {dense_name}, which {name} was made from."
     for line in filter(None, (note, dense_note)):
-        console.print(line, markup=False)
+        print_line(console, line)
 
     small, family = open_model(folder)
     dense, dense_family = open_model(dense_folder)
@@ -196,15 +197,16 @@ def with_steps(settings: RecoverConfig, objective: "Objective", texts: Texts) ->
 
 def say_epochs(settings: RecoverConfig, texts: Texts, unit: str, console: "Console") -> None:
     """Tell how often the training text is gone through, which is in such units."""
+    from sp3llm.runtime.progress import print_line
+
     windows = len(texts.training.tokens)
     epochs = settings.steps * settings.batch / windows
     padded = texts.training.describe().get("real_tokens") is not None
-    console.print(
+    print_line(
+        console,
         f"{settings.steps} steps of {settings.batch} {unit} of {texts.training.tokens.shape[1]} "
         f"tokens{' at most' * padded}; the text holds {windows} {unit}"
         + (f", gone through {epochs:.1f} times." if epochs > 1 else "."),
-        highlight=False,
-        markup=False,
     )
 
 

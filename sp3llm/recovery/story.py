@@ -15,6 +15,7 @@ The story, top-down:
 """
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -60,15 +61,14 @@ def recover(settings: RecoverConfig, console: "Console", in_place: bool = False)
     from sp3llm.reporting.recovery import closing_table, next_steps
     from sp3llm.runtime.locks import check_shared, empty_folder
     from sp3llm.runtime.presence import lost_process_told
-    from sp3llm.runtime.progress import progress_bars
+    from sp3llm.runtime.progress import print_line, progress_bars
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says how it casts at every call
     started = time.monotonic()
     with lost_process_told():
         run, console = _prepare(settings, console, in_place)
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
+    say = functools.partial(print_line, console)
 
     with lost_process_told(), contextlib.ExitStack() as stack:
         run.ranks.from_first(lambda: stack.enter_context(locked(run.work, say)))

@@ -23,12 +23,13 @@ def train(setup: TrainingSetup, progress: "Progress") -> "State":
     Raises UserError if the loss is no number any more.
     """
     from sp3llm.recovery.checkpoints import load_checkpoint, save_checkpoint
+    from sp3llm.runtime.progress import print_line
 
     settings, accelerator = setup.run.settings, setup.run.accelerator
     work = setup.run.work
     state = load_checkpoint(accelerator, work)
     if state.step:
-        progress.console.print(f"Continuing from step {state.step}.", highlight=False)
+        print_line(progress.console, f"Continuing from step {state.step}.")
     else:
         _check(setup, state, [])
     bar = progress.add_task("recovery", total=settings.steps, completed=state.step)

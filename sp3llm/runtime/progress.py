@@ -83,7 +83,12 @@ class _ProgressLines(Progress):
     def _tell(self, task_id: TaskID, words: str) -> None:
         self._told[task_id] = time.monotonic()
         line = f"{self._tasks[task_id].description}: {words}"
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, line)
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print it in one piece: what breaks it is the terminal, so that a command can be copied."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def progress_bars(console: Console) -> Progress:
