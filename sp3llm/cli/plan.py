@@ -25,6 +25,7 @@ def run(settings: PlanConfig) -> None:
     from sp3llm.models.families import count_parameters
     from sp3llm.models.shapes import Shape
     from sp3llm.reporting.plans import needs_line, plan_table, recovery_line, vocabulary_line
+    from sp3llm.reporting.weights import weights_table
     from sp3llm.runtime.progress import print_line
 
     console = Console()
@@ -37,6 +38,7 @@ def run(settings: PlanConfig) -> None:
     )
     seq_len = overview.seq_len
     family, config = overview.family, overview.config
+    console.print(weights_table(family, config, overview.limits, overview.shapes))
     if overview.vocabulary is not None:
         lines = overview.vocabulary.lines()
     elif family.task_head is not None:

@@ -159,6 +159,7 @@ def run_stages(
     from sp3llm.planning.search import Findings
     from sp3llm.reporting.card import write_card
     from sp3llm.reporting.plans import plan_line
+    from sp3llm.reporting.weights import blocks_line
     from sp3llm.runtime.files import write_json
     from sp3llm.runtime.machine import device_memory, peak_memory
     from sp3llm.runtime.memory import trim_memory
@@ -195,6 +196,9 @@ def run_stages(
             calibration, held_out = draw_texts(job, journal)
     plan = plan_of(family, job.original.config, job.limits, shape)
     print_line(progress.console, plan_line(job.name, plan))
+    blocks = blocks_line(family, job.original.config, job.limits, plan)
+    if blocks:
+        print_line(progress.console, blocks)
     layers = kept_layers(moments, shape)
     small_config = resized_config(family, dense.config, shape, layers)
     small_config = with_dtype(small_config, job.dtype, job.dense_dtype)

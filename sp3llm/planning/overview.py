@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sp3llm.models import families
 from sp3llm.models.families import Family
+from sp3llm.models.formats import formats_of
 from sp3llm.models.shapes import Cost, Shape
 from sp3llm.models.source import read_config, resolve_config, resolve_tokenizer
 from sp3llm.options import PlanConfig
@@ -54,11 +55,19 @@ class Overview:
 
     def describe(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        costs = zip(self.shapes, self.costs, strict=True)
+        config, export_as = self.config, self.limits.export_as
+        shapes = [
+            {
+                **asdict(shape),
+                **asdict(cost),
+                "bytes_by_format": formats_of(self.family, config, shape, export_as),
+            }
+            for shape, cost in zip(self.shapes, self.costs, strict=True)
+        ]
         plain = {
             "model": self.model,
             "limits": asdict(self.limits),
-            "shapes": [{**asdict(shape), **asdict(cost)} for shape, cost in costs],
+            "shapes": shapes,
             "needs": asdict(self.needs),
         }
         if self.vocabulary is not None:

@@ -90,6 +90,15 @@ def test_plan_prints_json_for_machines(capsys):
     assert plan["needs"]["disk"] == 2 * plan["shapes"][0]["params"]
 
 
+def test_plan_shows_what_shapes_weigh_in_each_format(capsys):
+    main(["plan", "--keep", "0.75"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("bf16", "int8", "nf4", "Q8_0", "Q4_K_M"))
+    main(["plan", "--keep", "0.75", "--json"])
+    (shape, *_) = json.loads(capsys.readouterr().out)["shapes"]
+    assert shape["bytes_by_format"]["bf16"] == shape["bytes"]
+
+
 def test_plan_needs_no_weights(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16"}')
     main(["plan", str(tmp_path), "--keep", "0.75", "--allocate", "width", "--json"])

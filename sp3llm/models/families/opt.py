@@ -15,6 +15,7 @@ from sp3llm.models.families.schema import (
 
 OPT = Family(
     model_type="opt",
+    gguf=False,
     architecture="OPTForCausalLM",
     defaults={
         "hidden_size": 768,

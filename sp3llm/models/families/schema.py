@@ -176,6 +176,8 @@ class Family:
     square_in: tuple[str, ...] = ()
     """Servers of `SERVERS` whose class for it demands that, though the stock class does not
     (eval/results/served-classes.md)."""
+    gguf: bool = True
+    """llama.cpp has the class."""
     served_as: ServedAs | None = None
     """What is written instead where servers could not load the class; None: there is nothing."""
     rotary: bool = True
