@@ -185,7 +185,7 @@ class CompressConfig:
     multiple_of: int | None = option(
         "what the new hidden size must be a multiple of",
         default=None,
-        shown="256, 64 or 8, by width and heads",
+        shown="256, 64, 32 or 8, by width and heads",
         least=1,
     )
     device: str = option("where to compute: auto, cpu, cuda, cuda:1, ...", default="auto")

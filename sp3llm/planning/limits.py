@@ -10,10 +10,11 @@ from sp3llm.models.families import Family, is_square
 from sp3llm.models.shapes import Cost, Shape, cost_of
 from sp3llm.options import COUNTS, CompressConfig
 
-# Models at least this wide get widths in multiples of 256, for tensor cores and llama.cpp's
-# K-quants, or, where the heads make that coarse, of 64; in smaller ones both are coarse.
-_LARGE_WIDTH = 2048
-_LARGE_MULTIPLE, _FINER_MULTIPLE, SMALL_MULTIPLE = 256, 64, 8
+# What sizes are multiples of, in models at least so wide, where the heads do not make it coarse:
+# 256 for tensor cores and llama.cpp's K-quants, or 64; 32 for its other formats, which leave rows
+# of other lengths in 16 bits (`models.formats`). In smaller models all of them are coarse.
+_LARGE_WIDTH, _SMALL_WIDTH = 2048, 512
+_LARGE_MULTIPLE, _FINER_MULTIPLE, _BLOCK, SMALL_MULTIPLE = 256, 64, 32, 8
 # Coarser than this part of the width is too coarse to spend a budget in.
 _COARSEST = 8
 # Heads shrink in steps of this many dimensions, as small widths do.
@@ -122,9 +123,15 @@ def width_multiple(hidden_size: int, num_attention_heads: int, tensor_parallel: 
 
     The heads must divide it (Hugging Face's Llama rejects anything else, and other tools derive
     head sizes from the quotient). Beyond that 256 is preferred for widths of 2048 and more, 64
-    where the heads make 256 coarser than an eighth of the width, 8 for small models.
+    where the heads make 256 coarser than an eighth of the width, 32 for widths of 512 and more on
+    the same condition, 8 for small models.
     """
-    for preferred in (_LARGE_MULTIPLE, _FINER_MULTIPLE) if hidden_size >= _LARGE_WIDTH else ():
+    preferences: tuple[int, ...] = ()
+    if hidden_size >= _LARGE_WIDTH:
+        preferences = (_LARGE_MULTIPLE, _FINER_MULTIPLE)
+    elif hidden_size >= _SMALL_WIDTH:
+        preferences = (_BLOCK,)
+    for preferred in preferences:
         multiple = math.lcm(preferred, num_attention_heads, tensor_parallel)
         if multiple <= hidden_size // _COARSEST:
             return multiple
@@ -132,8 +139,12 @@ def width_multiple(hidden_size: int, num_attention_heads: int, tensor_parallel: 
 
 
 def intermediate_multiple(hidden_size: int, tensor_parallel: int = 1) -> int:
-    """The number that a new FFN width must be a multiple of: 256, or 8 for small models."""
-    preferred = _LARGE_MULTIPLE if hidden_size >= _LARGE_WIDTH else SMALL_MULTIPLE
+    """The number that a new FFN width must be a multiple of: 256 in models 2048 wide and more, 32
+    from a width of 512 on, 8 in small ones.
+    """
+    preferred = _BLOCK if hidden_size >= _SMALL_WIDTH else SMALL_MULTIPLE
+    if hidden_size >= _LARGE_WIDTH:
+        preferred = _LARGE_MULTIPLE
     return math.lcm(preferred, tensor_parallel)
 
 

@@ -96,7 +96,7 @@ def test_budget_is_never_exceeded_and_the_next_width_would(keep, heads, head_dim
 @pytest.mark.parametrize(
     ("hidden_size", "heads", "expected"),
     [(4096, 32, 256), (8192, 64, 256), (5120, 40, 320), (3584, 28, 448), (2048, 32, 256),
-     (256, 4, 8), (576, 9, 72), (768, 12, 24)],
+     (256, 4, 8), (576, 9, 72), (768, 12, 96), (1024, 16, 32), (896, 14, 56)],
 )  # fmt: skip
 def test_width_multiple(hidden_size, heads, expected):
     assert width_multiple(hidden_size, heads) == expected
