@@ -2,11 +2,17 @@
 
 python eval/benchmarks/plot_curve.py depth curve-plain curve-refit curve-search \
     --out eval/results/curve/curve.png
+python eval/benchmarks/plot_curve.py real/axes peers/smollm2 --title 'SmolLM2-135M, nothing tuned' \
+    --out eval/results/real/axes.png
+
+A file is the runs of one curve, or a table with a contestant a row, each of which is a curve.
 """
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from common import figure, place
 
@@ -16,32 +22,62 @@ LABELS = {
     "curve-refit": "default basis, cut, refit",
     "curve-search": "refit, shape searched (default)",
 }
+CONTESTANTS = {
+    "before": "width, FFN and KV groups, searched",
+    "shape": "and layers (default)",
+    "all": "and the vocabulary",
+    "width": "width alone",
+    "ffn": "FFN alone",
+    "depth": "layers alone, bridged",
+    "layers-go": "layers alone, no refit",
+    "vocabulary": "vocabulary alone",
+    "block-influence": "layers by block influence",
+    "torch-pruning-magnitude-ffn": "torch-pruning, FFN magnitudes",
+}
+
+
+Points = list[tuple[float, float]]
+
+
+def curves_of(name: str, found: Any) -> dict[str, Points]:
+    """Per cent of the parameters kept, and nats a token lost, by the label of the curve."""
+    curves: dict[str, Points] = defaultdict(list)
+    if isinstance(found, dict) and "rows" in found:
+        for row in found["rows"]:
+            # sp3llm's own folders are in the tables of peers only to be compared with.
+            if row.get("excess") and not row["contestant"].startswith("sp3llm"):
+                label = CONTESTANTS.get(row["contestant"], row["contestant"])
+                curves[label].append((100 * row["kept"], row["excess"]["mean"]))
+    else:
+        for run in found["runs"] if isinstance(found, dict) else found:
+            point = 100 * run["plan"]["keep_params"], run["excess_log_perplexity"]["mean"]
+            curves[LABELS.get(name, name)].append(point)
+    return {label: sorted(points) for label, points in curves.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", help="names of files in eval/results, without .json")
+    parser.add_argument("--title", default="The bundled Llama, held-out text, no tuning")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
+    curves: dict[str, Points] = {}
+    for name in options.names:
+        curves |= curves_of(name, json.loads(Path(f"{place(name)}.json").read_text()))
     picture, axes = figure()
-    for name, marker in zip(options.names, "xso^dv", strict=False):
-        records = json.loads(Path(f"{place(name)}.json").read_text())
-        records = records["runs"] if isinstance(records, dict) else records
-        points = sorted(
-            (100 * r["plan"]["keep_params"], r["excess_log_perplexity"]["mean"]) for r in records
-        )
+    for (label, points), marker in zip(curves.items(), "xso^dvP*+<>h", strict=False):
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, marker=marker, markersize=4, label=LABELS.get(name, name))
+        axes.plot(x, y, marker=marker, markersize=4, label=label)
     axes.set(
         xlabel="parameters kept (%)",
         ylabel="excess log-perplexity (nats a token)",
         yscale="log",
-        title="The bundled Llama, held-out text, no tuning",
+        title=options.title,
     )
     axes.invert_xaxis()
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize="small")
     picture.savefig(options.out, dpi=120)
 
 
