@@ -9,7 +9,9 @@ from sp3llm.models.families import (
     EMBEDDING,
     FFN,
     HEAD_DIM,
+    KEY_VALUE,
     POSITIONS,
+    QUERY,
     RESIDUAL,
     VOCAB,
     Family,
@@ -18,6 +20,7 @@ from sp3llm.models.families import (
     count_matrix_parameters,
     count_parameters,
     is_sparse,
+    is_square,
     is_tied,
     key_value_heads,
     setting,
@@ -87,6 +90,17 @@ class Shape:
             self,
             num_attention_heads=group * num_key_value_heads,
             num_key_value_heads=num_key_value_heads,
+        )
+
+    def with_merged_groups(self, num_key_value_heads: int) -> "Shape":
+        """The same with another number of key-value heads, and as many query heads as before."""
+        return replace(self, num_key_value_heads=num_key_value_heads)
+
+    def merges_heads(self, dense: "Shape") -> bool:
+        """Whether, cut from `dense`, it has fewer key-value heads for the same query heads."""
+        return (
+            self.num_attention_heads == dense.num_attention_heads
+            and self.num_key_value_heads < dense.num_key_value_heads
         )
 
     def untied(self) -> "Shape":
@@ -176,6 +190,19 @@ def keeps_every_layer(family: Family, config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def keeps_heads_apart(family: Family, config: Mapping[str, Any]) -> str | None:
+    """Why the key-value heads of a model cannot be merged (`maths.merging`), as a relative clause;
+    None: they can.
+    """
+    readers = family.sites[0].readers
+    axes = [family.layer.get(f"{reader}.weight", ("",))[0] for reader in readers]
+    if is_square(family, config) or axes != [QUERY, KEY_VALUE, KEY_VALUE]:
+        return "whose queries, keys and values are no three matrices with grouped heads"
+    if any("k_norm" in name for name in family.layer):
+        return "whose keys are normalised head by head"
+    return None
+
+
 def cost_of(
     family: Family,
     config: Mapping[str, Any],
@@ -191,7 +218,7 @@ def cost_of(
     """
     export = export_of(family, resized_config(family, config, shape), export_as)
     family, resized = export.family, export.config
-    layers = setting(family, config, "num_hidden_layers")
+    layers = setting(family, resized, "num_hidden_layers")
     params = count_parameters(family, resized)
     multiplied = count_matrix_parameters(family, resized) - _looked_up(family, resized)
     heads, groups = (

@@ -155,6 +155,15 @@ def test_kv_cache_alone_costs_no_width():
     assert (first.hidden_size, first.num_key_value_heads) == (4096, 4)
 
 
+@pytest.mark.parametrize("layers", [1, 20, 31])
+def test_a_model_with_fewer_layers_costs_what_one_of_so_many_costs(layers):
+    family = FAMILIES["llama"]
+    shape = replace(Shape.of(family, LLAMA_3_8B), num_hidden_layers=layers)
+    shallow = {**LLAMA_3_8B, "num_hidden_layers": layers}
+    whole = cost_of(family, shallow, Shape.of(family, shallow))
+    assert cost_of(family, LLAMA_3_8B, shape) == whole
+
+
 def test_tensor_parallel_divides_everything():
     family = FAMILIES["llama"]
     for shape in candidates(family, LLAMA_3_8B, Limits(0.6, tensor_parallel=4)):
