@@ -7,8 +7,9 @@ The first half of the text calibrates, the second is held out. Contestants: `bef
 the width, the FFN and KV groups alone; `width`, `ffn`, `depth` and `vocabulary` cut nothing else;
 `shape` is the default search, depth among its axes, and `all` with a vocabulary from the first half
 of the text and `--vocab-from`; `layers-go` drops the layers of `depth` and refits nothing;
-`shape-float32` computes in float32 what `shape` has by default. A contestant that is finished is
-not run again, and tables are written anew from all that are.
+`shape-float32` computes in float32 what `shape` has by default; `kv-drop` and `kv-merge` have half
+of the key-value heads, or what divides them, and search for the rest. A contestant that is finished
+is not run again, and tables are written anew from all that are.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from sp3llm.reporting.record import read_record
 
 CONTESTANTS = (
     *("before", "width", "ffn", "depth", "vocabulary", "shape", "all"),
-    *("layers-go", "shape-float32"),
+    *("layers-go", "shape-float32", "kv-drop", "kv-merge"),
 )
 
 
@@ -76,6 +77,12 @@ def settings_of(
         return {**uncut, **every_layer, "vocab_from": vocab_from, "vocab_size": rows}
     if name == "all" and vocab_from is None:
         return None
+    groups = whole.num_key_value_heads
+    fewer = max((n for n in range(1, groups) if groups % n == 0), default=None)
+    if name in ("kv-drop", "kv-merge"):
+        if fewer is None:
+            return None
+        return {"num_key_value_heads": fewer, "kv_heads": name.removeprefix("kv-")}
     return {
         "before": every_layer,
         "width": {"allocate": "width", **every_layer},

@@ -9,10 +9,11 @@ has been fitted is rounded to the dtype of the export before the next fit sees i
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from sp3llm.compression.merging import merges, read_moment, with_merged_heads
 from sp3llm.compression.norms import fit_norm, opened_without_norm
 from sp3llm.compression.projecting import (
     gate_and_cut,
@@ -116,8 +117,11 @@ def refitted_side_by_side(
     sources = prefetch_groups(dense, family, groups[begin:], device)
     for number, (group, source) in enumerate(sources, begin):
         here = [side for side in sides if number in side.groups]
-        made = _projected([side.refitter for side in here], group, source)
         with overflow_refused():
+            moment = None
+            if group.prefix and any(merges(side.refitter) for side in here):
+                moment = read_moment(here[0].refitter, dense_stream)
+            made = _projected([side.refitter for side in here], group, source, moment)
             if group.name == "embeddings":
                 dense_stream = open_stream(dense_model, source, tokens)
                 for side, (_, tensors) in zip(here, made, strict=True):
@@ -164,21 +168,30 @@ def _finished(
 
 
 def _projected(
-    refitters: Sequence[Refitter], group: Group, source: Mapping[str, Tensor]
+    refitters: Sequence[Refitter],
+    group: Group,
+    source: Mapping[str, Tensor],
+    moment: Tensor | None = None,
 ) -> list[tuple[Mapping[str, Tensor], dict[str, Tensor]]]:
     """For each of several small models a group with its attention cut, in old coordinates, and
-    projected and rounded: once for all that share their projection, as shapes of one width do.
+    projected and rounded: once for all that share their projection, as shapes of one width do, and
+    the heads that they merge by the `moment` of `merging.read_moment`.
     """
-    found: dict[tuple[int, torch.dtype], tuple[Mapping[str, Tensor], dict[str, Tensor]]] = {}
+    found: dict[Any, tuple[Mapping[str, Tensor], dict[str, Tensor]]] = {}
+    made = []
     for refitter in refitters:
         family, projection, device = refitter.family, refitter.projection, refitter.execution.device
-        if (id(projection), refitter.dtype) not in found:
-            cut = gate_and_cut(family, projection, device, group, source)
+        merged = moment is not None and merges(refitter) and refitter.shape.num_key_value_heads
+        key = id(projection), refitter.dtype, merged
+        if key not in found:
+            whole = with_merged_heads(refitter, group, source, moment) if merged else source
+            cut = gate_and_cut(family, projection, device, group, whole)
             tensors = project_and_round(family, projection, refitter.dtype, device, group, cut)
-            found[id(projection), refitter.dtype] = cut, tensors
-    # Each has a dictionary of its own, where fitted tensors take the place of these.
-    shared = [found[id(refitter.projection), refitter.dtype] for refitter in refitters]
-    return [(cut, dict(tensors)) for cut, tensors in shared]
+            found[key] = cut, tensors
+        # Each has a dictionary of its own, where fitted tensors take the place of these.
+        cut, tensors = found[key]
+        made.append((cut, dict(tensors)))
+    return made
 
 
 def _own_share(refitter: Refitter, tokens: Tensor) -> tuple[Refitter, Tensor]:
@@ -197,7 +210,8 @@ def _small_models(refitter: Refitter) -> list[LayeredModel]:
     family, dense, shape = refitter.family, refitter.dense.config, refitter.shape
     whole = Shape.of(family, dense)
     start = replace(shape, intermediate_size=whole.intermediate_size)
-    if not families.is_square(family, dense):  # else attention is cut before anything else
+    # Else attention is cut before anything else.
+    if not (families.is_square(family, dense) or merges(refitter)):
         start = start.with_axis_of(whole, families.QUERY)
     steps = [start]
     for writer in family.writers:

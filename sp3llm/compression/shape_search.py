@@ -71,6 +71,8 @@ def least_units(job: Job) -> dict[str, int] | None:
         )
         if any(getattr(shape, size) != getattr(dense, size) for shape in job.shapes)
     }
+    if any(shape.merges_heads(dense) for shape in job.shapes):
+        fewest.pop(families.QUERY, None)  # what heads lose that are merged, trials tell
     if job.family.experts is not None:  # theirs are not cut
         fewest.pop(families.FFN, None)
     return fewest

@@ -229,7 +229,9 @@ def _units_of(refitter: Refitter, writer: str) -> tuple[int, dict[str, int]] | N
     if axis == families.FFN:
         keep, total = shape.intermediate_size, dense.intermediate_size
     else:
-        keep, total = shape.num_key_value_heads, dense.num_key_value_heads
+        # Query heads say how many go: where key-value heads are merged, they all stay.
+        total = dense.num_key_value_heads
+        keep = total * shape.num_attention_heads // dense.num_attention_heads
     if keep == total or (axis != families.FFN and refitter.projection.attention_cut is not None):
         return None
     return keep, unit_sizes(dense, axis)

@@ -14,6 +14,7 @@ from sp3llm.options.choices import (
     COUNTS,
     DTYPES,
     EXPORTS,
+    KV_HEADS,
     MASKS,
     MOMENTS,
     PRECISIONS,
@@ -159,6 +160,13 @@ class CompressConfig:
     hidden_size: int | None = option("fix the hidden size", default=None)
     intermediate_size: int | None = option("fix the FFN width", default=None)
     num_key_value_heads: int | None = option("fix the number of key-value heads", default=None)
+    kv_heads: str = option(
+        "what becomes of key-value heads that go: drop them with their query heads, or merge them "
+        "into others, which keeps all query heads; auto merges where the KV cache is counted and "
+        "the family can",
+        default="auto",
+        choices=KV_HEADS,
+    )
     num_hidden_layers: int | None = option(
         "fix the number of layers; those go whose addition to the stream the loss misses least",
         default=None,
@@ -293,6 +301,12 @@ class CompressConfig:
             raise UserError(
                 f"Expected --basis pca with --moments raw, found '{self.basis}', which weighs "
                 "errors in the normalised stream: add --basis pca, or leave --moments raw out."
+            )
+        if self.kv_heads == "merge" and (self.mask == "learned" or not self.refit):
+            what = "--mask learned" if self.mask == "learned" else "--no-refit"
+            raise UserError(
+                "Expected a refit with --kv-heads merge, which sees what the heads give, found "
+                f"{what}: leave one of them out."
             )
         if self.mask == "learned" and self.num_hidden_layers is not None:
             raise UserError(

@@ -36,6 +36,7 @@ class PlanConfig:
     hidden_size: int | None = same_as(CompressConfig, "hidden_size")
     intermediate_size: int | None = same_as(CompressConfig, "intermediate_size")
     num_key_value_heads: int | None = same_as(CompressConfig, "num_key_value_heads")
+    kv_heads: str = same_as(CompressConfig, "kv_heads")
     num_hidden_layers: int | None = same_as(CompressConfig, "num_hidden_layers")
     head_dim: int | None = same_as(CompressConfig, "head_dim")
     word_embed_proj_dim: int | None = same_as(CompressConfig, "word_embed_proj_dim")

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from sp3llm.errors import UserError
-from sp3llm.models.shapes import Shape, keeps_every_layer
+from sp3llm.models.shapes import Shape, keeps_every_layer, keeps_heads_apart
 from sp3llm.options.field import flag
 from sp3llm.planning.limits import width_step
 from sp3llm.planning.spending import Request
@@ -17,13 +17,14 @@ def start_shape(request: Request) -> Shape:
     """
     _check_bounds(request)
     _check_layers(request)
+    _check_merging(request)
     _check_experts(request)
     _check_embedding_width(request)
     _check_tie(request)
     _check_head_dim(request)
     _check_multiple(request)
     limits, dense = request.limits, request.dense
-    shape = dense.with_groups(limits.num_key_value_heads or dense.num_key_value_heads)
+    shape = request.with_groups(dense, limits.num_key_value_heads or dense.num_key_value_heads)
     shape = replace(
         shape,
         intermediate_size=limits.intermediate_size or dense.intermediate_size,
@@ -53,6 +54,25 @@ def _check_layers(request: Request) -> None:
         raise UserError(
             f"Expected a model whose layers can go for --num-hidden-layers, found a "
             f"{request.family.model_type} model {obstacle}: leave it out."
+        )
+
+
+def _check_merging(request: Request) -> None:
+    if not request.merges_heads:
+        return
+    obstacle = keeps_heads_apart(request.family, request.config)
+    if request.is_square and obstacle is None:
+        obstacle = "that is to stay square"
+    if obstacle is not None:
+        raise UserError(
+            f"Expected a model whose key-value heads can be merged for --kv-heads merge, found a "
+            f"{request.family.model_type} model {obstacle}: use --kv-heads drop."
+        )
+    asked, most = request.limits.num_key_value_heads, request.dense.num_key_value_heads
+    if asked is not None and most % asked:
+        raise UserError(
+            f"Expected --num-key-value-heads to divide the {most} there are, which are merged as "
+            f"many to each, found {asked}: give a divisor, or use --kv-heads drop."
         )
 
 

@@ -111,12 +111,12 @@ def _of_one_kind(request: Request) -> list[Shape]:
     shapes = [
         shape
         for count in group_counts
-        for shape in _of_groups(request, start.with_groups(count))
+        for shape in _of_groups(request, request.with_groups(start, count))
         if shape != request.dense and shape.hidden_size % shape.num_attention_heads == 0
     ]
     if not shapes:
         least = request.limits.hidden_size or width_step(request.limits, request.dense)
-        raise nothing_fits(request, start.with_groups(group_counts[-1]).with_width(least))
+        raise nothing_fits(request, request.with_groups(start, group_counts[-1]).with_width(least))
     return shapes if request.family.experts is None else list(_ever_wider(shapes))
 
 
@@ -126,6 +126,10 @@ def _group_counts(request: Request) -> list[int]:
     if limits.num_key_value_heads is not None:
         return [limits.num_key_value_heads]
     counts = [most]
+    if request.merges_heads and not limits.only_width:
+        # As many to each, so that the heads that are left divide those that there were.
+        divisors = [count for count in range(most - 1, 0, -1) if most % count == 0]
+        return [most, *(count for count in divisors if count % limits.tensor_parallel == 0)]
     for eighths in () if limits.only_width else _GROUP_EIGHTHS:
         count = most * eighths // 8
         count -= count % limits.tensor_parallel

@@ -43,6 +43,8 @@ class Limits:
     """Fixed by hand."""
     num_key_value_heads: int | None = None
     """Fixed by hand."""
+    kv_heads: str = "drop"
+    """What becomes of key-value heads that go, one of `options.KV_HEADS`."""
     num_hidden_layers: int | None = None
     """Fixed by hand."""
     head_dim: int | None = None
@@ -78,13 +80,19 @@ def limits_of(settings: CompressConfig, itemsize: int) -> Limits:
     """The limits that settings put on a plan.
 
     With `--allocate width`, which `--no-refit` implies, FFN, KV groups and layers stay as they are;
-    without the refit there are no trials, and a tie is kept. A learned mask keeps every layer.
+    without the refit there are no trials, and a tie is kept. A learned mask keeps every layer, and
+    merges no heads.
     """
     names = {field.name for field in fields(Limits)} & {field.name for field in fields(settings)}
     limits = Limits(itemsize=itemsize, **{name: getattr(settings, name) for name in names})
     tie = "keep" if settings.tie == "auto" and not settings.refit else settings.tie
     only_width, every_layer = settings.allocation == "width", settings.mask == "learned"
-    return replace(limits, only_width=only_width, every_layer=every_layer, tie=tie)
+    kv_heads = settings.kv_heads
+    if kv_heads == "auto" and (every_layer or not settings.refit):
+        kv_heads = "drop"
+    return replace(
+        limits, only_width=only_width, every_layer=every_layer, tie=tie, kv_heads=kv_heads
+    )
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,9 @@ def what_was_done(record: Record) -> str:
         ("head_dim", "heads projected onto {} of {} dimensions"),
     ):
         before, after = getattr(dense, key), getattr(small, key)
-        if after < before:
+        if key == "num_key_value_heads" and small.merges_heads(dense):
+            steps.append(f"{before} key-value heads merged into {after}")
+        elif after < before:
             steps.append(what.format(after, before))
     if record.layers:
         gone = sorted(set(range(dense.num_hidden_layers)) - set(record.layers))
