@@ -9,8 +9,9 @@ from sp3llm.models.families import Family
 from sp3llm.models.shapes import Shape
 
 # Trials at most, and how much more than the best one a candidate may promise to lose and still be
-# worth one at first: predictions were right to a tenth (eval/NOTES.md).
-_MOST_TRIALS, _CLOSE = 5, 1.3
+# worth one at first: predictions were right to a tenth (eval/NOTES.md). Later one that promises no
+# more than this beyond the best trial is worth one too.
+_MOST_TRIALS, _CLOSE, _AS_GOOD = 5, 1.3, 1.02
 # How strongly scales are drawn towards each other, against one trial, and how small a share of the
 # common one each is at least: errors of trials cannot make a part of a loss a gain.
 _DRAWN, _LEAST_SHARE = 0.1, 0.1
@@ -90,16 +91,17 @@ def shapes_to_try(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float
 
     At first those of a few mixes that promise most: the best, and the best of those that lose more
     and less of it by the stream, and by the layers that go, unless it is far behind; none where all
-    are. Then whatever the scales that these have set promise more of than the best of them, while
-    there are trials left.
+    are. Then one after the other whatever the scales that these have set promise to be as good as
+    the best of them, while there are trials left.
     """
     promised = expected(predicted, tried)
-    best = min(promised, key=promised.__getitem__)
+    untried = [shape for shape in predicted if shape not in tried]
+    best = min(untried, key=promised.__getitem__, default=None)
     if not tried:
         return _first_tries(predicted, promised, best)
-    if best in tried or len(tried) >= _MOST_TRIALS:
+    if best is None or len(tried) >= _MOST_TRIALS:
         return []
-    return [best]
+    return [best] if promised[best] <= _AS_GOOD * min(tried.values()) else []
 
 
 def _first_tries(

@@ -260,6 +260,14 @@ def test_a_candidate_far_ahead_of_all_others_needs_no_trial():
     assert shapes_to_try(predicted, {}) == [first, second]
 
 
+def test_a_candidate_that_promises_to_be_as_good_as_the_best_trial_gets_one():
+    first, second = candidates(FAMILIES["llama"], LLAMA_3_8B, Limits(0.7))[:2]
+    predicted = {first: Losses(0.1, 0.1), second: Losses(0.1, 0.103)}
+    assert shapes_to_try(predicted, {first: 0.2}) == [second]
+    predicted[second] = Losses(0.1, 0.11)
+    assert shapes_to_try(predicted, {first: 0.2}) == []
+
+
 def test_the_ffn_takes_up_the_remainder():
     """With coarse widths the budget is still spent to within one step of the FFN."""
     family = FAMILIES["llama"]
