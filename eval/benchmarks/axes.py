@@ -14,6 +14,7 @@ is not run again, and tables are written anew from all that are.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def settings_of(
     uncut = {**only_ffn, "intermediate_size": whole.intermediate_size}
     if name in ("depth", "layers-go"):
         for layers in range(whole.num_hidden_layers - 1, 0, -1):
-            small = resized_config(family, dense, whole, tuple(range(layers)))
+            small = resized_config(family, dense, replace(whole, num_hidden_layers=layers))
             if count_parameters(family, small) <= keep * parameters:
                 depth = {**uncut, "num_hidden_layers": layers}
                 return {**depth, "refit": False} if name == "layers-go" else depth
