@@ -5,13 +5,17 @@
 `--keep` is of the encoder's matrices, as papers on BERT count. Every row is the command, in closed
 form first, then that many steps of distillation from the dense model; scores are the task's own on
 its validation rows, which decide nothing. Latencies are of the stock class on rows of 32 tokens, as
-parts of the dense model's in the same process. What is finished is not run again.
+parts of the dense model's in the same process. What is finished is not run again. `--starts` are
+what the steps start from: `compressed`, as it is; `without-layers`, which matches answers alone;
+`random`, the same shape with the weights that its class draws.
 """
 
 import argparse
+import shutil
 import statistics
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,7 @@ from sp3llm.recovery.story import recover
 
 _ROW = 32  # tokens
 _TIMES = 15
+STARTS = ("compressed", "without-layers", "random")
 
 
 def latency(folders: list[Path], rows: int) -> list[float]:
@@ -55,8 +60,20 @@ def latency(folders: list[Path], rows: int) -> list[float]:
     return [statistics.median(seconds) for seconds in taken]
 
 
-def run(options: argparse.Namespace, keep: float, seed: int) -> dict[str, Any]:
-    """One size with one seed."""
+def drawn(small: Path, out: Path, seed: int) -> Path:
+    """The model with random weights in place of its own, all else beside it."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    if not out.is_dir():
+        shutil.copytree(small, out)
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(small))
+        model.save_pretrained(out)
+    return out
+
+
+def run(options: argparse.Namespace, keep: float, seed: int, start: str) -> dict[str, Any]:
+    """One size with one seed, from one start."""
     console = Console(file=sys.stdout, force_terminal=False)
     out = options.work / f"{100 * keep:g}-seed{seed}"
     if not finished(out):
@@ -64,14 +81,26 @@ def run(options: argparse.Namespace, keep: float, seed: int) -> dict[str, Any]:
         compress(CompressConfig(model=options.model, out=out, report=False, **settings), console)
     record = record_of(out)
     answers = record["answers"][0]
-    row = {"keep": keep, "seed": seed, "plan": record["plan"], "seconds": record["seconds"]}
+    row = {
+        "keep": keep,
+        "seed": seed,
+        "start": start,
+        "plan": record["plan"],
+        "seconds": record["seconds"],
+    }
     row |= {"metric": answers["metric"], "dense": answers["dense"], "small": answers["small"]}
     row["error of the last"] = answers["paired_standard_error"]
     if options.steps:
-        tuned = options.work / f"{out.name}-{options.steps}"
+        way = "" if start == "compressed" else f"-{start}"
+        tuned = options.work / f"{out.name}{way}-{options.steps}"
         if not finished(tuned):
             settings = {"task": options.task, "steps": options.steps, "seed": seed}
-            recover(RecoverConfig(out, options.model, out=tuned, **settings), console)
+            if start == "without-layers":
+                settings |= {"hidden_weight": 0.0, "kl_weight": 1.0}
+            begin = out
+            if start == "random":
+                begin = drawn(out, options.work / f"{out.name}-drawn", seed)
+            recover(RecoverConfig(begin, options.model, out=tuned, **settings), console)
         score = record_of(tuned)["recoveries"][-1]["scores"][0]
         row["recovered"] = score["small"]
         row["error of the last"] = score["paired_standard_error"]
@@ -87,12 +116,14 @@ def main() -> None:
     parser.add_argument("--task", required=True, help="as for sp3llm compress")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.4, 0.15, 0.06])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--starts", nargs="*", default=["compressed"], choices=STARTS)
     parser.add_argument("--steps", type=int, default=300, help="of recovery; 0: none")
     parser.add_argument("--work", type=Path, required=True, help="where models wait")
     parser.add_argument("--name", required=True, help="of the files under eval/results")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = [run(options, keep, seed) for keep in options.keep for seed in options.seeds]
+    ways = product(options.keep, options.starts, options.seeds)
+    rows = [run(options, keep, seed, start) for keep, start, seed in ways]
     words = with_own_names(sys.argv[1:], options.name)
     found = {"command": command(__file__, words), "rows": rows, **surroundings("cpu")}
     cells = []
@@ -106,8 +137,7 @@ def main() -> None:
         )
         cells.append(
             [
-                f"{100 * plan['keep']:.2f} %",
-                str(row["seed"]),
+                *(f"{100 * plan['keep']:.2f} %", row["start"], str(row["seed"])),
                 ", ".join(map(str, sizes)),
                 f"{plan['parameters']:,} ({100 * plan['keep_params']:.1f} %)",
                 f"{100 * dense:.2f}",
@@ -120,7 +150,7 @@ def main() -> None:
                 f"{row['latency of 1']:.2f}, {row['latency of 32']:.2f}",
             ]
         )
-    head = ["encoder kept", "seed", "width, FFN, heads, layers", "all parameters"]
+    head = ["encoder kept", "start", "seed", "width, FFN, heads, layers", "all parameters"]
     head += [f"dense {rows[0]['metric']}", "closed form (of dense)"]
     head += [f"after {options.steps} steps", "± of the last, paired", "seconds to compress"]
     head += ["latency, 1 and 32 rows, over dense"]
