@@ -119,6 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     for loader in options.only:
         python = environment(loader, [options.torch, *REQUIREMENTS[loader]])
+        installed = versions(python)
         for name in options.models:
             folder, stored, model = prepared(name)
             print(f"{loader}: {name}", flush=True)
@@ -126,7 +127,7 @@ def main() -> None:
             for row in found:
                 print("   ", json.dumps(row), flush=True)
             rows = [{"loader": loader, "model": name, **row} for row in found]
-            save(loader, versions(python), name, rows, model)
+            save(loader, installed, name, rows, model)
 
 
 @cache

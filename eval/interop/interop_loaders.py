@@ -25,6 +25,8 @@ import numpy as np
 
 Found = dict[str, Any]
 
+_GROUP = 32  # the smallest group of weights with a scale of their own that torchao has in int4
+
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     logits = logits.astype(np.float64)
@@ -207,6 +209,43 @@ def bitsandbytes(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[
     yield "nf4", lambda: run(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
+def torchao(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[str, Callable]]:
+    """`quantize_`, the head left out as transformers' TorchAoConfig does, whose errors hide what
+    is wrong.
+    """
+
+    def run(name: str, **settings: Any) -> tuple[np.ndarray, str]:
+        import torch
+        from torchao import quantization
+        from torchao.prototype.quantization import int4
+        from transformers import AutoModelForCausalLM
+
+        if name == "IntxWeightOnlyConfig":
+            settings = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(_GROUP)}
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        layers = {
+            part
+            for name, part in loaded.named_modules()
+            if isinstance(part, torch.nn.Linear) and name != "lm_head"
+        }
+        made_by = int4 if name.startswith("Prototype") else quantization
+        quantization.quantize_(
+            loaded, getattr(made_by, name)(**settings), lambda part, _: part in layers
+        )
+        count = sum(type(part.weight) is not torch.nn.Parameter for part in layers)
+        if not count:
+            raise RuntimeError("no layer was quantized")
+        with torch.no_grad():
+            logits = loaded(input_ids=torch.tensor(tokens)).logits.float().numpy()
+        return logits, f"{count} of {len(layers)} layers quantized"
+
+    yield "int8 weights", lambda: run("Int8WeightOnlyConfig")
+    yield "int8 weights and activations", lambda: run("Int8DynamicActivationInt8WeightConfig")
+    yield "int4 weights", lambda: run("Int4WeightOnlyConfig", group_size=_GROUP)
+    yield "int4 weights, for CPUs", lambda: run("PrototypeInt4WeightOnlyConfig", group_size=_GROUP)
+    yield "int4 weights, in bytes", lambda: run("IntxWeightOnlyConfig")
+
+
 LOADERS = {
     "llama.cpp": llama_cpp,
     "ctranslate2": ctranslate2,
@@ -214,6 +253,7 @@ LOADERS = {
     "openvino": openvino,
     "peft": peft,
     "bitsandbytes": bitsandbytes,
+    "torchao": torchao,
 }
 
 

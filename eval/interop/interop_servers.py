@@ -1,4 +1,4 @@
-"""Serve a model folder, and compare what is said with transformers.
+"""Serve or generate from a model folder, and compare what is said with transformers.
 
 Part of eval/interop/interop_loaders.py, in the tool's own virtual environment. These tools give no
 logits of a whole text; they are compared by their answers.
@@ -7,10 +7,12 @@ logits of a whole text; they are compared by their answers.
 import json
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -160,4 +162,88 @@ def _wait_for(server: subprocess.Popen, url: str, log: Path) -> None:
     raise RuntimeError(f"no answer within {_START_S} seconds")
 
 
-SERVERS = {"vllm": vllm}
+def openvino_genai(
+    model: Path, tokens: np.ndarray, logits: np.ndarray, answers: Answers, work: Path
+) -> Iterator[tuple[str, Callable]]:
+    """`LLMPipeline` on what optimum-intel exports, tokenizer included."""
+
+    def run(**export: Any) -> tuple[Found, str]:
+        import openvino
+        import openvino_genai
+        from optimum.exporters.openvino import main_export
+
+        path = work / "exported"
+        main_export(
+            str(model), output=path, task="text-generation-with-past", stateful=True,
+            convert_tokenizer=True, **export,
+        )  # fmt: skip
+        pipeline = openvino_genai.LLMPipeline(
+            str(path), "CPU", INFERENCE_PRECISION_HINT="f32", KV_CACHE_PRECISION="f32"
+        )
+        tokenizer = pipeline.get_tokenizer()
+        ids = [tokenizer.encode(prompt).input_ids.data[0].tolist() for prompt in answers["prompts"]]
+        if ids != answers["ids"]:
+            raise RuntimeError("the exported tokenizer has other ids")
+        said = []
+        for row in ids:
+            ones = openvino.Tensor(np.ones((1, len(row)), np.int64))
+            asked = openvino_genai.TokenizedInputs(openvino.Tensor(np.array([row])), ones)
+            new = pipeline.generate(
+                asked, max_new_tokens=len(answers["tokens"][0]), do_sample=False, ignore_eos=True
+            )
+            said.append(list(new.tokens[0]))
+        return compare_answers(said, None, answers), ""
+
+    yield "float32", run
+
+
+def onnxruntime_genai(
+    model: Path, tokens: np.ndarray, logits: np.ndarray, answers: Answers, work: Path
+) -> Iterator[tuple[str, Callable]]:
+    """onnxruntime-genai's own model builder, and its generator."""
+
+    def run(kind: str) -> tuple[Found, str]:
+        import onnx_ir
+        import onnxruntime_genai
+        from interop_loaders import compare
+
+        path = work / kind
+        words = ["builder", "-i", str(model), "-o", str(path), "-p", kind, "-e", "cpu"]
+        sys.argv = [*words, "-c", str(work / "cache")]
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+        loaded = onnxruntime_genai.Model(str(path))
+
+        def generator(row: list[int], new: int) -> Any:
+            asked = onnxruntime_genai.GeneratorParams(loaded)
+            length = len(row) + new
+            asked.set_search_options(max_length=length, min_length=length, do_sample=False)
+            made = onnxruntime_genai.Generator(loaded, asked)
+            made.append_tokens([row])
+            return made
+
+        said = []
+        for row in answers["ids"]:
+            made = generator(row, len(answers["tokens"][0]))
+            while not made.is_done():
+                made.generate_next_token()
+            said.append([int(token) for token in made.get_sequence(0)[len(row) :]])
+        theirs = [generator(row, 1).get_output("logits")[0] for row in tokens.tolist()]
+        tokenizer = onnxruntime_genai.Tokenizer(loaded)
+        encoded = [tokenizer.encode(prompt).tolist() for prompt in answers["prompts"]]
+        if encoded not in (answers["ids"], [row[1:] for row in answers["ids"]]):
+            raise RuntimeError("the tokenizer has other ids")
+        kinds = Counter(node.op_type for node in onnx_ir.load(path / "model.onnx").graph)
+        note = f"{kinds['MatMulNBits']} MatMulNBits, {kinds['MatMul']} MatMul"
+        note += "" if encoded == answers["ids"] else "; its tokenizer puts no first token"
+        found = compare_answers(said, None, answers)
+        return found | compare(np.stack(theirs), logits, tokens), note
+
+    for kind in ("fp32", "int8", "int4"):
+        yield kind, lambda kind=kind: run(kind)
+
+
+SERVERS = {
+    "vllm": vllm,
+    "openvino-genai": openvino_genai,
+    "onnxruntime-genai": onnxruntime_genai,
+}

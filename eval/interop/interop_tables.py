@@ -13,7 +13,7 @@ def verdict(row: Row) -> str:
     """What a tool makes of a model, in a word or two."""
     if not row["loads"]:
         return "**no**"
-    if "answers" not in row:
+    if "mean_kl" in row:
         return "same" if row["mean_kl"] < SAME else f"KL {row['mean_kl']:.1g}"
     apart = row.get("largest_log_probability_difference", 0)
     if row["same_answers"] == row["answers"] and apart < SAME_LOGS:
@@ -93,9 +93,9 @@ def table(record: dict[str, Any]) -> str:
 
 `{record["command"]}`, {record["tokens"]}, {record["machine"]}. Perplexity, mean KL divergence
 (nats a token) and the share of tokens with the same first choice are against the same folder in
-transformers, float32. \"Same\": a mean KL below {SAME:g}. A server gives no logits: there it is
-{record["answers"]} that are transformers' own, and no log-probability of these
-or of the windows {SAME_LOGS:g} away. Blank: not run.
+transformers, float32. \"Same\": a mean KL below {SAME:g}. Where a tool gives no logits it is
+{record["answers"]} that are transformers' own, and, of a server, no
+log-probability of these or of the windows {SAME_LOGS:g} away. Blank: not run.
 
 {matrix(record)}
 {speeds(record)}
