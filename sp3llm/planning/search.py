@@ -90,9 +90,9 @@ def shapes_to_try(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float
     """Which candidates are worth a trial next; none: what is known is enough.
 
     At first those of a few mixes that promise most: the best, and the best of those that lose more
-    and less of it by the stream, and by the layers that go, unless it is far behind; none where all
-    are. Then one after the other whatever the scales that these have set promise to be as good as
-    the best of them, while there are trials left.
+    and less of it by the stream, and by the layers that go, and of those with all layers, unless it
+    is far behind; none where all are. Then one after the other whatever the scales that these have
+    set promise to be as good as the best of them, while there are trials left.
     """
     promised = expected(predicted, tried)
     untried = [shape for shape in predicted if shape not in tried]
@@ -113,6 +113,8 @@ def _first_tries(
         at = getattr(predicted[best], part)
         sides.append([shape for shape in predicted if getattr(predicted[shape], part) > at])
         sides.append([shape for shape in predicted if getattr(predicted[shape], part) < at])
+    if predicted[best].depth > 0:  # both ends of that axis, whose scale is the least certain
+        sides.append([shape for shape in predicted if predicted[shape].depth == 0])
     others = dict.fromkeys(min(side, key=promised.__getitem__) for side in sides if side)
     close = [shape for shape in others if promised[shape] <= _CLOSE * promised[best]]
     close.sort(key=promised.__getitem__)
