@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -16,7 +17,11 @@ from transformers import (
 GOOD, BAD = ("good", "fine", "warm", "clever"), ("bad", "dull", "cold", "stale")
 OTHERS = ("the", "film", "is", "a", "plot", "and", "its", "end", "was", "very")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-CLASSES = {"sequence": BertForSequenceClassification, "answers": BertForQuestionAnswering}
+CLASSES = {
+    "sequence": BertForSequenceClassification,
+    "answers": BertForQuestionAnswering,
+    "masked": BertForMaskedLM,
+}
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

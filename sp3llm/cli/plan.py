@@ -29,8 +29,8 @@ def run(settings: PlanConfig) -> None:
     from sp3llm.runtime.progress import print_line
 
     console = Console()
-    if overview.note:
-        print_line(console, overview.note)
+    for note in overview.notes:
+        print_line(console, note)
     console.print(
         plan_table(
             overview.model, overview.family, overview.config, overview.limits, overview.shapes

@@ -62,6 +62,9 @@ def prepare(
     if note:
         print_line(console, note)
     dense, family = open_model(folder)
+    left_out = families.left_out_line(family, dense.config, dense.files)
+    if left_out:
+        print_line(console, left_out)
     check_encoder(family, settings, compresses=True)
     check_modules(folder)
     if settings.task is not None:

@@ -8,7 +8,7 @@ import os
 import pickle
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ def open_model(folder: Path) -> tuple[Checkpoint, Family]:
     _check_left_over_quantization(folder, config)
     family = families.family_of(config)
     checkpoint = with_tied_table(with_prefix(open_checkpoint(folder), family), family)
+    family = families.as_stored(family, {*checkpoint.files, *checkpoint.promised})
     check_tensors(checkpoint, family)
     return checkpoint, family
 
@@ -158,6 +159,11 @@ def _check_left_over_quantization(folder: Path, config: Mapping[str, Any]) -> No
         )
 
 
+# What the first conversions of TensorFlow's checkpoints called parameters of norms, bert-base's
+# among them, and what transformers takes them for, in any class.
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Find config and weights in a folder, without reading the weights.
 
@@ -165,7 +171,35 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(folder)
     files, promised = _locate_tensors(folder, config)
-    return Checkpoint(folder, config, files, promised=promised)
+    return _renamed(Checkpoint(folder, config, files, promised=promised), _present_name)
+
+
+def _present_name(name: str) -> str:
+    for old, present in _OLD_NAMES.items():
+        name = name.replace(old, present)
+    return name
+
+
+def _renamed(checkpoint: Checkpoint, new_name: Callable[[str], str]) -> Checkpoint:
+    """The checkpoint with other names for its tensors.
+
+    Raises UserError where two would have the same.
+    """
+    files: dict[str, Path] = {}
+    stored: dict[str, str] = {}
+    for before, path in checkpoint.files.items():
+        name, on_disk = new_name(before), checkpoint.stored.get(before, before)
+        if name in files:
+            raise UserError(
+                f"Expected one tensor for '{name}' in '{checkpoint.folder}', found "
+                f"'{stored.get(name, name)}' and '{on_disk}': take the wrong one out of the "
+                "weights."
+            )
+        files[name] = path
+        if on_disk != name:
+            stored[name] = on_disk
+    promised = {new_name(name): shard for name, shard in checkpoint.promised.items()}
+    return replace(checkpoint, files=files, stored=stored, promised=promised)
 
 
 # Where transformers looks for weights, in its order: a whole file goes before an index, and
@@ -324,18 +358,22 @@ def _read_tensor(shard: Path, name: str) -> Tensor:
 
 
 def with_prefix(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint under the causal model's names, where it was saved from the bare decoder.
+    """The checkpoint under the class's own names, where it was saved from a class that this one
+    holds, or that holds this one: transformers loads it all the same.
 
-    Such files, OPT's among them, lack the names' first part; transformers loads them all the same.
+    Files of a bare decoder, OPT's among them, lack the names' first part; those of an encoder with
+    a head for masked words have one too many.
     """
+    if family.held_as is not None:
+        own = parameter_shapes(family, checkpoint.config)
+        held = {family.held_as + name: name for name in own}
+        return _renamed(checkpoint, lambda name: held.get(name, name))
     prefix = family.embedding.partition(".")[0] + "."
     bare = family.embedding.removeprefix(prefix)
     if family.embedding in checkpoint.files or bare not in checkpoint.files:
         return checkpoint
     head = f"{family.head}."
-    named = {name if name.startswith(head) else prefix + name: name for name in checkpoint.files}
-    files = {name: checkpoint.files[stored] for name, stored in named.items()}
-    return replace(checkpoint, files=files, stored=named)
+    return _renamed(checkpoint, lambda name: name if name.startswith(head) else prefix + name)
 
 
 def with_tied_table(checkpoint: Checkpoint, family: Family) -> Checkpoint:
@@ -371,6 +409,7 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
     tied_head = f"{family.head}.weight" if is_tied(family, checkpoint.config) else None
     for name in checkpoint.files:
         known = name in expected or name == tied_head or name.endswith(family.ignored_suffixes)
+        known = known or name.startswith(family.heads_above)
         if not known and name.endswith(_QUANTIZED):
             raise UserError(
                 f"Found tensor '{name}', which only quantized checkpoints have: load the "

@@ -34,8 +34,8 @@ class Overview:
 
     model: str
     """Name to show."""
-    note: str | None
-    """A line to print where another repository was taken than the one named."""
+    notes: tuple[str, ...]
+    """Lines to print where another repository was taken than the one named, or another class."""
     family: Family
     config: Mapping[str, Any]
     """`config.json` of the dense model."""
@@ -89,6 +89,7 @@ def overview_of(settings: PlanConfig) -> Overview:
         folder, name, note = resolve_tokenizer(settings.model)
         config = read_config(folder)
     family = families.family_of(config)
+    notes = tuple(filter(None, (note, families.left_out_line(family, config))))
     check_encoder(family, settings.compression, compresses=False)
     stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     itemsize = _ITEMSIZES.get(stated.removeprefix("torch."), 2)
@@ -109,7 +110,7 @@ def overview_of(settings: PlanConfig) -> Overview:
         )
     costs = [cost_within(family, config, limits, shape) for shape in shapes]
     return Overview(
-        *(name, note, family, config, vocabulary, limits, shapes, costs),
+        *(name, notes, family, config, vocabulary, limits, shapes, costs),
         *(seq_len, needs, recovery_needs),
     )
 

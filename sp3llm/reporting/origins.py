@@ -29,17 +29,17 @@ def find_dense(record: Record, named: str | None = None) -> Path:
     Raises UserError if it is not there, or is not the model that was compressed.
     """
     from sp3llm.models import families
+    from sp3llm.models.checkpoint import open_model
     from sp3llm.models.shapes import Shape
-    from sp3llm.models.source import read_config, resolve_model
+    from sp3llm.models.source import resolve_model
 
     recorded = record.settings["model"]
     if named is not None or recorded is None or Path(recorded).is_dir():
         folder, _, _ = resolve_model(named or recorded)
     else:
         folder = _cached(record.base_model, recorded)
-    config = read_config(folder)
-    family = families.family_of(config)
-    shape, count = Shape.of(family, config), families.count_parameters(family, config)
+    dense, family = open_model(folder)
+    shape, count = Shape.of(family, dense.config), families.count_parameters(family, dense.config)
     plan = record.plan
     # Earlier versions did not record all sizes.
     recorded = {name: size for name, size in asdict(plan.dense_shape).items() if size is not None}

@@ -1,13 +1,16 @@
 """`sp3llm compress --task`: whole runs on tiny encoders, as users have them."""
 
+import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertModel
 
 from sp3llm.cli import main
 from sp3llm.compression import stages
@@ -16,6 +19,8 @@ from sp3llm.models.families import count_layer_matrices, family_of
 from sp3llm.options import CompressConfig
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.limits import Limits
+from sp3llm.reporting.origins import find_dense
+from sp3llm.reporting.record import read_record
 from tests.helpers import QUIET, WITHOUT_SP3LLM
 from tests.tasks import opinion_folder, tiny_encoder
 
@@ -180,6 +185,74 @@ def test_a_sentence_encoder_keeps_its_pooling_and_most_of_its_cosines(place, tmp
     kept = json.loads((tmp_path / "small" / "1_Pooling" / "config.json").read_text())
     assert kept == {"word_embedding_dimension": 24, "pooling_mode_mean_tokens": True}
     assert json.loads((tmp_path / "small" / "modules.json").read_text()) == modules
+
+
+STATES_ELSEWHERE = (
+    WITHOUT_SP3LLM
+    + """
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel
+
+folder = sys.argv[1]
+model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+assert not info["unexpected_keys"], info
+assert set(info["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}, info
+with torch.no_grad():
+    states = model(torch.tensor([[2, 5, 9, 3]])).last_hidden_state
+save_file({"states": states}, folder + "/elsewhere.safetensors")
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def pretrained(place):
+    """A tiny encoder with a head for masked words."""
+    folder = place / "pretrained"
+    return folder, tiny_encoder(folder, "masked")
+
+
+LEFT_OUT = "The head for masked words of this BertForMaskedLM is left out"
+
+
+def test_of_a_pretrained_encoder_the_encoder_is_written(place, pretrained, tmp_path):
+    folder, model = pretrained
+    out = tmp_path / "small"
+    told = io.StringIO()
+    changes = {"report": True, "model": str(folder)}
+    compress(replace(settings(place, out), **changes), Console(file=told, width=200))
+    assert told.getvalue().count(LEFT_OUT) == 1
+    assert "a BertModel, to fine-tune" in told.getvalue()
+    program = [sys.executable, "-c", STATES_ELSEWHERE, str(out)]
+    subprocess.run(program, check=True, env={"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"})
+    found = load_file(out / "elsewhere.safetensors")["states"]
+    small = BertModel.from_pretrained(out, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        assert torch.equal(small(torch.tensor([[2, 5, 9, 3]])).last_hidden_state, found)
+    record = read_record(out)
+    assert record.architecture == "BertModel"
+    assert record.plan.dense_parameters == model.base_model.num_parameters()
+    assert record.plan.parameters == small.num_parameters()
+    assert find_dense(record) == folder
+    assert "AutoModel.from_pretrained" in (out / "README.md").read_text()
+
+
+def test_the_plan_tells_of_a_head_that_is_left_out(pretrained, capsys):
+    main(["plan", str(pretrained[0]), "--keep", "0.4", "--of", "encoder"])
+    assert capsys.readouterr().out.count(LEFT_OUT) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compress"], "Expected --task for a BertModel"),
+        (["compress", "--task", "{task}", "--recover-steps", "9"], "BertModel, which has no head"),
+        (["score", "--task", "{task}"], "fine-tune it on the task first"),
+    ],
+)
+def test_a_pretrained_encoder_answers_nothing(words, said, place, pretrained, refused):
+    words = [word.format(task=f"sst2={place / 'task'}") for word in words]
+    assert said in refused(words[0], pretrained[0], *words[1:])
 
 
 def test_modules_with_weights_of_their_own_are_refused(place, tmp_path, refused):

@@ -1,7 +1,13 @@
 """Model families as data: a table each, which fold, rotate, cut, count and validate loop over."""
 
 from sp3llm.models.families.bert import ENCODERS
-from sp3llm.models.families.catalogue import FAMILIES, REFUSED, family_of
+from sp3llm.models.families.catalogue import (
+    FAMILIES,
+    REFUSED,
+    as_stored,
+    family_of,
+    left_out_line,
+)
 from sp3llm.models.families.counts import (
     count_largest_layer,
     count_layer_matrices,
@@ -106,6 +112,7 @@ __all__ = [
     "Site",
     "Table",
     "TaskHead",
+    "as_stored",
     "axis_size",
     "axis_sizes",
     "count_largest_layer",
@@ -123,6 +130,7 @@ __all__ = [
     "is_square",
     "is_tied",
     "key_value_heads",
+    "left_out_line",
     "linear_modules",
     "norm_eps",
     "parameter_shapes",

@@ -90,7 +90,9 @@ _BERT_SITES = (
 )
 
 
-def _bert_like(model_type: str, name: str, defaults: Mapping[str, Any], offset: int) -> Family:
+def _bert_like(
+    model_type: str, name: str, defaults: Mapping[str, Any], offset: int, heads_above: str
+) -> Family:
     """The stock model without a head, `BertModel` or the like, its pooler among its parameters."""
     return Family(
         model_type=model_type,
@@ -114,14 +116,15 @@ def _bert_like(model_type: str, name: str, defaults: Mapping[str, Any], offset: 
         position_offset=offset,
         task_head=TaskHead("pooler.dense", None, first_only=True),
         ending=_with_biases({"pooler.dense": _UNITS}),
+        held_as=f"{model_type}.",
+        heads_above=(heads_above,),
         unsupported=_UNSUPPORTED,
     )
 
 
-def _under(
-    base: Family, prefix: str, architecture: str, modules: Table, task_head: TaskHead
-) -> Family:
+def _under(base: Family, architecture: str, modules: Table, task_head: TaskHead) -> Family:
     """A stock class that holds the model of `base` under a name, with a head of its own."""
+    prefix = base.held_as or ""
     return replace(
         base,
         architecture=architecture,
@@ -130,13 +133,26 @@ def _under(
         embedding_norm=f"{prefix}{base.embedding_norm}",
         task_head=task_head,
         ending=_with_biases(modules),
+        held_as=None,
+        heads_above=(),
     )
 
 
-def _of_tasks(
-    base: Family, prefix: str, name: str, units: str, answer: str, activation: str = "tanh"
+def _classes(
+    base: Family,
+    pretraining: tuple[str, ...],
+    units: str,
+    answer: str,
+    activation: str = "tanh",
 ) -> Mapping[str, Family]:
-    """The classes of a family by their names: without a head, and one a task."""
+    """The family of each stock class by its name: without a head, for what it was pretrained on,
+    and one a task.
+
+    A head that predicts masked words goes through a norm and an activation of its own to the table
+    of embeddings, and is of no use behind pretraining: of such a class the model without a head is
+    taken, as transformers' AutoModel does.
+    """
+    name = base.architecture.removesuffix("Model")
     heads: Mapping[str, tuple[dict[str, tuple[Axis, ...]], TaskHead]] = {
         "SequenceClassification": (
             {units: _UNITS, answer: _ANSWER},
@@ -148,19 +164,21 @@ def _of_tasks(
         ),
     }
     classes = {
-        f"{name}For{task}": _under(base, prefix, f"{name}For{task}", modules, task_head)
+        f"{name}For{task}": _under(base, f"{name}For{task}", modules, task_head)
         for task, (modules, task_head) in heads.items()
     }
-    return {base.architecture: base, **classes}
+    pretrained = {f"{name}For{what}": base for what in pretraining}
+    return {base.architecture: base, **pretrained, **classes}
 
 
-_BERT = _bert_like("bert", "Bert", {}, offset=0)
+_BERT = _bert_like("bert", "Bert", {}, offset=0, heads_above="cls.")
 # Positions count from the padding's id on, 1; the table has its rows stated with them.
 _ROBERTA = _bert_like(
     "roberta",
     "Roberta",
     {"vocab_size": 50265, "pad_token_id": 1},
     offset=0,
+    heads_above="lm_head.",
 )
 _DISTILBERT = Family(
     model_type="distilbert",
@@ -216,15 +234,14 @@ _DISTILBERT = Family(
     square=True,
     rotary=False,
     task_head=TaskHead(None, None, first_only=False),
+    held_as="distilbert.",
+    heads_above=("vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
 )
 
 ENCODERS: Mapping[str, Mapping[str, Family]] = {
-    "bert": _of_tasks(_BERT, "bert.", "Bert", "bert.pooler.dense", "classifier"),
-    "roberta": _of_tasks(
-        _ROBERTA, "roberta.", "Roberta", "classifier.dense", "classifier.out_proj"
-    ),
-    "distilbert": _of_tasks(
-        _DISTILBERT, "distilbert.", "DistilBert", "pre_classifier", "classifier", "relu"
-    ),
+    "bert": _classes(_BERT, ("MaskedLM", "PreTraining"), "bert.pooler.dense", "classifier"),
+    "roberta": _classes(_ROBERTA, ("MaskedLM",), "classifier.dense", "classifier.out_proj"),
+    "distilbert": _classes(_DISTILBERT, ("MaskedLM",), "pre_classifier", "classifier", "relu"),
 }
-"""Families of encoders, by model type and stock class."""
+"""Families of encoders, by model type and by the stock class that `config.json` names; what is
+written is the family's own class."""

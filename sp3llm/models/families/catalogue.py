@@ -5,7 +5,8 @@ approximated.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sp3llm.errors import UserError
@@ -23,7 +24,7 @@ from sp3llm.models.families.llama import (
 from sp3llm.models.families.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from sp3llm.models.families.neox import GPT_NEOX
 from sp3llm.models.families.opt import OPT
-from sp3llm.models.families.schema import Family
+from sp3llm.models.families.schema import Family, TaskHead
 from sp3llm.models.families.sizes import setting
 from sp3llm.models.families.stablelm import STABLELM
 
@@ -136,6 +137,35 @@ def _encoder_of(config: Mapping[str, Any]) -> Family:
             "fine-tune the model for one of these, or save the encoder without its head."
         )
     return classes[architecture]
+
+
+def as_stored(family: Family, names: Container[str]) -> Family:
+    """The family as a checkpoint with tensors of those names has it: without a pooler where they
+    hold none of it.
+
+    Classes for masked words have none; transformers would draw one at random and go on.
+    """
+    head = family.task_head
+    if head is None or head.answer is not None or any(name in names for name in family.ending):
+        return family
+    return replace(family, ending={}, task_head=TaskHead(None, None, first_only=False))
+
+
+def left_out_line(
+    family: Family, config: Mapping[str, Any], names: Iterable[str] = ()
+) -> str | None:
+    """A line to print where the model is another stock class with a head, by its `config.json` or
+    by its tensors' names, and the family's own is what is written; None: it is that.
+    """
+    stated = _stated_architecture(config, family.architecture)
+    is_itself = stated.lower() == family.architecture.lower()
+    if is_itself and not any(name.startswith(family.heads_above) for name in names):
+        return None
+    of = "" if is_itself else f" of this {stated}"
+    return (
+        f"The head for masked words{of} is left out: what is compressed and written is the "
+        f"encoder, a {family.architecture}, to fine-tune or distil."
+    )
 
 
 def _check_sizes(family: Family, config: Mapping[str, Any]) -> None:

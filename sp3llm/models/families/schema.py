@@ -160,6 +160,11 @@ class Family:
     """Of an encoder; None: `head` scores a vocabulary."""
     ending: Table = field(default_factory=dict)
     """Parameters behind the layers of a family with a `task_head`."""
+    held_as: str | None = None
+    """Of a stock class without a head: what parameters' names begin with in files of classes that
+    hold it, which it loads all the same."""
+    heads_above: tuple[str, ...] = ()
+    """What names begin with, in those files, of heads that it leaves out."""
     norm_offset: float = 0.0
     """What the class adds to a norm's stored weight."""
     eps: str | float = "rms_norm_eps"
