@@ -12,6 +12,7 @@ are looked at once, in the end. What is printed last, `finetuning.json` in the f
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ def main() -> None:
     }
     text = json.dumps(record, indent=2) + "\n"
     (options.out / "finetuning.json").write_text(text, encoding="utf-8")
+    shutil.rmtree(arguments.output_dir)  # checkpoints, three times the model each
     print(json.dumps(record["validation"], indent=2))
 
 
