@@ -3,7 +3,8 @@
 # make style  formats and lints
 # make docs   writes docs/options.md from the settings in sp3llm/options/
 # make floor  runs the tests with the oldest release of every requirement (several GB of torch)
-# make interop  loads compressed models with other tools, each in its own environment (long)
+# make interop  loads compressed models with other tools, each in its own environment (long); the
+#               encoders' part needs GLUE from a hub and fine-tunes a classifier
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -7,13 +7,15 @@ not installed:
 
 REFERENCE holds what transformers makes of the texts in REFERENCE.json: token ids `input_ids`,
 padded at the end with zeros, and `answers`, a row a text: logits, or pooled vectors of length one.
-What was found is printed as one line of JSON: `{loads, note, ...}`.
+What was found is printed as one line of JSON: a list of `{format, loads, note, ...}`, one a format.
 """
 
 import json
 import subprocess
 import sys
 import traceback
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +32,19 @@ def compare(answers: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     return {"largest_difference": float(np.abs(answers - reference).max())}
 
 
-def onnx(model: Path, texts: list[str], stored: Any, work: Path) -> tuple[np.ndarray, str]:
-    """The graph that optimum's command exports, run by onnxruntime on what the exported folder's
-    own tokenizer reads.
+def onnx(
+    *options: str, model: Path, texts: list[str], stored: Any, work: Path
+) -> tuple[np.ndarray, str]:
+    """The graph that optimum's command exports with these options, run by onnxruntime on what the
+    exported folder's own tokenizer reads.
     """
     import onnxruntime
     from transformers import AutoTokenizer
 
-    out = work / "exported"
+    out = work / "-".join(["exported", *options[1:]])
     words = [str(Path(sys.executable).with_name("optimum-cli")), "export", "onnx"]
-    words += ["--model", str(model), "--task", "text-classification", str(out)]
-    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    words += ["--model", str(model), "--task", "text-classification", *options]
+    run = subprocess.run([*words, str(out)], capture_output=True, text=True, check=False)
     if run.returncode:
         print(run.stderr, file=sys.stderr)
         raise RuntimeError((run.stderr.strip().splitlines() or ["no word"])[-1])
@@ -52,7 +56,7 @@ def onnx(model: Path, texts: list[str], stored: Any, work: Path) -> tuple[np.nda
         read = tokenizer(texts[at : at + _BATCH], padding=True, return_tensors="np")
         _check_ids(read["input_ids"], stored["input_ids"][at : at + _BATCH])
         rows.append(session.run(["logits"], {name: read[name] for name in names})[0])
-    return np.concatenate(rows), f"opset {_opset(out / 'model.onnx')}; the tokenizer's own ids"
+    return np.concatenate(rows), _nodes(out / "model.onnx")
 
 
 def _check_ids(ids: np.ndarray, expected: np.ndarray) -> None:
@@ -62,11 +66,14 @@ def _check_ids(ids: np.ndarray, expected: np.ndarray) -> None:
         raise RuntimeError(f"{(ids != expected).any(1).sum()} of {len(ids)} texts have other ids")
 
 
-def _opset(path: Path) -> int:
+def _nodes(path: Path) -> str:
+    """What operators of onnxruntime's own, fused ones, are in a graph."""
     import onnx
 
-    graph = onnx.load(str(path), load_external_data=False)
-    return next(entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
+    graph = onnx.load(str(path), load_external_data=False).graph
+    fused = Counter(node.op_type for node in graph.node if node.domain == "com.microsoft")
+    names = ", ".join(f"{count} {name}" for name, count in sorted(fused.items()))
+    return f"{len(graph.node)} nodes" + (f", of them {names}" if names else "")
 
 
 def sentence_transformers(
@@ -80,21 +87,29 @@ def sentence_transformers(
     return vectors, " > ".join(type(part).__name__ for part in loaded)
 
 
-TOOLS = {"onnx": onnx, "sentence-transformers": sentence_transformers}
+# By tool and format.
+TOOLS = {
+    "onnx": {"float32": onnx, "float32, fused": partial(onnx, "--optimize", "O2")},
+    "sentence-transformers": {"float32": sentence_transformers},
+}
 
 
 def main() -> None:
     name, model, reference, work = sys.argv[1:]
     texts = json.loads(Path(reference).with_suffix(".json").read_text())
-    try:
-        with np.load(reference) as stored:
-            answers, note = TOOLS[name](Path(model), texts, stored, Path(work))
+    with np.load(reference) as opened:
+        stored = dict(opened)
+    found = []
+    for kind, run in TOOLS[name].items():
+        try:
+            answers, note = run(model=Path(model), texts=texts, stored=stored, work=Path(work))
             row = {"loads": True, "note": note, **compare(answers, stored["answers"])}
-    except Exception as error:  # the reason is the result
-        traceback.print_exc()
-        text = " ".join(str(error).split())
-        row = {"loads": False, "note": f"{type(error).__name__}: {text}"[:300]}
-    print(json.dumps(row))
+        except Exception as error:  # the reason is the result
+            traceback.print_exc()
+            text = " ".join(str(error).split())
+            row = {"loads": False, "note": f"{type(error).__name__}: {text}"[:300]}
+        found.append({"format": kind, **row})
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -118,8 +118,8 @@ def reference(tool: str, model: Path, texts: list[str], path: Path) -> np.ndarra
     return found
 
 
-def measure(tool: str, python: Path, model: Path, stored: Path) -> dict[str, Any]:
-    """What a tool makes of a model."""
+def measure(tool: str, python: Path, model: Path, stored: Path) -> list[dict[str, Any]]:
+    """What a tool makes of a model, a row a format."""
     work = stored.with_suffix("")
     work.mkdir(exist_ok=True)
     script = Path(__file__).with_name("encoder_loaders.py")
@@ -130,12 +130,12 @@ def measure(tool: str, python: Path, model: Path, stored: Path) -> dict[str, Any
     (work / "log.txt").write_text(run.stderr)
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["no word"])[-1]
-        row = {"loads": False, "note": f"exit code {run.returncode}: {last}"}
-    else:
-        row = json.loads(run.stdout.strip().splitlines()[-1])
-    for path in (work, model, CACHE, ROOT):  # no paths of this machine in results
-        row["note"] = row["note"].replace(str(path), path.name)
-    return row
+        return [{"format": "", "loads": False, "note": f"exit code {run.returncode}: {last}"}]
+    rows = json.loads(run.stdout.strip().splitlines()[-1])
+    for row in rows:  # no paths of this machine in results
+        for path in (work, model, CACHE, ROOT):
+            row["note"] = row["note"].replace(str(path), path.name)
+    return rows
 
 
 def kept_cosines(
@@ -175,14 +175,15 @@ def contest(tool: str, options: argparse.Namespace) -> dict[str, Any]:
     rows = rows_of(task)
     texts = list(dict.fromkeys(text for row, _ in rows for text in row))
     small, vectors = compressed(dense, tool, task), []
-    found: dict[str, Any] = {"versions": versions(python), "texts": len(texts), "rows": []}
+    found: dict[str, Any] = {"run": command(__file__, with_own_names(sys.argv[1:]))}
+    found |= {"versions": versions(python), "texts": len(texts), "rows": []}
     for name, model in (("dense", dense), (f"{100 * KEPT[tool]:g} %", small)):
         stored = CACHE / "work" / f"{tool}-{name.removesuffix(' %')}.npz"
         vectors.append(reference(tool, model, texts, stored))
-        row = {"model": name, **measure(tool, python, model, stored)}
-        row["width"] = json.loads((model / "config.json").read_text())["hidden_size"]
-        print(f"{tool}:", json.dumps(row), flush=True)
-        found["rows"].append(row)
+        width = json.loads((model / "config.json").read_text())["hidden_size"]
+        for row in measure(tool, python, model, stored):
+            print(f"{tool}, {name}:", json.dumps(row), flush=True)
+            found["rows"].append({"model": name, "width": width, **row})
     words = record_of(small)["command"].split()
     found["command"] = " ".join(with_own_names(words[: words.index("--out")]))
     found["task"] = with_own_names([task])[0]
@@ -196,37 +197,48 @@ def contest(tool: str, options: argparse.Namespace) -> dict[str, Any]:
 def markdown(record: dict[str, Any]) -> str:
     """The results as Markdown."""
     cells, lines = [], []
+    runs = "\n".join(dict.fromkeys(f"    {found['run']}" for found in record["tools"].values()))
     for tool, found in record["tools"].items():
         for row in found["rows"]:
             apart = f"{row['largest_difference']:.1e}" if row["loads"] else ""
             loads = "yes" if row["loads"] else "**no**"
-            cells.append([tool, row["model"], str(row["width"]), loads, apart, row["note"]])
+            names = [tool, row["format"], row["model"], str(row["width"])]
+            cells.append([*names, loads, apart, row["note"].replace("|", "/")])
         shown = ", ".join(f"{name} {release}" for name, release in found["versions"].items())
-        lines.append(f"- {tool}: `{found['command']}`, {found['texts']} texts; {shown}")
-    head = ["tool", "model", "width", "loads", "largest difference from transformers", "note"]
+        lines.append(f"- {tool}: {found['texts']:,} texts, `{found['command']}`; {shown}")
+    tools = "\n".join(lines)
+    head = [
+        "tool",
+        "format",
+        "model",
+        "width",
+        "loads",
+        "largest difference from transformers",
+        "note",
+    ]
     kept = record["tools"].get("sentence-transformers", {}).get("kept")
     near = (
         f"""
-The small sentence encoder beside the dense one: over {kept["texts"]:,} texts the cosine of both
-vectors, the small one's taken back to the dense width by `sp3llm.basis`, is
-{kept["mean_cosine"]:.4f} on average and {kept["least_cosine"]:.4f} at the least; over
-{kept["pairs"]:,} pairs Spearman's correlation of the pairs' cosines is
-{kept["spearman_of_pairs"]:.4f}.
+The small sentence encoder beside the dense one: the cosine of both vectors of a text, the small one
+taken back to the dense width by `sp3llm.basis`, is {kept["mean_cosine"]:.4f} on average over
+{kept["texts"]:,} texts and {kept["least_cosine"]:.4f} at the least. Spearman's correlation of their
+cosines of {kept["pairs"]:,} pairs is {kept["spearman_of_pairs"]:.4f}.
 """
         if kept
         else ""
     )
     return f"""# Encoders in other tools
 
-    {record["command"]}
+{runs}
 
-Logits (onnx), and vectors pooled over tokens and of length one (sentence-transformers), against the
-same folder in transformers, float32, on validation texts.
+Logits (onnx; "fused": `--optimize O2`), and vectors pooled over tokens and of length one
+(sentence-transformers), against the same folder in transformers, float32, on validation texts,
+which each tool reads with the tokenizer of its folder.
 Machine: {hardware(record["machine"])}.
 
 {table(head, cells)}
 {near}
-{chr(10).join(lines)}
+{tools}
 """
 
 
@@ -242,8 +254,7 @@ def main() -> None:
     earlier = json.loads(path.read_text())["tools"] if path.is_file() else {}
     for tool in options.only:
         earlier[tool] = contest(tool, options)
-        record = {"command": command(__file__, with_own_names(sys.argv[1:]))}
-        record |= {"tools": {name: earlier[name] for name in TOOLS if name in earlier}}
+        record = {"tools": {name: earlier[name] for name in TOOLS if name in earlier}}
         record |= surroundings("cpu")
         write(RESULTS / NAME, json=as_json(record), md=markdown(record))
 
