@@ -162,9 +162,8 @@ class CompressConfig:
     num_key_value_heads: int | None = option("fix the number of key-value heads", default=None)
     kv_heads: str = option(
         "what becomes of key-value heads that go: drop them with their query heads, or merge them "
-        "into others, which keeps all query heads; auto merges where the KV cache is counted and "
-        "the family can",
-        default="auto",
+        "into others, which keeps all query heads; try both (eval/NOTES.md)",
+        default="drop",
         choices=KV_HEADS,
     )
     num_hidden_layers: int | None = option(

@@ -80,19 +80,13 @@ def limits_of(settings: CompressConfig, itemsize: int) -> Limits:
     """The limits that settings put on a plan.
 
     With `--allocate width`, which `--no-refit` implies, FFN, KV groups and layers stay as they are;
-    without the refit there are no trials, and a tie is kept. A learned mask keeps every layer, and
-    merges no heads.
+    without the refit there are no trials, and a tie is kept. A learned mask keeps every layer.
     """
     names = {field.name for field in fields(Limits)} & {field.name for field in fields(settings)}
     limits = Limits(itemsize=itemsize, **{name: getattr(settings, name) for name in names})
     tie = "keep" if settings.tie == "auto" and not settings.refit else settings.tie
     only_width, every_layer = settings.allocation == "width", settings.mask == "learned"
-    kv_heads = settings.kv_heads
-    if kv_heads == "auto" and (every_layer or not settings.refit):
-        kv_heads = "drop"
-    return replace(
-        limits, only_width=only_width, every_layer=every_layer, tie=tie, kv_heads=kv_heads
-    )
+    return replace(limits, only_width=only_width, every_layer=every_layer, tie=tie)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sp3llm.errors import UserError
 from sp3llm.models.families import Family
-from sp3llm.models.shapes import Shape, keeps_heads_apart
+from sp3llm.models.shapes import Shape
 from sp3llm.planning.limits import (
     Limits,
     cost_in,
@@ -47,9 +47,6 @@ class Request:
     @property
     def merges_heads(self) -> bool:
         """Whether key-value heads that go are merged into others, and all query heads stay."""
-        if self.limits.kv_heads == "auto":
-            is_apart = self.is_square or keeps_heads_apart(self.family, self.config) is not None
-            return self.limits.of == "kv-cache" and not is_apart
         return self.limits.kv_heads == "merge"
 
     def with_groups(self, shape: Shape, count: int) -> Shape:

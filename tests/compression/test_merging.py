@@ -114,7 +114,7 @@ def test_shapes_that_merge_are_refitted_beside_others_as_alone(tokens, tmp_path)
 
 @pytest.mark.parametrize("variant", ["llama-tied", "qwen2", "mixtral"])
 def test_the_result_is_stock_and_counts_what_the_plan_says(variant, tmp_path):
-    result = compress_tiny(variant, tmp_path, of="kv-cache", keep=0.5)
+    result = compress_tiny(variant, tmp_path, of="kv-cache", keep=0.5, kv_heads="merge")
     small, info = AutoModelForCausalLM.from_pretrained(result.out, output_loading_info=True)
     assert not any(info.values())
     assert small.config.num_key_value_heads == 1
@@ -132,7 +132,7 @@ def test_a_cache_within_the_budget_keeps_all_query_heads(groups, keep, devices):
     config = {"hidden_size": 96, "num_attention_heads": 24, "num_key_value_heads": groups}
     config |= {"intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 96, "head_dim": 8}
     family = FAMILIES["llama"]
-    limits = Limits(keep, of="kv-cache", kv_heads="auto", tensor_parallel=devices)
+    limits = Limits(keep, of="kv-cache", kv_heads="merge", tensor_parallel=devices)
     if 3 * devices > keep * 4 * groups:  # the fewest layers, with a head on each device
         with pytest.raises(UserError, match="No shape keeps"):
             candidates(family, config, limits)
