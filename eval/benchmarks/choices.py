@@ -24,6 +24,7 @@ from common import (
     with_own_names,
     write,
 )
+from peers_prune import token_losses
 from torch import Tensor
 
 from sp3llm.maths.paired import excess_log_perplexity
@@ -49,16 +50,6 @@ def loaded(folder: Path, bits: str) -> Any:
     return model
 
 
-@torch.no_grad()
-def token_losses(model: Any, tokens: Tensor) -> Tensor:
-    """Nats a token, `(windows, tokens - 1)`."""
-    rows = []
-    for window in tokens:
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-        rows.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
-    return torch.stack(rows)
-
-
 def size_of(model: Any) -> tuple[int, int]:
     """Parameters, tied ones once and packed ones as what they stand for, and bytes."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
@@ -82,7 +73,7 @@ def measured(name: str, folder: Path, bits: str, tokens: Tensor, tokenizer: Any)
     """One choice."""
     model = loaded(folder, bits)
     parameters, size = size_of(model)
-    losses = token_losses(model, tokens)
+    losses = torch.cat([token_losses(model, window[None]) for window in tokens])
     samples = continuations(model, tokenizer)
     print(f"{name} in {bits}: {losses.mean():.4f}", flush=True)
     return {

@@ -13,13 +13,13 @@ What was found is printed as one line of JSON: a list of `{format, loads, note, 
 import json
 import subprocess
 import sys
-import traceback
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from outcomes import print_outcomes
 
 # Texts at once.
 _BATCH = 32
@@ -99,17 +99,12 @@ def main() -> None:
     texts = json.loads(Path(reference).with_suffix(".json").read_text())
     with np.load(reference) as opened:
         stored = dict(opened)
-    found = []
-    for kind, run in TOOLS[name].items():
-        try:
-            answers, note = run(model=Path(model), texts=texts, stored=stored, work=Path(work))
-            row = {"loads": True, "note": note, **compare(answers, stored["answers"])}
-        except Exception as error:  # the reason is the result
-            traceback.print_exc()
-            text = " ".join(str(error).split())
-            row = {"loads": False, "note": f"{type(error).__name__}: {text}"[:300]}
-        found.append({"format": kind, **row})
-    print(json.dumps(found))
+
+    def answered(run: Any) -> tuple[dict[str, Any], str]:
+        answers, note = run(model=Path(model), texts=texts, stored=stored, work=Path(work))
+        return compare(answers, stored["answers"]), note
+
+    print_outcomes((kind, partial(answered, run)) for kind, run in TOOLS[name].items())
 
 
 if __name__ == "__main__":

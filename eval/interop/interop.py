@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from interop_environments import CACHE, REQUIREMENTS, environment, llama_cpp_source, versions
 from interop_models import MODELS, ROOT, compressed
 from interop_tables import table
+from outcomes import outcomes_of
 
 from sp3llm.models.families import count_parameters, family_of
 from sp3llm.models.shapes import Shape
@@ -93,21 +93,9 @@ def measure(
     work.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).with_name("interop_loaders.py")
     source = llama_cpp_source() / "vendor" / "llama.cpp" if loader == "llama.cpp" else ""
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "LLAMA_CPP": str(source)}
-    variables |= {"INTEROP_TIMED": "1"} if timed else {}
-    run = subprocess.run(
-        [str(python), str(script), loader, str(model), str(stored), str(work)],
-        capture_output=True, text=True, env=variables, timeout=1800, check=False,
-    )  # fmt: skip
-    (work / "log.txt").write_text(run.stderr)
-    if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["no word"])[-1]
-        return [{"format": "", "loads": False, "note": f"exit code {run.returncode}: {last}"}]
-    rows = json.loads(run.stdout.strip().splitlines()[-1])
-    for row in rows:  # no paths of this machine in results
-        for path in (work, model, CACHE, ROOT):
-            row["note"] = row["note"].replace(str(path), path.name)
-    return rows
+    variables = {"LLAMA_CPP": str(source), **({"INTEROP_TIMED": "1"} if timed else {})}
+    words = [str(python), str(script), loader, str(model), str(stored), str(work)]
+    return outcomes_of(words, work, (work, model, CACHE, ROOT), variables, timeout=1800)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ in .interop/. Writes eval/results/interop/encoders.*; what is there of other too
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from interop_environments import CACHE, REQUIREMENTS, environment, versions
 from interop_models import ROOT
+from outcomes import outcomes_of
 
 sys.path.insert(0, str(ROOT / "eval" / "benchmarks"))
 from common import (
@@ -123,19 +123,8 @@ def measure(tool: str, python: Path, model: Path, stored: Path) -> list[dict[str
     work = stored.with_suffix("")
     work.mkdir(exist_ok=True)
     script = Path(__file__).with_name("encoder_loaders.py")
-    run = subprocess.run(
-        [str(python), str(script), tool, str(model), str(stored), str(work)],
-        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
-    )  # fmt: skip
-    (work / "log.txt").write_text(run.stderr)
-    if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["no word"])[-1]
-        return [{"format": "", "loads": False, "note": f"exit code {run.returncode}: {last}"}]
-    rows = json.loads(run.stdout.strip().splitlines()[-1])
-    for row in rows:  # no paths of this machine in results
-        for path in (work, model, CACHE, ROOT):
-            row["note"] = row["note"].replace(str(path), path.name)
-    return rows
+    words = [str(python), str(script), tool, str(model), str(stored), str(work)]
+    return outcomes_of(words, work, (work, model, CACHE, ROOT), {})
 
 
 def kept_cosines(

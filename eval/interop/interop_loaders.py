@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from outcomes import print_outcomes
 
 Found = dict[str, Any]
 
@@ -280,17 +280,7 @@ def runs(
 
 def main() -> None:
     name, model, reference, work = sys.argv[1:]
-    found = []
-    for kind, run in runs(name, Path(model), Path(reference), Path(work)):
-        try:
-            theirs, note = run()
-            row = {"loads": True, "note": note, **theirs}
-        except Exception as error:  # the reason is the result
-            traceback.print_exc()
-            text = " ".join(str(error).split())
-            row = {"loads": False, "note": f"{type(error).__name__}: {text}"[:300]}
-        found.append({"format": kind, **row})
-    print(json.dumps(found))
+    print_outcomes(runs(name, Path(model), Path(reference), Path(work)))
 
 
 if __name__ == "__main__":

@@ -128,12 +128,7 @@ def width_multiple(hidden_size: int, num_attention_heads: int, tensor_parallel: 
     where the heads make 256 coarser than an eighth of the width, 32 for widths of 512 and more on
     the same condition, 8 for small models.
     """
-    preferences: tuple[int, ...] = ()
-    if hidden_size >= _LARGE_WIDTH:
-        preferences = (_LARGE_MULTIPLE, _FINER_MULTIPLE)
-    elif hidden_size >= _SMALL_WIDTH:
-        preferences = (_BLOCK,)
-    for preferred in preferences:
+    for preferred in _preferred(hidden_size):
         multiple = math.lcm(preferred, num_attention_heads, tensor_parallel)
         if multiple <= hidden_size // _COARSEST:
             return multiple
@@ -144,10 +139,15 @@ def intermediate_multiple(hidden_size: int, tensor_parallel: int = 1) -> int:
     """The number that a new FFN width must be a multiple of: 256 in models 2048 wide and more, 32
     from a width of 512 on, 8 in small ones.
     """
-    preferred = _BLOCK if hidden_size >= _SMALL_WIDTH else SMALL_MULTIPLE
-    if hidden_size >= _LARGE_WIDTH:
-        preferred = _LARGE_MULTIPLE
+    preferred, *_ = (*_preferred(hidden_size), SMALL_MULTIPLE)
     return math.lcm(preferred, tensor_parallel)
+
+
+def _preferred(hidden_size: int) -> tuple[int, ...]:
+    """Multiples that are wanted in a model that wide, where they are not coarse, the best first."""
+    if hidden_size >= _LARGE_WIDTH:
+        return (_LARGE_MULTIPLE, _FINER_MULTIPLE)
+    return (_BLOCK,) if hidden_size >= _SMALL_WIDTH else ()
 
 
 def width_step(limits: Limits, dense: Shape) -> int:
