@@ -187,7 +187,7 @@ def _pair(settings: QuantizeConfig, console: "Console") -> tuple[Source, Source,
 
 
 def _opened(folder: Path, name: str) -> Source:
-    """A model on disk; one that is quantized already is refused."""
+    """A model on disk; one that is quantized already, or no decoder, is refused."""
     from sp3llm.models.checkpoint import open_model
     from sp3llm.models.source import read_config
 
@@ -198,7 +198,14 @@ def _opened(folder: Path, name: str) -> Source:
             f"Expected a model in full precision, found '{name}', which is quantized already "
             f"({method}): name the one it was made from."
         )
-    return Source(*open_model(folder), name)
+    model = Source(*open_model(folder), name)
+    if model.objective().evaluation_windows is None:
+        raise UserError(
+            f"Expected a decoder, which is scored on text in every precision, found '{name}', a "
+            f"{model.family.architecture}: load it in few bits as it is, with transformers' "
+            "quantization_config=BitsAndBytesConfig(load_in_8bit=True)."
+        )
+    return model
 
 
 def _check_output(out: Path, to: str, small: Source, dense: Source) -> None:

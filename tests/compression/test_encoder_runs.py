@@ -255,6 +255,13 @@ def test_a_pretrained_encoder_answers_nothing(words, said, place, pretrained, re
     assert said in refused(words[0], pretrained[0], *words[1:])
 
 
+def test_few_bits_are_of_decoders(place, tmp_path, refused):
+    compress(settings(place, tmp_path / "small"), Console(file=io.StringIO()))
+    told = refused("quantize", tmp_path / "small", "--to", "int8")
+    assert "Expected a decoder" in told
+    assert "BertForSequenceClassification" in told
+
+
 def test_modules_with_weights_of_their_own_are_refused(place, tmp_path, refused):
     from transformers import AutoModel
 

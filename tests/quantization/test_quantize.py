@@ -335,12 +335,12 @@ def too_late(*_, **__):
 def test_nf4_that_a_cpu_cannot_run_is_refused_before_any_work(
     folder_of, tmp_path, refused, monkeypatch
 ):
+    small = folder_of("opt-projected") / "small"
     monkeypatch.setattr("sp3llm.text.windows.calibration_windows", too_late)
     message = refused("compress", "--quantize", "nf4", "--device", "cpu", "--out", tmp_path / "s")
     for word in ("multiples of 64", "--hidden-size", "int8", "intermediate_size"):
         assert word in message
-    message = refused("quantize", folder_of("opt-projected") / "small", "--to", "nf4",
-                      "--out", tmp_path / "s")  # fmt: skip
+    message = refused("quantize", small, "--to", "nf4", "--out", tmp_path / "s")
     assert "multiples of 64" in message
     assert list(tmp_path.iterdir()) == []
 
