@@ -112,8 +112,8 @@ class RecoverConfig:
         "scale of the adapters", default=None, shown="twice the rank", above=0
     )
     teacher_dtype: str = option(
-        "format of the teacher's weights; auto is as in its checkpoint, float32 on a CPU; int8 "
-        "and nf4 are bitsandbytes'",
+        "format of the teacher's weights; auto is as in its checkpoint, or float32 on a CPU that "
+        "has no units for that; int8 and nf4 are bitsandbytes'",
         default="auto",
         choices=TEACHER_DTYPES,
     )
@@ -133,7 +133,8 @@ class RecoverConfig:
     )
     top_k: int = option("how many logits a token --teacher-logits holds", default=64, least=1)
     precision: str = option(
-        "dtype of the arithmetic; auto is bfloat16, by autocast, on a GPU",
+        "dtype of the arithmetic; auto is bfloat16, by autocast, on a GPU, and for a bfloat16 "
+        "model on a CPU that has units for it",
         default="auto",
         choices=PRECISIONS,
     )

@@ -8,11 +8,13 @@ from accelerate.utils import LoggerType, is_tensorboard_available, is_wandb_avai
 
 from sp3llm.errors import UserError, reason
 from sp3llm.options import RecoverConfig
+from sp3llm.runtime.devices import compute_dtype
 from sp3llm.runtime.presence import all_begun
 
 
-def engine(settings: RecoverConfig, logs: Path) -> Accelerator:
-    """The processes that train: one, or those of `accelerate launch`.
+def engine(settings: RecoverConfig, stored: torch.dtype, logs: Path) -> Accelerator:
+    """The processes that train, one, or those of `accelerate launch`, a model whose weights are
+    `stored` in that dtype.
 
     Trackers that write files write to the folder `logs`.
 
@@ -26,7 +28,8 @@ def engine(settings: RecoverConfig, logs: Path) -> Accelerator:
         )
     precision = settings.precision
     if precision == "auto":
-        precision = "float32" if on_cpu else "bfloat16"
+        on_units = compute_dtype("auto", stored, torch.device("cpu")) == torch.bfloat16
+        precision = "bfloat16" if on_units or not on_cpu else "float32"
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if settings.track is not None and not available[settings.track]():
         raise UserError(

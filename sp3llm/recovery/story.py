@@ -115,7 +115,7 @@ def _prepare(settings: RecoverConfig, console: "Console", in_place: bool) -> "tu
     for name, path in subject.files(settings, pair).items():
         check_not_input(out, path, f"the text '{name}'")
     check_disk(out, disk_bytes(settings, pair))
-    accelerator = engine(settings, out.with_name(out.name + ".logs"))
+    accelerator = engine(settings, pair.small.dtype(), out.with_name(out.name + ".logs"))
     ranks = ranks_of(accelerator)
     if not ranks.is_first:
         console = Console(quiet=True)

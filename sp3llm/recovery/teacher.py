@@ -13,6 +13,7 @@ from sp3llm.models.families import Family
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.quantization.bits import bits_config, check_installed, take_any_width
 from sp3llm.recovery.inputs import Run
+from sp3llm.runtime.devices import compute_dtype
 from sp3llm.runtime.memory import host_memory
 
 # Of the host's free memory, the share that an offloaded teacher may fill: the rest is for the model
@@ -32,15 +33,13 @@ def load_teacher(
 ) -> nn.Module:
     """The stock dense model, without gradients.
 
-    `dtype` is one of `options.choices.TEACHER_DTYPES`; `auto` is the checkpoint's own on an
-    accelerator and float32 on a CPU. With `memory` (GB) no more of it than that stands on `device`;
-    the rest waits on the host, and what the host does not hold in the folder `offload`.
+    `dtype` is one of `options.choices.TEACHER_DTYPES`; `auto` is the checkpoint's own. With
+    `memory` (GB) no more of it than that stands on `device`; the rest waits on the host, and what
+    the host does not hold in the folder `offload`.
 
     Raises UserError if bitsandbytes is asked for and missing, or the model does not load.
     """
     on_cpu = device.type == "cpu"
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "auto"
     place: dict[str, Any] = {"device_map": {"": device}}
     if memory is not None:
         if on_cpu:
@@ -190,10 +189,14 @@ class LiveTeacher:
 def live_teacher(run: Run) -> LiveTeacher:
     """The run's teacher, loaded, with its residual stream tapped where that is compared."""
     settings, device = run.settings, run.accelerator.device
+    dtype = settings.teacher_dtype
+    if dtype == "auto":
+        found = compute_dtype("auto", run.pair.dense.dtype(), device)
+        dtype = str(found).removeprefix("torch.")
     model = load_teacher(
         run.pair.dense.folder,
         run.pair.objective,
-        settings.teacher_dtype,
+        dtype,
         device,
         settings.teacher_memory,
         offload=run.work / "teacher",
