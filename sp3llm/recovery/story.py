@@ -64,6 +64,8 @@ def recover(settings: RecoverConfig, console: "Console", in_place: bool = False)
     from sp3llm.runtime.progress import print_line, progress_bars
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says how it casts at every call
+    # At every checkpoint of a tied model, that the head is written once.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     started = time.monotonic()
     with lost_process_told():
         run, console = _prepare(settings, console, in_place)
