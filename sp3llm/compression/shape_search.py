@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sp3llm.compression.projection import Projection
     from sp3llm.compression.statistics import Moments
+    from sp3llm.compression.trials import Trial
     from sp3llm.models.shapes import Shape
     from sp3llm.planning.search import Findings, Losses
     from sp3llm.runtime.journal import Journal
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 # A trial sees windows this long at most.
 _TRIAL_TOKENS = 512
 # It fits on so many tokens for each input of the widest matrix, and on so many windows at least; so
-# many more choose the ridges, and so many tell what the shape loses.
+# many more choose the ridges, and so many at least tell what the shape loses. More windows fit, and
+# more tell, while they cost little: tokens times the square of the hidden size.
 _TOKENS_AN_INPUT, _FEWEST_FITTED = 4, 12
 _HELD_BACK, _UNSEEN = 2, 6
+_LITTLE = 2**30
 # What the journal knows the losses of trials as.
 _TRIALS = "trials"
 
@@ -46,8 +49,9 @@ class _Search:
     journal: "Journal"
     vocabularies: "Mapping[int, float]"
     """What fewer tokens lose, nats a token, by rows of the tables."""
-    losses: "dict[Shape, float]"
-    """Nats a token, by shape that was tried; those of an earlier run among them."""
+    trials: "dict[Shape, Trial | None]"
+    """By shape, in the order of the trials, those of an earlier run among them; None: nothing is
+    lost but by fewer tokens."""
     projections: "dict[tuple, Projection]" = field(default_factory=dict)
     """By all sizes that a projection depends on: shapes that differ in the FFN share one."""
 
@@ -103,23 +107,24 @@ def choose_shape(
     lose besides, nats a token by rows of the tables; None: none may go. Losses that `journal` has
     from a run before are not found out again.
     """
+    from sp3llm.compression.trials import Trial
     from sp3llm.models.shapes import Shape
     from sp3llm.planning.search import Findings, choose, expected, shapes_to_try
 
     if len(job.shapes) == 1:
         return job.shapes[0], Findings()
     before = journal.latest(_TRIALS)
-    tried = [] if before is None else before.facts["losses"]
-    losses = {Shape(**sizes): loss for sizes, loss in tried}
-    found = _Search(job, moments, tokens, journal, vocabularies or {}, losses)
+    kept = [] if before is None else before.facts["trials"]
+    trials = {Shape(**sizes): None if rows is None else Trial(**rows) for sizes, rows in kept}
+    found = _Search(job, moments, tokens, journal, vocabularies or {}, trials)
     bar = progress.add_task("search for the shape", total=None)
     predicted = _predictions(found)
-    while wanted := shapes_to_try(predicted, found.losses):
+    while wanted := shapes_to_try(predicted, _losses(found)):
         _try(found, wanted)
         progress.advance(bar, len(wanted))
-    best = choose(predicted, found.losses)
-    progress.update(bar, total=len(found.losses), completed=len(found.losses))
-    return best, Findings(expected(predicted, found.losses), found.losses)
+    losses = _losses(found)
+    progress.update(bar, total=len(losses), completed=len(losses))
+    return choose(predicted, losses), Findings(expected(predicted, losses), losses)
 
 
 def _predictions(found: _Search) -> "dict[Shape, Losses]":
@@ -154,12 +159,21 @@ def _of_tokens(found: _Search, shape: "Shape") -> float:
     return found.vocabularies.get(shape.vocab_size, 0.0)
 
 
+def _losses(found: _Search) -> "dict[Shape, float]":
+    """Nats a token, by shape that was tried, what fewer tokens lose included."""
+    from sp3llm.compression.trials import losses_of
+
+    cut = {shape: trial for shape, trial in found.trials.items() if trial is not None}
+    losses = dict(zip(cut, losses_of(list(cut.values())) if cut else (), strict=True))
+    return {shape: losses.get(shape, 0.0) + _of_tokens(found, shape) for shape in found.trials}
+
+
 def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
-    """Find out what shapes lose, side by side: refitted with the tokens that the calibration text
-    is in, and what fewer of them lose added.
+    """Find out what shapes lose, side by side, refitted with the tokens that the calibration text
+    is in.
     """
     from sp3llm.compression.depth import kept_layers
-    from sp3llm.compression.trials import trial_losses
+    from sp3llm.compression.trials import trials_of
     from sp3llm.models.shapes import Shape
     from sp3llm.text.batches import first_tokens_of, rows_of
 
@@ -167,7 +181,7 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
     fitted, held, unseen = _shares(job, windows)
     windows = rows_of(windows, slice(0, fitted + held + unseen))
     rows = Shape.of(job.family, job.dense.config).vocab_size
-    found.losses.update((shape, _of_tokens(found, shape)) for shape in shapes)
+    found.trials.update(dict.fromkeys(shapes))
     cut = [shape for shape in shapes if not job.is_whole(shape)]
     refitters = [
         refitter_of(
@@ -176,10 +190,12 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
         )
         for shape in cut
     ]
-    for shape, loss in zip(cut, trial_losses(refitters, windows) if cut else (), strict=True):
-        found.losses[shape] += loss
-    losses = [[asdict(shape), loss] for shape, loss in found.losses.items()]
-    found.journal.save(_TRIALS, len(losses), facts={"losses": losses})
+    found.trials.update(zip(cut, trials_of(refitters, windows) if cut else (), strict=True))
+    kept = [
+        [asdict(shape), None if trial is None else asdict(trial)]
+        for shape, trial in found.trials.items()
+    ]
+    found.journal.save(_TRIALS, len(kept), facts={"trials": kept})
 
 
 def _shares(job: Job, windows: "Tensor | Examples") -> tuple[int, int, int]:
@@ -194,6 +210,11 @@ def _shares(job: Job, windows: "Tensor | Examples") -> tuple[int, int, int]:
     widest = max(sizes[families.FFN], sizes[families.QUERY])
     wanted = max(_FEWEST_FITTED, math.ceil(_TOKENS_AN_INPUT * widest / length))
     held, unseen = _HELD_BACK, _UNSEEN
+    if count >= wanted + held + unseen and job.objective.evaluation_windows is not None:
+        little = int(_LITTLE / (sizes[families.RESIDUAL] ** 2 * length))
+        fitted = max(wanted, min(little, count // 2))
+        held = max(held, fitted // 8)
+        return fitted, held, min(max(unseen, little), count - fitted - held)
     if job.family.task_head is not None:  # rows are short, and each says one thing
         held, unseen = max(held, wanted // 6), max(unseen, wanted)
     if count >= wanted + held + unseen:

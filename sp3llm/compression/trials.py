@@ -1,7 +1,7 @@
 """Trials of shapes: whole refits on a little text, and how far from the dense model they are."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,10 +9,14 @@ from torch import Tensor
 
 from sp3llm.compression.building import refitted_side_by_side
 from sp3llm.compression.refitter import Refitter
+from sp3llm.maths.paired import weighed_losses
 from sp3llm.models.checkpoint import head_tensors
 from sp3llm.models.head import End
 from sp3llm.models.shapes import resized_config
 from sp3llm.models.stream import LayeredModel, Stream
+
+# On fewer windows losses on text say more of the windows than of the models.
+_ENOUGH_TEXT = 16
 
 
 def refitted_ends(refitters: Sequence[Refitter], tokens: Tensor) -> tuple[list[End], End]:
@@ -45,18 +49,53 @@ def refitted_ends(refitters: Sequence[Refitter], tokens: Tensor) -> tuple[list[E
     return small, end_of(config, head_tensors(first.dense, family), heads[0].dense)
 
 
-def trial_losses(refitters: Sequence[Refitter], tokens: Tensor) -> list[float]:
-    """How far each of several refitted models is from the dense one, on the windows no fit saw: the
-    mean divergence of what it predicts from what the dense model does, in nats a token.
+@dataclass(frozen=True)
+class Trial:
+    """What a refitted model loses on windows that no fit of it saw, a number a window."""
 
-    That is what a loss on text grows by where the dense model is right about text, and varies much
-    less from text to text.
+    divergences: tuple[float, ...]
+    """Mean divergence of what it predicts from what the dense model does, nats a token: what a loss
+    on text grows by where the dense model is right about text."""
+    excess: tuple[float, ...] | None
+    """By how much it loses more on the text than the dense model, nats a token, which varies much
+    more; None where there is too little text to tell, or none."""
+
+
+def trials_of(refitters: Sequence[Refitter], tokens: Tensor) -> list[Trial]:
+    """Several refitted models against the dense one, on the windows no fit saw; the same on every
+    process.
     """
-    first, losses = refitters[0], []
+    first = refitters[0]
+    objective, execution, unseen_from = first.objective, first.execution, first.unseen_from
     ends, dense = refitted_ends(refitters, tokens)
-    for small in ends:
-        found = first.objective.divergences(small, dense)
-        total = torch.tensor([found.sum(), found.numel()], dtype=torch.float64)
-        first.execution.ranks.all_reduce_(total)
-        losses.append((total[0] / total[1]).item())
-    return losses
+    local_windows = execution.local_windows(*tokens.shape)
+    unseen = local_windows[local_windows >= unseen_from]
+    count = len(tokens) - unseen_from
+
+    def of_all(found: Tensor) -> tuple[float, ...]:
+        means = found.reshape(len(found), -1).mean(1)
+        return tuple(execution.ranks.all_gather_rows(means, unseen - unseen_from, count).tolist())
+
+    def losses(end: End) -> Tensor:
+        return objective.losses(end.model, end.head, end.stream, tokens[unseen])
+
+    by_text = objective.evaluation_windows is not None and count >= _ENOUGH_TEXT
+    of_dense = losses(dense) if by_text else None
+    return [
+        Trial(
+            of_all(objective.divergences(small, dense)),
+            of_all(losses(small) - of_dense) if by_text else None,
+        )
+        for small in ends
+    ]
+
+
+def losses_of(trials: Sequence[Trial]) -> list[float]:
+    """What the models of trials on the same windows lose, nats a token
+    (`maths.paired.weighed_losses`).
+    """
+    divergences = torch.tensor([trial.divergences for trial in trials], dtype=torch.float64)
+    if any(trial.excess is None for trial in trials):
+        return divergences.mean(1).tolist()
+    excess = torch.tensor([trial.excess for trial in trials], dtype=torch.float64)
+    return weighed_losses(divergences, excess).tolist()

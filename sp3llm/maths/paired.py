@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+# Of a candidate's divergence the share that it counts as losing at least, whatever text says.
+_LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,3 +50,22 @@ def excess_log_perplexity(losses: Tensor, baseline: Tensor) -> Excess:
     count = len(differences)
     spread = differences.std().item() if count > 1 else math.nan
     return Excess(differences.mean().item(), spread / math.sqrt(count))
+
+
+def weighed_losses(divergences_CW: Tensor, excess_CW: Tensor) -> Tensor:
+    """What candidates lose, `(C,)`, nats a token, from their mean divergences from a dense model,
+    `(candidates, windows)`, and from what they lose on the text of these windows, likewise.
+
+    A divergence varies little from text to text, but is what text loses only where the dense model
+    is right about text. So divergences count, and by how much text loses more than that, over the
+    same of the candidate that diverges least, shrunk by its paired standard error as James and
+    Stein do: by `1 - (error / difference)^2`, to nothing where it is within one error.
+    """
+    means_C = divergences_CW.mean(1)
+    more_CW = excess_CW - divergences_CW
+    more_CW = more_CW - more_CW[means_C.argmin()]
+    more_C, error_C = more_CW.mean(1), more_CW.std(1) / math.sqrt(more_CW.shape[1])
+    share_C = 1 - (error_C / more_C) ** 2
+    # Of the candidate itself, and of a single window, there is no share: NaN.
+    weighed_C = means_C + share_C.nan_to_num(0.0).clamp_min(0) * more_C
+    return torch.maximum(weighed_C, _LEAST_SHARE * means_C)

@@ -15,7 +15,7 @@ from sp3llm.compression.building import refitted_groups, refitted_side_by_side
 from sp3llm.compression.depth import kept_layers
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.compression.refitter import Refitter
-from sp3llm.compression.trials import trial_losses
+from sp3llm.compression.trials import losses_of, trials_of
 from sp3llm.errors import UserError
 from sp3llm.models.families import FAMILIES, count_parameters
 from sp3llm.models.shapes import Shape, keeps_every_layer, resized_config
@@ -170,7 +170,7 @@ def test_trials_of_other_depths_are_scored_beside_one_dense_model(tokens, tmp_pa
     """The one that loses nothing more loses nothing."""
     found = measured(deep_model("llama", {1, 2}, rms_norm_eps=0.1), tokens, tmp_path)
     kept = [(0, 3, 4), (0, 3), (0, 1, 2, 3, 4)]
-    exact, worse, whole = trial_losses(_refitters(*found, tokens, kept, 2, 3), tokens)
+    exact, worse, whole = losses_of(trials_of(_refitters(*found, tokens, kept, 2, 3), tokens))
     assert exact == pytest.approx(0, abs=1e-6)
     assert whole == pytest.approx(0, abs=1e-6)
     assert worse > 0.01

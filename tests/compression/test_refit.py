@@ -173,7 +173,7 @@ def test_neurons_and_groups_are_cut_and_the_output_is_stock(variant, sizes, tmp_
 def test_dropping_dead_neurons_and_groups_costs_nothing(tmp_path, tokens):
     """What writes nothing is what goes, with its query heads, keys, values, gate and up."""
     from sp3llm.compression.refitter import Refitter
-    from sp3llm.compression.trials import trial_losses
+    from sp3llm.compression.trials import losses_of, trials_of
     from sp3llm.models import families
     from sp3llm.models.shapes import Shape
 
@@ -202,7 +202,7 @@ def test_dropping_dead_neurons_and_groups_costs_nothing(tmp_path, tokens):
             3,
             [],
         )
-        (loss,) = trial_losses([refitter], tokens)
+        (loss,) = losses_of(trials_of([refitter], tokens))
         assert loss == pytest.approx(0, abs=1e-6)
     assert families.RESIDUAL == "hidden_size"
 
