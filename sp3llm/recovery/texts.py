@@ -147,12 +147,14 @@ def _losses(
     held_out = texts.held_out
     small = (held_out.small_tokens, held_out.small_nats)
     losses = []
-    for checkpoint, family, (tokens, nats) in (
-        (written, pair.family, small),
-        (pair.small, pair.family, small),
-        (pair.dense, pair.dense_family, (held_out.tokens, held_out.dense_nats)),
+    for name, checkpoint, family, (tokens, nats) in (
+        ("recovered model", written, pair.family, small),
+        ("compressed model", pair.small, pair.family, small),
+        ("dense model", pair.dense, pair.dense_family, (held_out.tokens, held_out.dense_nats)),
     ):
         dtype = arithmetic_of(pair.dense.dtype(), checkpoint.dtype())
         execution = resolve_execution(device, dtype)
-        losses.append(nats(measure_losses(checkpoint, family, tokens, execution, progress)))
+        what = f"{name}, perplexity"
+        found = measure_losses(checkpoint, family, tokens, execution, progress, what=what)
+        losses.append(nats(found))
     return tuple(losses)
