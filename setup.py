@@ -26,7 +26,7 @@ EXTRAS["all"] = sorted({need for name in EXTRAS if name != "dev" for need in EXT
 setup(
     name="sp3llm",
     version=VERSION,
-    description="Compress Hugging Face decoder models into smaller ones of the same architecture",
+    description="Compress Hugging Face models into smaller ones of the same architecture",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

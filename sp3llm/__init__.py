@@ -1,4 +1,4 @@
-"""Compress Hugging Face decoder models into smaller ones of a stock architecture."""
+"""Compress Hugging Face models into smaller ones of a stock architecture."""
 
 __version__ = "0.1.0"
 

@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(prog: str = "sp3llm") -> argparse.ArgumentParser:
     """The command line. It finds `command`, and of its options those that are given."""
-    top = _Parser(prog=prog, description="Compress decoder models into smaller stock ones.")
+    top = _Parser(prog=prog, description="Compress Hugging Face models into smaller stock ones.")
     top.add_argument("--version", action="version", version=f"sp3llm {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in _COMMANDS:

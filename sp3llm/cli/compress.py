@@ -7,8 +7,8 @@ from sp3llm.options import CompressConfig
 SETTINGS = CompressConfig
 SUMMARY = "compress a model"
 DESCRIPTION = """\
-Compress a Hugging Face decoder model into a smaller one of the same stock
-architecture."""
+Compress a Hugging Face model, a decoder or an encoder, into a smaller one of
+the same stock architecture."""
 EPILOG = """examples:
   sp3llm compress                                    the bundled model, at 75 % of its parameters
   sp3llm compress meta-llama/Llama-2-7b --keep 0.8   a hub model, calibrated on WikiText-2

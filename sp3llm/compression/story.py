@@ -1,4 +1,4 @@
-"""Compress a decoder model into a smaller one of the same stock architecture.
+"""Compress a model into a smaller one of the same stock architecture.
 
 The story, top-down (SP3, arXiv 2308.16475, carried to LLMs with one basis for the whole stream):
 
