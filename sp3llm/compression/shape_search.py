@@ -117,7 +117,7 @@ def choose_shape(
     kept = [] if before is None else before.facts["trials"]
     trials = {Shape(**sizes): None if rows is None else Trial(**rows) for sizes, rows in kept}
     found = _Search(job, moments, tokens, journal, vocabularies or {}, trials)
-    bar = progress.add_task("search for the shape", total=None)
+    bar = progress.add_task("search for the shape, trials", total=None)
     predicted = _predictions(found)
     while wanted := shapes_to_try(predicted, _losses(found)):
         _try(found, wanted)

@@ -72,12 +72,13 @@ class _ProgressLines(Progress):
         if is_done:
             self._tell(task_id, f"done in {human_time(spent)}")
             return
-        words = f"{task.completed:g}"
-        if task.total is not None:
-            words += f" of {task.total:g}"
-            if done > 0:
-                left = spent / done * (task.total - task.completed)
-                words += f", {human_time(spent)}, about {human_time(left)} left"
+        if task.total is None:
+            self._tell(task_id, f"{task.completed:g} so far, {human_time(spent)}")
+            return
+        words = f"{task.completed:g} of {task.total:g}"
+        if done > 0:
+            left = spent / done * (task.total - task.completed)
+            words += f", {human_time(spent)}, about {human_time(left)} left"
         self._tell(task_id, words)
 
     def _tell(self, task_id: TaskID, words: str) -> None:

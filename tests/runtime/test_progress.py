@@ -34,6 +34,14 @@ def test_a_log_gets_a_line_a_stage_and_lines_in_between(monkeypatch):
     assert len(lines_of(1e9, monkeypatch)) == 2
 
 
+def test_a_stage_of_unknown_length_says_how_far_it_is_and_for_how_long(monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    file = io.StringIO()
+    with progress_bars(Console(file=file, width=200)) as bars:
+        bars.advance(bars.add_task("trials", total=None), 2)
+    assert file.getvalue().splitlines() == ["trials: begins", "trials: 2 so far, 0 s"]
+
+
 def test_a_quiet_console_gets_none():
     with progress_bars(Console(quiet=True)) as bars:
         assert len(list(tracked(bars, "layers", range(3), 0, 3))) == 3
