@@ -151,8 +151,8 @@ class CompressConfig:
         least=1,
     )
     allocate: str | None = option(
-        "how the budget is spent: on the mix of hidden size, FFN width and KV groups that loses "
-        "least, or on the hidden size alone",
+        "how the budget is spent: on the mix of hidden size, FFN width, KV groups and layers "
+        "(and tokens, with --vocab-from) that loses least, or on the hidden size alone",
         default=None,
         shown="search; width with --no-refit, unless the mask is learned",
         choices=ALLOCATIONS,
