@@ -62,10 +62,12 @@ def weighed_losses(divergences_CW: Tensor, excess_CW: Tensor) -> Tensor:
     Stein do: by `1 - (error / difference)^2`, to nothing where it is within one error.
     """
     means_C = divergences_CW.mean(1)
+    if excess_CW.shape[1] == 1:  # how much text tells is not known
+        return means_C
     more_CW = excess_CW - divergences_CW
     more_CW = more_CW - more_CW[means_C.argmin()]
     more_C, error_C = more_CW.mean(1), more_CW.std(1) / math.sqrt(more_CW.shape[1])
     share_C = 1 - (error_C / more_C) ** 2
-    # Of the candidate itself, and of a single window, there is no share: NaN.
+    # Of the candidate itself there is no share: NaN.
     weighed_C = means_C + share_C.nan_to_num(0.0).clamp_min(0) * more_C
     return torch.maximum(weighed_C, _LEAST_SHARE * means_C)
