@@ -15,10 +15,8 @@ _NEW_TOKENS = 64
 
 
 def main() -> None:
-    from vllm import (
-        LLM,
-        SamplingParams,
-    )  # here: what runs the tests, which import this file, has none
+    # Here: what runs the tests, which import this file, has none.
+    from vllm import LLM, SamplingParams
 
     model, path = sys.argv[1:]
     prompts = json.loads(Path(path).read_text())

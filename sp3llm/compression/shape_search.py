@@ -34,8 +34,8 @@ _TRIAL_TOKENS = 512
 _TOKENS_AN_INPUT, _FEWEST_FITTED = 4, 12
 _HELD_BACK, _UNSEEN = 2, 6
 _LITTLE = 2**30
-# What the journal knows the losses of trials as.
-_TRIALS = "trials"
+# What the journal knows trials as; "trials" were losses alone, which a run of before may have left.
+_TRIALS = "trials by window"
 
 
 @dataclass(frozen=True)
@@ -210,14 +210,14 @@ def _shares(job: Job, windows: "Tensor | Examples") -> tuple[int, int, int]:
     widest = max(sizes[families.FFN], sizes[families.QUERY])
     wanted = max(_FEWEST_FITTED, math.ceil(_TOKENS_AN_INPUT * widest / length))
     held, unseen = _HELD_BACK, _UNSEEN
-    if count >= wanted + held + unseen and job.objective.evaluation_windows is not None:
-        little = int(_LITTLE / (sizes[families.RESIDUAL] ** 2 * length))
-        fitted = max(wanted, min(little, count // 2))
-        held = max(held, fitted // 8)
-        return fitted, held, min(max(unseen, little), count - fitted - held)
     if job.family.task_head is not None:  # rows are short, and each says one thing
         held, unseen = max(held, wanted // 6), max(unseen, wanted)
     if count >= wanted + held + unseen:
+        if job.objective.evaluation_windows is not None:
+            little = int(_LITTLE / (sizes[families.RESIDUAL] ** 2 * length))
+            wanted = max(wanted, min(little, count // 2))
+            held = max(held, wanted // 8)
+            unseen = min(max(unseen, little), count - wanted - held)
         return wanted, held, unseen
     unseen = max(1, count // 4)
     held = max(1, (count - unseen) // 6)

@@ -73,7 +73,7 @@ def trials_of(refitters: Sequence[Refitter], tokens: Tensor) -> list[Trial]:
     count = len(tokens) - unseen_from
 
     def of_all(found: Tensor) -> tuple[float, ...]:
-        means = found.reshape(len(found), -1).mean(1)
+        means = found.mean(1) if found.ndim > 1 else found  # a process may have none of them
         return tuple(execution.ranks.all_gather_rows(means, unseen - unseen_from, count).tolist())
 
     def losses(end: End) -> Tensor:
