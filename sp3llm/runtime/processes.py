@@ -171,8 +171,10 @@ def init_distributed(device: str) -> tuple[Ranks, str]:
         return Ranks(), device
     from accelerate import PartialState
 
+    # Where there is no GPU accelerate wants to be told, or takes every process for the only one.
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     with all_begun():
-        state = PartialState(cpu=device == "cpu", timeout=ARRIVAL)
+        state = PartialState(cpu=on_cpu, timeout=ARRIVAL)
     # There is no public way to wait longer for a peer at work than for one that is to begin.
     torch.distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
     ranks = ranks_of(state)
