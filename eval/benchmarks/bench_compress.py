@@ -152,7 +152,7 @@ def install_clocks(clock: dict[str, float]) -> None:
         (writers, "select_units"),
         (writers, "schur_complement"),
         (curves, "drop_units"),
-        (predicting, "predicted_losses"),
+        (predicting, "projection_loss"),
         (basis_choice, "choose_basis"),
     ):
         setattr(module, name, clocked(clock, "solves", getattr(module, name)))

@@ -69,8 +69,10 @@ def columns_of_width(
     """
     key = (family.model_type, width)
     if key not in moments.columns:
-        inside = _inside(family, moments)
-        eigenvalues_C, vectors_CC = eigenbasis(inside.total())
+        inside, axes = _inside(family, moments), (family.model_type, "axes")
+        if axes not in moments.columns:
+            moments.columns[axes] = eigenbasis(inside.total())
+        eigenvalues_C, vectors_CC = moments.columns[axes]
         kept = width - family.centred
         basis_CK = vectors_CC[:, :kept]
         if inside.metrics_DD:

@@ -47,7 +47,8 @@ def measure_gradients(run: DensePass) -> None:
         sums.add_site(sites * len(layers), total_DD)
         start = 0
     else:
-        start, upstream = before.step, before.tensors["upstream"]
+        start, saved = before.step, before.tensors["upstream"]
+        upstream = run.execution.empty_stream(tuple(saved.shape), saved.dtype).copy_(saved)
         sums.restore(before.tensors)
     downwards = list(enumerate(layers))[::-1]
     sources = prefetch(
@@ -59,14 +60,16 @@ def measure_gradients(run: DensePass) -> None:
             ends = inputs[index : index + 2]
             sums.layers_L[index] = layer_loss(run, index, *ends, upstream, opened.real)
         stream = replace(opened, hidden=inputs[index])
-        found = backward_layer(model, index, tensors, stream, upstream)
-        upstream = found.below
-        for number, (gradients, site) in enumerate(zip(found.by_site, family.sites, strict=True)):
-            scale_D = _fold(run, f"{group.prefix}{site.norm}", tensors)
-            total_DD = _mean_square(run, gradients, scale_D)
-            sums.add_site(index * sites + number, total_DD)
-        for number, gradients in enumerate(found.behind):
-            sums.add_behind(index * sites + number, _mean_square(run, gradients))
+        scales = [_fold(run, f"{group.prefix}{site.norm}", tensors) for site in family.sites]
+        by_site, behind = ([_nothing(run) for _ in family.sites] for _ in range(2))
+        for _, found in backward_layer(model, index, tensors, stream, upstream):
+            for total_DD, gradients, scale_D in zip(by_site, found.by_site, scales, strict=True):
+                _add_squares(total_DD, gradients, scale_D)
+            for total_DD, gradients in zip(behind, found.behind, strict=True):
+                _add_squares(total_DD, gradients)
+        for number, (at_site, after) in enumerate(zip(by_site, behind, strict=True)):
+            sums.add_site(index * sites + number, _mean(run, at_site))
+            sums.add_behind(index * sites + number, _mean(run, after))
         if journal.due():
             journal.save("gradient", done, {**sums.pack(), "upstream": upstream})
     sums.check_finite()
@@ -111,13 +114,29 @@ def _mean_square(run: DensePass, gradients: Tensor, scale_D: Tensor | None = Non
     """Mean `g g^T` of gradients, `(windows, tokens, D)`, each channel times its scale, over all
     processes and the tokens that are traced; `(D, D)`, float64.
     """
-    width = gradients.shape[-1]
-    total_DD = torch.zeros(width, width, dtype=torch.float64, device=run.execution.device)
+    total_DD = _nothing(run)
     rows = [slice(row, row + 1) for row in range(len(gradients))]
     for _, window in fetched(gradients, rows, run.execution.device):
-        scaled = operand(window[0])
+        _add_squares(total_DD, window, scale_D)
+    return _mean(run, total_DD)
+
+
+def _nothing(run: DensePass) -> Tensor:
+    """The sum of no squares, `(D, D)`."""
+    width = run.shape.hidden_size
+    return torch.zeros(width, width, dtype=torch.float64, device=run.execution.device)
+
+
+def _add_squares(total_DD: Tensor, gradients: Tensor, scale_D: Tensor | None = None) -> None:
+    """Add `g g^T` of gradients, `(windows, tokens, D)`, each channel times its scale."""
+    for window in gradients:
+        scaled = operand(window)
         if scale_D is not None:
             scaled = (scaled * scale_D.to(widen(scaled))).to(scaled.dtype)
         add_second_moment(total_DD, scaled)
+
+
+def _mean(run: DensePass, total_DD: Tensor) -> Tensor:
+    """What squares come to for each token that is traced, in the windows of all processes."""
     run.execution.ranks.all_reduce_(total_DD)
     return total_DD / run.traced_tokens

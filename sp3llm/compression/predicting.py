@@ -27,19 +27,25 @@ from sp3llm.planning.search import Losses
 _KEPT_RIDGE = 1e-9
 
 
-def predicted_losses(
+def predicted_losses(moments: Moments, shape: Shape, projected: float) -> Losses:
+    """What a shape loses, of which `projected` is what its projection does (`projection_loss`)."""
+    return Losses(projected, _units_loss(moments, shape), depth_loss(moments, shape))
+
+
+def projection_loss(
     dense: Checkpoint,
     family: Family,
     moments: Moments,
-    shape: Shape,
     projection: Projection,
     tokens: Tensor,
-) -> Losses:
-    """What a shape loses with a projection made for it; `tokens` are the calibration windows."""
-    stream = _stream_loss(dense, family, moments, projection)
+) -> float:
+    """What a projection leaves out of the stream, and of the table where that has a width of its
+    own, nats a token; `tokens` are the calibration windows.
+    """
+    lost = _stream_loss(dense, family, moments, projection)
     if projection.embedding_EJ is not None:
-        stream += _table_loss(dense, family, moments, projection, tokens)
-    return Losses(stream, _units_loss(moments, shape), depth_loss(moments, shape))
+        lost += _table_loss(dense, family, moments, projection, tokens)
+    return lost
 
 
 def _stream_loss(

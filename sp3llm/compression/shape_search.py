@@ -54,6 +54,8 @@ class _Search:
     lost but by fewer tokens."""
     projections: "dict[tuple, Projection]" = field(default_factory=dict)
     """By all sizes that a projection depends on: shapes that differ in the FFN share one."""
+    projected: "dict[tuple, float]" = field(default_factory=dict)
+    """What these leave out, nats a token, before any scale."""
 
 
 def least_units(job: Job) -> dict[str, int] | None:
@@ -143,15 +145,18 @@ def _predictions(found: _Search) -> "dict[Shape, Losses]":
 
 def _of_sizes(found: _Search, shape: "Shape") -> "Losses":
     """What a shape loses by all but fewer tokens."""
-    from sp3llm.compression.predicting import predicted_losses
+    from sp3llm.compression.predicting import predicted_losses, projection_loss
     from sp3llm.planning.search import Losses
 
     if found.job.is_whole(shape):
         return Losses(0.0, 0.0)
-    return predicted_losses(
-        *(found.job.dense, found.job.family, found.moments, shape),
-        *(_projection(found, shape), found.calibration),
-    )
+    sizes = _projected_sizes(found, shape)
+    if sizes not in found.projected:
+        projection = _projection(found, shape)
+        found.projected[sizes] = projection_loss(
+            found.job.dense, found.job.family, found.moments, projection, found.calibration
+        )
+    return predicted_losses(found.moments, shape, found.projected[sizes])
 
 
 def _of_tokens(found: _Search, shape: "Shape") -> float:
@@ -229,10 +234,7 @@ def _projection(found: _Search, shape: "Shape") -> "Projection":
     from sp3llm.compression.basis_choice import choose_basis
     from sp3llm.compression.refitter import solves_in
 
-    job, moments = found.job, found.moments
-    sizes = (shape.hidden_size, shape.word_embed_proj_dim, shape.tie_word_embeddings)
-    if moments.heads:  # the projection cuts heads too
-        sizes += (shape.num_key_value_heads, shape.head_dim)
+    job, moments, sizes = found.job, found.moments, _projected_sizes(found, shape)
     if sizes not in found.projections:
         basis = choose_basis(
             *(job.dense, job.family, moments, shape, found.calibration, job.settings.turn),
@@ -240,3 +242,11 @@ def _projection(found: _Search, shape: "Shape") -> "Projection":
         )
         found.projections[sizes] = same_basis_for_all(job, basis)[1]
     return found.projections[sizes]
+
+
+def _projected_sizes(found: _Search, shape: "Shape") -> tuple:
+    """The sizes of a shape that its projection depends on."""
+    sizes = (shape.hidden_size, shape.word_embed_proj_dim, shape.tie_word_embeddings)
+    if found.moments.heads:  # the projection cuts heads too
+        sizes += (shape.num_key_value_heads, shape.head_dim)
+    return sizes

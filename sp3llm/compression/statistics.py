@@ -35,7 +35,7 @@ class Moments:
     """By the axis that a writer reads, what all layers' writers lose with some of their units,
     after a refit: rows of the number of units, falling, and nats a token, `(points, 2)`."""
     columns: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
-    """What `basis_choice` has found of these, by hidden size."""
+    """What `basis_choice` has found of these: by hidden size, and the axes that all begin from."""
 
     def total(self) -> Tensor:
         """Sum over all sites, `(D, D)`."""

@@ -8,9 +8,12 @@ import math
 import torch
 from torch import Tensor
 
+from sp3llm.maths.products import multiply
+
 # Of the search for the subspace that costs least (`metric_basis`): steps at most; how often a step
 # is halved; the share of the promised decrease that a step must bring (Armijo's rule); and the
-# relative decrease below which the search ends, where the model no longer changes.
+# relative decrease below which, twice in a row, the search ends, where the model no longer changes.
+# Once is not enough: a step that was halved many times brings little, and the next may bring much.
 _STEPS = 60
 _HALVINGS = 30
 _SUFFICIENT_DECREASE = 1e-4
@@ -128,18 +131,20 @@ def metric_basis(
     ]
 
     def cost_and_gradient(y_DR: Tensor) -> tuple[Tensor, Tensor]:
-        cost, gradient_DR = y_DR.new_zeros(()), torch.zeros_like(y_DR)
+        # Summed in float64: what a step gains is far less than a float32 sum can tell.
+        cost = torch.zeros((), dtype=torch.float64, device=y_DR.device)
+        gradient_DR = torch.zeros_like(y_DR)
         for a_DD, c_DD in sites:
-            ay_DR, cy_DR = a_DD @ y_DR, c_DD @ y_DR
-            yay_RR, ycy_RR = y_DR.T @ ay_DR, y_DR.T @ cy_DR
-            cost = cost + (yay_RR * ycy_RR).sum()
-            gradient_DR += 2 * (ay_DR @ ycy_RR + cy_DR @ yay_RR)
+            ay_DR, cy_DR = multiply(a_DD, y_DR), multiply(c_DD, y_DR)
+            yay_RR, ycy_RR = multiply(y_DR.T, ay_DR), multiply(y_DR.T, cy_DR)
+            cost += (yay_RR * ycy_RR).sum(dtype=torch.float64)
+            gradient_DR += 2 * (multiply(ay_DR, ycy_RR) + multiply(cy_DR, yay_RR))
         return cost, _tangent(gradient_DR, y_DR)
 
     y_DR = vectors_DD[:, kept:].to(dtype)
     cost, gradient_DR = cost_and_gradient(y_DR)
     direction_DR = -gradient_DR
-    step = 1.0 / gradient_DR.norm().clamp_min(_LEAST_NORM)
+    step, idle = 1.0 / gradient_DR.norm().clamp_min(_LEAST_NORM), 0
     for _ in range(steps if gradient_DR.any() else 0):
         slope = (gradient_DR * direction_DR).sum()
         if slope >= 0:
@@ -152,12 +157,12 @@ def metric_basis(
             step = step / 2
         else:
             break
-        settled = cost - trial_cost < _SETTLED * cost
+        idle = idle + 1 if cost - trial_cost < _SETTLED * cost else 0
         change_DR = trial_gradient_DR - _tangent(gradient_DR, trial_DR)
         momentum = (trial_gradient_DR * change_DR).sum() / gradient_DR.square().sum()
         direction_DR = momentum.clamp_min(0) * _tangent(direction_DR, trial_DR) - trial_gradient_DR
         y_DR, cost, gradient_DR, step = trial_DR, trial_cost, trial_gradient_DR, step * 2
-        if settled:
+        if idle == 2:
             break
     z_DK = torch.linalg.qr(y_DR.double(), mode="complete")[0][:, y_DR.shape[1] :]
     total_DD = sum(moments_DD, torch.zeros_like(vectors_DD))
@@ -169,7 +174,7 @@ def _tangent(direction_DR: Tensor, y_DR: Tensor) -> Tensor:
     """The part of a direction, `(D, R)`, that is orthogonal to the columns of `y`: the rest only
     turns them within the subspace that they span.
     """
-    return direction_DR - y_DR @ (y_DR.T @ direction_DR)
+    return direction_DR - multiply(y_DR, multiply(y_DR.T, direction_DR))
 
 
 def _retracted(x_DR: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Carry a loss's gradient down through a stock model, a layer at a time, by its own forward."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,10 @@ from sp3llm.runtime.transfer import fetch, fetched, settle, store
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """Gradients of a loss in one layer, each `(windows, tokens, D)`, where the stream is."""
+    """Gradients of a loss in one layer, of some windows, each `(windows, tokens, D)`, in the dtype
+    of the stream, on the device that computes.
+    """
 
-    below: Tensor
-    """By the layer's input."""
     by_site: list[Tensor]
     """By what the readers of each site read: the norm's output, and in a post-norm family the
     stream itself, all that follows from it included."""
@@ -34,20 +34,17 @@ def backward_layer(
     tensors: Mapping[str, Tensor],
     stream: Stream,
     upstream: Tensor,
-) -> LayerGradients:
+) -> Iterator[tuple[slice, LayerGradients]]:
     """Carry a loss's gradient by the output of layer `index` down to its input, which `stream` is.
 
-    `upstream` is that gradient, `(windows, tokens, D)` like the stream, and `tensors` are the
-    layer's weights by their names on disk.
+    `upstream` is that gradient, `(windows, tokens, D)` like the stream, and becomes the one by the
+    input, in place, as batches are taken; `tensors` are the layer's weights by their names on disk.
+
+    Yields which windows a batch is of, and its gradients within the layer.
     """
     layer, family, execution = model.layer(index), model.family, model.execution
     norms = [layer.get_submodule(site.norm) for site in family.sites]
     taken = _taken_post_norm if family.post_norm else _taken_pre_norm
-
-    def stores(count: int) -> list[Tensor]:
-        return [torch.empty_like(stream.hidden) for _ in range(count)]
-
-    found = LayerGradients(stores(1)[0], stores(len(norms)), stores(len(norms)))
     windows = [slice(row, row + 1) for row in range(len(stream.hidden))]
     if stream.real is not None:  # rows that are padded alike go together
         windows = batches(stream.hidden, execution)
@@ -59,12 +56,10 @@ def backward_layer(
             output = output[0] if isinstance(output, tuple) else output
             upper = fetch(upstream[rows], execution.device)
             below, by_site, behind = taken(family, batch, (read, normalised, output), upper)
-            store(found.below[rows], below, execution.device)
-            for places, gradients in ((found.by_site, by_site), (found.behind, behind)):
-                for place, gradient in zip(places, gradients, strict=True):
-                    store(place[rows], gradient, execution.device)
+            store(upstream[rows], below, execution.device)
+            of_dtype = [[one.to(x.dtype) for one in some] for some in (by_site, behind)]
+            yield rows, LayerGradients(*of_dtype)
     settle(execution.device)
-    return found
 
 
 _Forward = tuple[list[Tensor], list[Tensor], Tensor]

@@ -141,11 +141,12 @@ def backward_head(
     """Gradients of the summed loss by the stream after the last layer and by the norm's output.
 
     Labels are drawn from the model's own distribution, each window's with its number, of those in
-    `windows`, as the seed. Both are `(windows, tokens, D)`, where `stream` is.
+    `windows`, as the seed. Both are `(windows, tokens, D)`, where streams are.
     """
     module, execution = model.module, model.execution
     generator = torch.Generator(execution.device)
-    by_stream, by_norm = torch.empty_like(stream.hidden), torch.empty_like(stream.hidden)
+    like = tuple(stream.hidden.shape), stream.hidden.dtype
+    by_stream, by_norm = (execution.empty_stream(*like) for _ in range(2))
     step = tokens_at_once(module.config.vocab_size)
     with materialized(module, _by_module(model, head), execution):
         norm = module.get_submodule(model.family.final_norm)

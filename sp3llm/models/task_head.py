@@ -102,9 +102,9 @@ def backward_answers(
     stream: Stream,
     windows: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by the stream after the last layer, `(windows, tokens, D)`, where it is, whose
-    second moments are the Fisher information of the answers; twice, since that stream is what the
-    head reads.
+    """Gradients by the stream after the last layer, `(windows, tokens, D)`, where streams are,
+    whose second moments are the Fisher information of the answers; twice, since that stream is
+    what the head reads.
 
     What is differentiated is `sum_c s_c sqrt(p_c) (z_c - sum_d p_d z_d)`, `p` the answer's
     distribution at a temperature and `s` random signs, from the number, of those in `windows`, of a
@@ -135,7 +135,7 @@ def _signed_gradients(
     """
     execution = model.execution
     generator = torch.Generator()
-    by_stream = torch.empty_like(stream.hidden)
+    by_stream = execution.empty_stream(tuple(stream.hidden.shape), stream.hidden.dtype)
     for rows in batches(stream.hidden, execution):
         x = fetch(stream.hidden[rows], execution.device).requires_grad_()
         values = values_of(rows, x)

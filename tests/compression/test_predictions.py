@@ -7,7 +7,7 @@ import torch
 
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.measuring import measure_dense
-from sp3llm.compression.predicting import predicted_losses
+from sp3llm.compression.predicting import predicted_losses, projection_loss
 from sp3llm.models import families
 from sp3llm.models.shapes import Shape
 from sp3llm.runtime.devices import Execution
@@ -28,7 +28,8 @@ def measured(tmp_path, tokens):
 
         def predict(shape):
             _, projection = choose_basis(checkpoint, family, moments, shape, tokens)
-            return predicted_losses(checkpoint, family, moments, shape, projection, tokens)
+            lost = projection_loss(checkpoint, family, moments, projection, tokens)
+            return predicted_losses(moments, shape, lost)
 
         return moments, predict, Shape.of(family, checkpoint.config)
 

@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.measuring import measure_dense
+from sp3llm.maths import basis
 from sp3llm.maths.basis import metric_basis
 from sp3llm.maths.losses import drawn_labels
+from sp3llm.maths.products import split_product
 from sp3llm.maths.refit import (
     add_to_gram,
     empty_gram,
@@ -239,6 +241,32 @@ def test_metric_basis_costs_less_than_pca_and_is_orthonormal(kept):
     assert found.shape == (12, kept)
 
 
+@pytest.mark.parametrize("on_units", [False, True], ids=["float32", "split"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_metric_basis_by_rounded_products_costs_as_little(seed, on_units, monkeypatch):
+    """In float32, and as GPUs take such products, of an ill-conditioned stream."""
+    moments, metrics = (
+        tuple(
+            turn @ torch.logspace(0, -decades, 96, dtype=torch.float64).diag() @ turn.T
+            for turn in (torch.linalg.qr(normal(96, 96, seed=at + 10 * seed))[0] for at in those)
+        )
+        for decades, those in ((6, (0, 1, 2)), (3, (3, 4, 5)))
+    )
+    vectors = torch.linalg.eigh(sum(moments))[1].flip(1)
+    exact = metric_cost(moments, metrics, metric_basis(moments, metrics, vectors, 72))
+    if on_units:
+        monkeypatch.setattr(
+            basis,
+            "multiply",
+            lambda left, right: split_product(
+                left.mT, right, lambda one, other: one.float() @ other.float()
+            ),
+        )
+    found = metric_basis(moments, metrics, vectors, 72, dtype=torch.float32)
+    assert metric_cost(moments, metrics, found) < 1.05 * exact
+    assert exact < 0.8 * metric_cost(moments, metrics, vectors[:, :72])
+
+
 def test_metric_basis_gives_up_exactly_what_nobody_reads():
     """A metric that sees 5 directions of 12, none of them loud: keeping those 5 costs nothing."""
     moment = torch.eye(12, dtype=torch.float64) + 0.05 * normal(12, 12) @ normal(12, 12).T
@@ -287,10 +315,10 @@ def test_streamed_gradients_equal_those_of_a_whole_backward(variant, tmp_path, t
     for index in (2, 1, 0):
         names = [n for n in checkpoint.files if n.startswith(f"model.layers.{index}.")]
         at = type(stream)(inputs[index], stream.calls)
-        found = backward_layer(shell, index, checkpoint.read(names), at, upstream)
-        upstream = found.below
-        for site, gradient in zip(family.sites, found.by_site, strict=True):
-            streamed[f"model.layers.{index}.{site.norm}"] = gradient
+        taken = backward_layer(shell, index, checkpoint.read(names), at, upstream)
+        by_window = [found.by_site for _, found in taken]
+        for site, gradients in zip(family.sites, zip(*by_window, strict=True), strict=True):
+            streamed[f"model.layers.{index}.{site.norm}"] = torch.cat(gradients)
 
     seen = {}
     for name in streamed:
