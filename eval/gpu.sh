@@ -24,7 +24,7 @@ if [[ ${1:-} == --dry-run ]]; then
     card="none (dry run)" results=$(mktemp -d) device=cpu
     tests='not gpu and not slow'
     small=(--shape tiny --samples 24 --seq-len 64)
-    layers=4
+    layers=(2 4)
     large=(--shape tiny --layers 1 --samples 24 --seq-len 64)
     places=(host disk)
     pair=(--hidden-size 64 --intermediate-size 128 --layers 2 --heads 4 --vocab-size 4096)
@@ -36,7 +36,7 @@ else
     results=eval/results/gpu-$(tr -cs '[:alnum:]\n' - <<<"${card,,}" | sed 's/^nvidia-//; s/-$//')
     tests=gpu
     small=(--shape llama-2-7b --samples 128 --seq-len 2048)
-    layers=32
+    layers=(4 16)
     large=(--shape llama-2-70b --layers 1 --samples 128 --seq-len 2048)
     places=(gpu host)
     pair=(--hidden-size 4096 --intermediate-size 11008 --layers 4 --heads 32 --vocab-size 32000)
@@ -70,19 +70,19 @@ step() {
 
 default='gradient, search (the default)'
 compress=("$python" eval/benchmarks/bench_compress.py --results "$results" --device "$device")
-step tests 95 "$python" -m pytest tests/test_gpu.py -m "$tests" -p no:cacheprovider
+step tests 123 "$python" -m pytest tests/test_gpu.py -m "$tests" -p no:cacheprovider
 tail -n 1 "$work/log" | sed 's/^/\n    tests: /' >"$work/tests"
-step "7b-streams-${places[0]}" 200 "${compress[@]}" --name "7b-streams-${places[0]}" \
-    "${small[@]}" --layers "$layers" --streams "${places[0]}" --only "$default"
+step "7b-streams-${places[0]}" 165 "${compress[@]}" --name "7b-streams-${places[0]}" \
+    "${small[@]}" --layers "${layers[@]}" --streams "${places[0]}" --only "$default"
 rm -rf "$work"/llama-*
-step 70b-layer 90 "${compress[@]}" --name 70b-layer "${large[@]}" --only 'gradient, width'
+step 70b-layer 92 "${compress[@]}" --name 70b-layer "${large[@]}" --only 'gradient, width'
 rm -rf "$work"/llama-*
-step "7b-streams-${places[1]}" 60 "${compress[@]}" --name "7b-streams-${places[1]}" \
+step "7b-streams-${places[1]}" 70 "${compress[@]}" --name "7b-streams-${places[1]}" \
     "${small[@]}" --layers 2 --streams "${places[1]}" --only "$default"
 rm -rf "$work"/llama-* "$work"/tiny-*
-step pair 28 "$python" eval/benchmarks/random_pair.py "$work/pair" "${pair[@]}" \
+step pair 25 "$python" eval/benchmarks/random_pair.py "$work/pair" "${pair[@]}" \
     --dtype bfloat16 --device "$device" --tokenizer
-step recovery 37 "$python" eval/benchmarks/recovery_speed.py --pair "$work/pair" \
+step recovery 35 "$python" eval/benchmarks/recovery_speed.py --pair "$work/pair" \
     --results "$results" --name recovery "${recovery[@]}" --device "$device"
 step speed 30 "$python" -m sp3llm bench "$work/pair/small" --against "$work/pair/dense" \
     "${prompts[@]}" --dtype bfloat16 --device "$device" --output "$results/speed.json"
