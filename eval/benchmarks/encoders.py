@@ -7,7 +7,8 @@ form first, then that many steps of distillation from the dense model; scores ar
 its validation rows, which decide nothing. Latencies are of the stock class on rows of 32 tokens, as
 parts of the dense model's in the same process. What is finished is not run again. `--starts` are
 what the steps start from: `compressed`, as it is; `without-layers`, which matches answers alone;
-`random`, the same shape with the weights that its class draws.
+`random`, the same shape with the weights that its class draws; `magnitude`, the same shape cut by
+magnitude. What is finished so far is written after every row.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from common import (
     with_own_names,
     write,
 )
+from magnitude_cut import cut_by_magnitude
 from rich.console import Console
 
 from sp3llm.compression.story import compress
@@ -40,7 +42,7 @@ from sp3llm.recovery.story import recover
 
 _ROW = 32  # tokens
 _TIMES = 15
-STARTS = ("compressed", "without-layers", "random")
+STARTS = ("compressed", "without-layers", "random", "magnitude")
 
 
 def latency(folders: list[Path], rows: int) -> list[float]:
@@ -100,6 +102,9 @@ def run(options: argparse.Namespace, keep: float, seed: int, start: str) -> dict
             begin = out
             if start == "random":
                 begin = drawn(out, options.work / f"{out.name}-drawn", seed)
+            if start == "magnitude":
+                cut = options.work / f"{out.name}-magnitude"
+                begin = cut_by_magnitude(Path(options.model), out, cut)
             recover(RecoverConfig(begin, options.model, out=tuned, **settings), console)
         score = record_of(tuned)["recoveries"][-1]["scores"][0]
         row["recovered"] = score["small"]
@@ -123,7 +128,14 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     ways = product(options.keep, options.starts, options.seeds)
-    rows = [run(options, keep, seed, start) for keep, start, seed in ways]
+    rows = []
+    for keep, start, seed in ways:
+        rows.append(run(options, keep, seed, start))
+        publish(options, rows)
+
+
+def publish(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write all rows down."""
     words = with_own_names(sys.argv[1:], options.name)
     found = {"command": command(__file__, words), "rows": rows, **surroundings("cpu")}
     cells = []
@@ -141,7 +153,9 @@ def main() -> None:
                 ", ".join(map(str, sizes)),
                 f"{plan['parameters']:,} ({100 * plan['keep_params']:.1f} %)",
                 f"{100 * dense:.2f}",
-                f"{100 * row['small']:.2f} ({100 * row['small'] / dense:.1f} %)",
+                f"{100 * row['small']:.2f} ({100 * row['small'] / dense:.1f} %)"
+                if row["start"] in ("compressed", "without-layers")
+                else "",
                 f"{100 * row['recovered']:.2f} ({100 * row['recovered'] / dense:.1f} %)"
                 if "recovered" in row
                 else "",

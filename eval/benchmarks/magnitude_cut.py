@@ -1,0 +1,76 @@
+"""A cut by magnitude, as a baseline: no data, no basis, nothing fitted.
+
+Channels of the stream, neurons and dimensions of heads stay whose weights have the most energy;
+all other rows and columns are left out.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sp3llm.compression.units import cut_units
+from sp3llm.models import families
+from sp3llm.models.checkpoint import open_model
+from sp3llm.models.families import Group
+
+
+def cut_by_magnitude(dense: Path, small: Path, out: Path) -> Path:
+    """A copy of the folder `small` whose weights are those of the encoder in `dense`, cut to its
+    shape, of which all layers stay; made once.
+    """
+    if out.is_dir():
+        return out
+    checkpoint, family = open_model(dense)
+    config = json.loads((small / "config.json").read_text())
+    before, after = (families.axis_sizes(family, one) for one in (checkpoint.config, config))
+    heads = families.setting(family, config, "num_attention_heads")
+    groups = families.groups(family, checkpoint.config)
+    tensors = [checkpoint.read(group.parameters) for group in groups]
+    energy_D = sum(
+        _energy(group, own, families.RESIDUAL, before)
+        for group, own in zip(groups, tensors, strict=True)
+    )
+    channels_K = _loudest(energy_D, after[families.RESIDUAL])
+    cut: dict[str, Tensor] = {}
+    for group, own in zip(groups, tensors, strict=True):
+        kept = cut_units(group, own, channels_K, {families.RESIDUAL: 1}, before)
+        if group.prefix:
+            neurons_F = _loudest(_energy(group, own, families.FFN, before), after[families.FFN])
+            kept = cut_units(group, kept, neurons_F, {families.FFN: 1}, before)
+            axes = (families.QUERY, families.KEY_VALUE)
+            energy_HE = sum(_energy(group, own, axis, before) for axis in axes).reshape(heads, -1)
+            each = after[families.QUERY] // heads
+            starts_H1 = torch.arange(heads)[:, None] * energy_HE.shape[1]
+            dims_P = (torch.stack([_loudest(one, each) for one in energy_HE]) + starts_H1).flatten()
+            kept = cut_units(group, kept, dims_P, dict.fromkeys(axes, 1), before)
+        cut |= kept
+    theirs = load_file(small / "model.safetensors")
+    if cut.keys() != theirs.keys() or any(cut[n].shape != theirs[n].shape for n in cut):
+        raise SystemExit(f"{small}: expected all layers and heads of {dense}, all of one size.")
+    shutil.copytree(small, out)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in cut.items()},
+        out / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return out
+
+
+def _energy(group: Group, tensors: dict[str, Tensor], axis: str, sizes: dict[str, int]) -> Tensor:
+    """Squares of all weights of a group, summed for each place of an axis."""
+    total = torch.zeros(sizes[axis], dtype=torch.float64)
+    for name, axes in group.parameters.items():
+        for dim, own in enumerate(axes):
+            if own == axis and name in tensors:
+                squares = tensors[name].double().square()
+                total += squares.sum([other for other in range(squares.ndim) if other != dim])
+    return total
+
+
+def _loudest(energy: Tensor, count: int) -> Tensor:
+    """The places of most energy, rising."""
+    return energy.topk(count).indices.sort().values
