@@ -89,7 +89,8 @@ def overview_of(settings: PlanConfig) -> Overview:
         folder, name, note = resolve_tokenizer(settings.model)
         config = read_config(folder)
     family = families.family_of(config)
-    notes = tuple(filter(None, (note, families.left_out_line(family, config))))
+    lines = (note, families.left_out_line(family, config), _pooler_line(family, config))
+    notes = tuple(filter(None, lines))
     check_encoder(family, settings.compression, compresses=False)
     stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     itemsize = _ITEMSIZES.get(stated.removeprefix("torch."), 2)
@@ -112,6 +113,20 @@ def overview_of(settings: PlanConfig) -> Overview:
     return Overview(
         *(name, notes, family, config, vocabulary, limits, shapes, costs),
         *(seq_len, needs, recovery_needs),
+    )
+
+
+def _pooler_line(family: Family, config: Mapping[str, Any]) -> str | None:
+    """A line to print where a pooler is counted that a checkpoint of the class which `config.json`
+    names may not hold: those that transformers saves do not.
+    """
+    without = families.as_stored(family, ())
+    if without is family or families.left_out_line(family, config) is None:
+        return None
+    pooler = families.count_parameters(family, config) - families.count_parameters(without, config)
+    return (
+        f"A pooler of {pooler:,} parameters is counted, which {config['architectures'][0]} has no "
+        "use for: a checkpoint without it has so many less, and none is made."
     )
 
 

@@ -238,8 +238,13 @@ def test_of_a_pretrained_encoder_the_encoder_is_written(place, pretrained, tmp_p
 
 
 def test_the_plan_tells_of_a_head_that_is_left_out(pretrained, capsys):
-    main(["plan", str(pretrained[0]), "--keep", "0.4", "--of", "encoder"])
-    assert capsys.readouterr().out.count(LEFT_OUT) == 1
+    """And of a pooler, which `config.json` does not say whether there is one of."""
+    folder, model = pretrained
+    main(["plan", str(folder), "--keep", "0.4", "--of", "encoder"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count(LEFT_OUT) == 1
+    counted = BertModel(model.config).num_parameters() - model.base_model.num_parameters()
+    assert f"A pooler of {counted:,} parameters is counted" in told
 
 
 @pytest.mark.parametrize(

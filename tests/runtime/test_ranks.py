@@ -98,6 +98,22 @@ def test_processes_make_what_one_makes(count, dense, alone, tmp_path):  # noqa: 
     assert [fit["ridge"] for fit in found["fits"]] == [fit["ridge"] for fit in expected["fits"]]
 
 
+def test_processes_that_no_device_is_named_to_search_as_one(dense, tmp_path):  # noqa: F811
+    """On CPUs; of the windows that trials are scored on the second process has none."""
+    device = "cpu" if torch.cuda.is_available() else "auto"
+    changes = {"samples": 6, "device": device}
+    alone, shared = (options_for(dense, tmp_path / name, **changes) for name in ("alone", "shared"))
+    process = FORKS.Process(target=run, args=(alone,))
+    process.start()
+    process.join()
+    assert together(2, shared) == [0, 0]
+    found, expected = (json.loads((one.out / RECORD).read_text()) for one in (shared, alone))
+    assert found["plan"] == expected["plan"]
+    losses = [[trial["trial_loss"] for trial in one["trials"]] for one in (found, expected)]
+    assert len(losses[0]) > 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
 def test_processes_leave_out_the_layers_that_one_does(dense, tmp_path):  # noqa: F811
     changes = {"num_hidden_layers": 2, "keep": 0.9, "allocate": "width"}
     alone, shared = (options_for(dense, tmp_path / name, **changes) for name in ("alone", "shared"))
