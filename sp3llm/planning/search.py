@@ -11,7 +11,7 @@ from sp3llm.models.shapes import Shape
 # Trials at most, and how much more than the best one a candidate may promise to lose and still be
 # worth one at first: predictions were right to a tenth (eval/NOTES.md). Later one that promises no
 # more than this beyond the best trial is worth one too.
-_MOST_TRIALS, _CLOSE, _AS_GOOD = 5, 1.3, 1.02
+_MOST_TRIALS, _CLOSE, _AS_GOOD = 5, 1.3, 1.03
 # How strongly scales are drawn towards each other, against one trial, and how small a share of the
 # common one each is at least: errors of trials cannot make a part of a loss a gain.
 _DRAWN, _LEAST_SHARE = 0.1, 0.1
