@@ -37,6 +37,9 @@ from magnitude_cut import cut_by_magnitude
 from rich.console import Console
 
 from sp3llm.compression.story import compress
+from sp3llm.models.families import family_of
+from sp3llm.models.shapes import Shape, cost_of
+from sp3llm.models.source import read_config
 from sp3llm.options import CompressConfig, RecoverConfig
 from sp3llm.recovery.story import recover
 
@@ -74,6 +77,13 @@ def drawn(small: Path, out: Path, seed: int) -> Path:
     return out
 
 
+def flops(folder: Path) -> int:
+    """Of a forward of one token among as many as latency is measured with."""
+    config = read_config(folder)
+    family = family_of(config)
+    return cost_of(family, config, Shape.of(family, config), _ROW).flops
+
+
 def run(options: argparse.Namespace, keep: float, seed: int, start: str) -> dict[str, Any]:
     """One size with one seed, from one start."""
     console = Console(file=sys.stdout, force_terminal=False)
@@ -109,6 +119,7 @@ def run(options: argparse.Namespace, keep: float, seed: int, start: str) -> dict
         score = record_of(tuned)["recoveries"][-1]["scores"][0]
         row["recovered"] = score["small"]
         row["error of the last"] = score["paired_standard_error"]
+    row["FLOPs"] = flops(out) / flops(Path(options.model))
     for rows in (1, 32):
         dense, small = latency([Path(options.model), out], rows)
         row[f"latency of {rows}"] = small / dense
@@ -161,13 +172,14 @@ def publish(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 else "",
                 f"{100 * row['error of the last']:.2f}",
                 f"{row['seconds']:.0f}",
+                f"{row['FLOPs']:.2f}",
                 f"{row['latency of 1']:.2f}, {row['latency of 32']:.2f}",
             ]
         )
     head = ["encoder kept", "start", "seed", "width, FFN, heads, layers", "all parameters"]
     head += [f"dense {rows[0]['metric']}", "closed form (of dense)"]
     head += [f"after {options.steps} steps", "± of the last, paired", "seconds to compress"]
-    head += ["latency, 1 and 32 rows, over dense"]
+    head += ["FLOPs over dense", "latency, 1 and 32 rows, over dense"]
     text = f"""# {Path(options.name).name}
 
     {found["command"]}
