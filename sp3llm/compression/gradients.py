@@ -70,6 +70,7 @@ def measure_gradients(run: DensePass) -> None:
         for number, (at_site, after) in enumerate(zip(by_site, behind, strict=True)):
             sums.add_site(index * sites + number, _mean(run, at_site))
             sums.add_behind(index * sites + number, _mean(run, after))
+        del inputs[index + 1 :]  # what was read of its file would stay in memory
         if journal.due():
             journal.save("gradient", done, {**sums.pack(), "upstream": upstream})
     sums.check_finite()
