@@ -90,10 +90,9 @@ def shapes_to_try(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float
     """Which candidates are worth a trial next; none: what is known is enough.
 
     At first those of a few mixes that promise most: the best, and the best of those that lose more
-    and less of it by the layers that go, and of those with all layers; and of those that lose more
-    and less by the stream, where the one with all layers does not; unless it is far behind, and
-    none where all are. Then one after the other whatever the scales that these have set promise to
-    be as good as the best of them, while there are trials left.
+    and less of it by the stream, and by the layers that go, and of those with all layers, unless it
+    is far behind; none where all are. Then one after the other whatever the scales that these have
+    set promise to be as good as the best of them, while there are trials left.
     """
     promised = expected(predicted, tried)
     untried = [shape for shape in predicted if shape not in tried]
@@ -109,20 +108,13 @@ def _first_tries(
     predicted: Mapping[Shape, Losses], promised: Mapping[Shape, float], best: Shape
 ) -> list[Shape]:
     """The first of `shapes_to_try`."""
-
-    def either_side(part: str) -> list[list[Shape]]:
+    sides: list[list[Shape]] = []
+    for part in ("stream", "depth"):
         at = getattr(predicted[best], part)
-        more = [shape for shape in predicted if getattr(predicted[shape], part) > at]
-        less = [shape for shape in predicted if getattr(predicted[shape], part) < at]
-        return [more, less]
-
-    whole: list[Shape] = []
+        sides.append([shape for shape in predicted if getattr(predicted[shape], part) > at])
+        sides.append([shape for shape in predicted if getattr(predicted[shape], part) < at])
     if predicted[best].depth > 0:  # both ends of that axis, whose scale is the least certain
-        whole = [shape for shape in predicted if predicted[shape].depth == 0]
-    all_layers = min(whole, key=promised.__getitem__, default=None)
-    # Of the stream that one tells as much as another that loses more, or less, by it.
-    by_stream = [side for side in either_side("stream") if all_layers not in side]
-    sides = [*by_stream, *either_side("depth"), whole]
+        sides.append([shape for shape in predicted if predicted[shape].depth == 0])
     others = dict.fromkeys(min(side, key=promised.__getitem__) for side in sides if side)
     close = [shape for shape in others if promised[shape] <= _CLOSE * promised[best]]
     close.sort(key=promised.__getitem__)
