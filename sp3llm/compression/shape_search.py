@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sp3llm.runtime.journal import Journal
     from sp3llm.text.examples import Examples
 
+FEWEST_WINDOWS = 4
+"""Fewer calibration windows, or rows, leave a trial nothing to be scored on."""
 # A trial sees windows this long at most.
 _TRIAL_TOKENS = 512
 # It fits on so many tokens for each input of the widest matrix, and on so many windows at least; so
@@ -221,7 +223,7 @@ def _shares(job: Job, windows: "Tensor | Examples") -> tuple[int, int, int]:
         if job.objective.evaluation_windows is not None:
             little = int(_LITTLE / (sizes[families.RESIDUAL] ** 2 * length))
             wanted = max(wanted, min(little, count // 2))
-            held = max(held, wanted // 8)
+            held = max(held, min(wanted // 8, count - wanted - unseen))
             unseen = min(max(unseen, little), count - wanted - held)
         return wanted, held, unseen
     unseen = max(1, count // 4)

@@ -1,6 +1,7 @@
 """What the dense pass predicts a shape to lose: curves, streams, tables, heads."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ import torch
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.compression.predicting import predicted_losses, projection_loss
+from sp3llm.compression.shape_search import _shares
 from sp3llm.models import families
+from sp3llm.models.families import FAMILIES
+from sp3llm.models.objectives.causal_lm import CAUSAL_LM
 from sp3llm.models.shapes import Shape
 from sp3llm.runtime.devices import Execution
 from tests.conftest import family_of_model, relative_error, save_model, tiny_model
@@ -104,3 +108,15 @@ def test_predictions_in_bfloat16_are_those_in_float32_but_for_rounding(variant, 
         moments, _, _ = measured(model, least, execution)
         found.append(moments.curves[families.FFN][:, 1])
     assert relative_error(found[1], found[0]) < 0.1
+
+
+@pytest.mark.parametrize("width", [64, 256, 1024])
+@pytest.mark.parametrize("length", [16, 512])
+def test_every_number_of_windows_leaves_trials_some_to_fit_choose_and_tell(width, length):
+    config = {"hidden_size": width, "intermediate_size": 8 * width, "num_attention_heads": 8}
+    dense = SimpleNamespace(config=config)
+    job = SimpleNamespace(family=FAMILIES["llama"], dense=dense, objective=CAUSAL_LM)
+    for count in (*range(4, 300), 4000):
+        shares = _shares(job, torch.zeros(count, length, dtype=torch.int64))
+        assert min(shares) >= 1
+        assert sum(shares) <= count
