@@ -13,11 +13,11 @@ from sp3llm.evaluation.comparison import Row, paired_standard_error
 from sp3llm.evaluation.task_answers import Questions, answers_of, questions_of
 from sp3llm.evaluation.task_metrics import metrics_of
 from sp3llm.models.objectives.schema import Objective
-from sp3llm.text.examples import joined
+from sp3llm.text.examples import Examples, joined
 from sp3llm.text.labels import Labels, class_numbers
 from sp3llm.text.task_rows import evaluation_rows
-from sp3llm.text.task_sets import TaskSet, usual_length
-from sp3llm.text.tasks import Task
+from sp3llm.text.task_sets import TaskSet
+from sp3llm.text.tasks import Task, usual_length
 
 if TYPE_CHECKING:
     from rich.progress import Progress

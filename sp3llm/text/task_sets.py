@@ -16,10 +16,6 @@ from sp3llm.text.labels import Labels, label_numbers
 from sp3llm.text.task_rows import Row, training_rows
 from sp3llm.text.tasks import SPAN, Task
 
-# Tokens a row at most where nothing else is said: sentences, and SQuAD's contexts.
-_USUAL_LENGTH = {SPAN: 384}
-_SENTENCES = 128
-
 
 @dataclass(frozen=True)
 class TaskSet:
@@ -52,11 +48,6 @@ class TaskSet:
             "sha256": self.sha256,
             "real_tokens": self.tokens.tokens,
         }
-
-
-def usual_length(kind: str) -> int:
-    """Tokens a row at most, where nothing else is said."""
-    return _USUAL_LENGTH.get(kind, _SENTENCES)
 
 
 def drawn(

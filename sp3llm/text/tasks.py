@@ -13,6 +13,9 @@ from sp3llm.errors import UserError
 CLASSES, VALUE, SPAN = "classes", "value", "span"
 """What is predicted of a row: a class, a number, or where in a text its answer stands."""
 _PREDICTED = {CLASSES: "classes", VALUE: "values", SPAN: "answers in a text"}
+# Tokens a row at most where nothing else is said: sentences, and SQuAD's contexts.
+_USUAL_LENGTH = {SPAN: 384}
+_SENTENCES = 128
 
 # Of files that are read by `datasets`: what it calls the format, and how it is told.
 FORMATS: Mapping[str, tuple[str, Mapping[str, object]]] = {
@@ -120,6 +123,11 @@ TASKS: Mapping[str, Task] = {
         _squad("squad"),
     )
 }
+
+
+def usual_length(kind: str) -> int:
+    """Tokens a row at most, where nothing else is said."""
+    return _USUAL_LENGTH.get(kind, _SENTENCES)
 
 
 def resolve_task(words: str) -> Task:

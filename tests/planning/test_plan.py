@@ -2,18 +2,27 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp3llm.errors import UserError
-from sp3llm.models.families import FAMILIES, count_largest_layer, count_parameters
+from sp3llm.evaluation.task_scores import row_length
+from sp3llm.models.families import (
+    FAMILIES,
+    count_largest_layer,
+    count_parameters,
+    family_of,
+)
 from sp3llm.models.shapes import Shape, cost_of, resized_config
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.fewer_rows import with_fewer_rows
 from sp3llm.planning.limits import Limits, Plan, plan_of, width_multiple
 from sp3llm.planning.search import Losses, choose, expected, shapes_to_try
+from sp3llm.planning.windows import window_length
+from sp3llm.text.tasks import CLASSES, SPAN, task_for
 
 LLAMA_2_7B = {"model_type": "llama", "num_attention_heads": 32}
 SMOLLM = {
@@ -108,6 +117,17 @@ def test_heads_must_divide_a_multiple_given_by_hand():
         width_plan(FAMILIES["llama"], SMOLLM, 0.75, multiple_of=8)
     plan = width_plan(FAMILIES["llama"], SMOLLM, 0.75, multiple_of=9)
     assert plan.shape.hidden_size % 9 == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), [("SequenceClassification", CLASSES), ("QuestionAnswering", SPAN)]
+)
+@pytest.mark.parametrize(("model_type", "name"), [("bert", "Bert"), ("distilbert", "DistilBert")])
+def test_memory_is_planned_for_rows_as_long_as_those_that_are_read(model_type, name, task, kind):
+    config = {"model_type": model_type, "architectures": [f"{name}For{task}"]}
+    planned = window_length(family_of(config), config, None)
+    asked = task_for("sst2" if kind == CLASSES else "squad", kind)
+    assert planned == row_length(asked, config, SimpleNamespace(model_max_length=512), None)
 
 
 def test_a_budget_below_the_smallest_shape_says_what_that_is():
