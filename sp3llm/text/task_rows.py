@@ -109,9 +109,10 @@ def _read(task: Task, place: str | Path) -> list[Row]:
 
 def _check_answers(answers: Any, context: str, origin: str, name: str) -> None:
     """Raise UserError where answers are not as SQuAD has them."""
-    is_known = isinstance(answers, dict) and {"text", "answer_start"} <= answers.keys()
-    texts, starts = (answers["text"], answers["answer_start"]) if is_known else ([], [])
-    if not is_known or not texts or len(texts) != len(starts):
+    known = answers if isinstance(answers, dict) else {}
+    texts, starts = known.get("text"), known.get("answer_start")
+    is_known = _holds(texts, str) and _holds(starts, int)
+    if not is_known or len(texts) != len(starts):
         raise UserError(
             f"Expected answers as '{name}' in {origin}, lists 'text' and 'answer_start' of one "
             f"entry at least, found {_found(answers)}: write them as SQuAD does, or leave the row "
@@ -124,6 +125,11 @@ def _check_answers(answers: Any, context: str, origin: str, name: str) -> None:
                 f"{origin}, found {_found(context[start : start + len(text)])}: mend the row, or "
                 "leave it out."
             )
+
+
+def _holds(values: Any, kind: type) -> bool:
+    """Whether values are a list of one entry at least, each of a kind."""
+    return isinstance(values, list) and bool(values) and all(isinstance(v, kind) for v in values)
 
 
 def _table(task: Task, place: str | Path) -> Any:

@@ -179,6 +179,11 @@ def task_for(words: str, kind: str) -> Task:
     Raises UserError, too, if the task asks for something else.
     """
     task = resolve_task(words)
+    if task.kind is None and kind == SPAN and len(task.columns) != 2:
+        raise UserError(
+            "Expected three columns with the file of a task of answers in a text, which the model "
+            f"predicts, as {task.name}:question,context,answers, found '{words}': name them."
+        )
     if task.kind is None:
         return replace(task, kind=kind)
     if task.kind != kind:

@@ -285,12 +285,22 @@ def test_what_no_task_asks_for_is_refused(config):
         model_labels(config)
 
 
+def test_a_file_of_answers_has_a_question_and_a_context(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"context": "the film", "answers": {}}])
+    with pytest.raises(UserError, match="Expected three columns with the file of a task of answ"):
+        task_for(f"{path}:context,answers", SPAN)
+
+
 @pytest.mark.parametrize(
     "answers",
     [
         {"text": ["plot"], "answer_start": [0]},
         {"text": [], "answer_start": []},
         {"text": ["film"]},
+        {"text": "film", "answer_start": 4},
+        {"text": ["film"], "answer_start": ["4"]},
+        {"text": [None], "answer_start": [4]},
+        {"text": ["film"], "answer_start": [None]},
         "film",
     ],
 )
