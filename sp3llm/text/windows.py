@@ -91,11 +91,13 @@ def pack(
         return
     separator = "\n\n" if join == "eos" else join
     run: list[str] = []
+    length = 0
     for document in documents:
         run.append(document)
-        if sum(map(len, run)) >= _RUN_CHARS:
+        length += len(document)
+        if length >= _RUN_CHARS:
             yield encode(tokenizer, separator.join(run) + separator)
-            run = []
+            run, length = [], 0
     if run:
         yield encode(tokenizer, separator.join(run) + separator)
 
@@ -123,9 +125,10 @@ def cut_windows(
     pending: list[int] = []
     for run in runs:
         pending.extend(run)
-        while len(pending) >= body:
-            yield head + pending[:body]
-            pending = pending[body:]
+        whole = len(pending) - len(pending) % body
+        for start in range(0, whole, body):
+            yield head + pending[start : start + body]
+        del pending[:whole]
 
 
 def calibration_windows(

@@ -23,7 +23,7 @@ from sp3llm.text.sources import (
 )
 from sp3llm.text.split import PARTS, content_hash, part_of
 from sp3llm.text.stdlib import stdlib_documents
-from sp3llm.text.tokenizer import adds_bos
+from sp3llm.text.tokenizer import adds_bos, encode
 from sp3llm.text.windows import calibration_windows, cut_windows, evaluation_windows, pack
 from tests.helpers import BOS, EOS, byte_tokenizer
 
@@ -193,6 +193,20 @@ def test_tokenizer_without_eos_separates_documents_by_a_blank_line():
     tokenizer = byte_tokenizer(eos=False)
     (packed,) = pack(["one", "two"], tokenizer, "eos")
     assert tokenizer.decode(packed) == "one\n\ntwo\n\n"
+
+
+def test_packing_looks_at_every_document_a_few_times(tokenizer):
+    looked = []
+
+    class Counted(str):
+        def __len__(self):
+            looked.append(self)
+            return super().__len__()
+
+    documents = [Counted(f"{number}") for number in range(400)]
+    (packed,) = pack(documents, tokenizer, "\n\n")
+    assert packed == encode(tokenizer, "\n\n".join([*documents, ""]))
+    assert len(looked) <= 4 * len(documents)
 
 
 def test_cut_windows_does_not_care_how_the_text_is_divided_into_runs():
