@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from sp3llm.vocabulary.wanted import Wanted
 
 
-# Fewer calibration windows leave a trial of the search nothing to be scored on.
-_FEWEST_TRIAL_WINDOWS = 4
 # A mask is learned on the whole model, its activations apart: it and its largest table twice.
 _ROOM_TO_LEARN = 1.25
 
@@ -34,6 +32,7 @@ def prepare(
     `wanted` is what another process has read of the text that the vocabulary is chosen by.
     """
     from sp3llm.compression.refitter import held_back_from
+    from sp3llm.compression.shape_search import FEWEST_WINDOWS
     from sp3llm.compression.vocabulary import vocabularies_of
     from sp3llm.evaluation.harness import check_scoring
     from sp3llm.evaluation.task_metrics import check_installed
@@ -110,9 +109,9 @@ def prepare(
             check_not_input(out, path, f"the text '{text}'")
     if settings.refit:
         held_back_from(settings.calibrated)
-    if not learned and len(shapes) > 1 and settings.calibrated < _FEWEST_TRIAL_WINDOWS:
+    if not learned and len(shapes) > 1 and settings.calibrated < FEWEST_WINDOWS:
         raise UserError(
-            f"The search for a shape needs at least {_FEWEST_TRIAL_WINDOWS} calibration windows, "
+            f"The search for a shape needs at least {FEWEST_WINDOWS} calibration windows, "
             f"found {settings.calibrated}: raise --samples, or leave nothing to search for with "
             "--allocate width, --tie keep and, for OPT, --head-dim."
         )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sp3llm.compression.figures import stock_model
 from sp3llm.compression.job import Job
+from sp3llm.errors import UserError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -38,8 +39,8 @@ def task_of(job: Job) -> "tuple[Task, Labels]":
 def read_rows(job: Job) -> TaskRows:
     """Training rows to calibrate on, and the validation rows.
 
-    Raises UserError if a row is not as the task says, or the tokenizer has ids that the model has
-    not.
+    Raises UserError if a row is not as the task says, there are too few, or the tokenizer has ids
+    that the model has not.
     """
     from sp3llm.compression.sentences import read_texts_of_rows
     from sp3llm.evaluation.task_scores import reported, row_length
@@ -48,7 +49,7 @@ def read_rows(job: Job) -> TaskRows:
 
     if job.objective.labels is None:
         rows = TaskRows(*read_texts_of_rows(job))
-        _check_ids(job, rows.calibration)
+        _check(job, rows)
         return rows
     task, labels = task_of(job)
     tokenizer = load_row_tokenizer(job.dense.folder)
@@ -56,16 +57,28 @@ def read_rows(job: Job) -> TaskRows:
     held_out = reported(task, labels, tokenizer, seq_len)
     settings, known = job.settings, held_out.documents
     calibration = drawn(task, tokenizer, settings.calibrated, seq_len, settings.seed, known)
-    _check_ids(job, calibration)
-    return TaskRows(calibration, held_out)
+    rows = TaskRows(calibration, held_out)
+    _check(job, rows)
+    return rows
 
 
-def _check_ids(job: Job, calibration: "TaskSet") -> None:
+def _check(job: Job, rows: TaskRows) -> None:
+    """Raise UserError where rows are too few for what is made of them, or not for the model."""
+    from sp3llm.compression.shape_search import FEWEST_WINDOWS
     from sp3llm.models import families
     from sp3llm.text.windows import check_token_ids
 
+    found, least = len(rows.calibration.tokens), 1
+    if job.settings.refit:  # which holds some back
+        least = 2 if len(job.shapes) == 1 else FEWEST_WINDOWS
+    if found < least:
+        raise UserError(
+            f"Expected at least {least} training rows to calibrate on in '{job.settings.task}', "
+            f"found {found}: give the task more rows."
+        )
     vocab_size = families.axis_sizes(job.family, job.dense.config)[families.VOCAB]
-    check_token_ids((calibration,), vocab_size, job.dense.folder)
+    batches = (rows.calibration.tokens, rows.held_out.tokens)
+    check_token_ids(batches, vocab_size, job.dense.folder)
 
 
 def task_answers(

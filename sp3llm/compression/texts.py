@@ -91,7 +91,7 @@ def read_texts(job: Job) -> "tuple[Windows, HeldOut]":
     )
     for checkpoint, windows in ((dense, calibration), (job.original, held_out.windows)):
         vocab_size = families.axis_sizes(family, checkpoint.config)[families.VOCAB]
-        check_token_ids([windows], vocab_size, dense.folder)
+        check_token_ids([windows.tokens], vocab_size, dense.folder)
     return calibration, held_out
 
 

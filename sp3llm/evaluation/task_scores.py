@@ -46,6 +46,11 @@ class Reported:
         return frozenset().union(*(asked.documents for asked in self.splits.values()))
 
     @property
+    def tokens(self) -> Examples:
+        """The rows, or stretches of contexts, of all splits, one split after the other."""
+        return joined([asked.examples for asked in self.splits.values()])
+
+    @property
     def examples(self) -> int:
         """How many rows, or stretches of contexts, a model is run on."""
         return sum(len(asked.examples) for asked in self.splits.values())
@@ -64,8 +69,7 @@ class Reported:
 
     def describe(self) -> dict[str, Any]:
         """What `sp3llm.json` records of these rows."""
-        examples = joined([asked.examples for asked in self.splits.values()])
-        return TaskSet(examples, self.task.sources, self.documents).describe()
+        return TaskSet(self.tokens, self.task.sources, self.documents).describe()
 
 
 def reported(task: Task, labels: Labels, tokenizer: Any, seq_len: int) -> Reported:

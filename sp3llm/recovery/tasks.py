@@ -79,7 +79,8 @@ def draw_rows(settings: RecoverConfig, pair: Pair) -> Texts:
     known = held_out.documents | training.documents
     stopping = draw(task, tokenizer, settings.stop_windows, seq_len, 0, known, True, learned)
     vocab_size = families.axis_sizes(pair.family, pair.small.config)[families.VOCAB]
-    check_token_ids((training, stopping), vocab_size, pair.small.folder)
+    batches = (training.tokens, stopping.tokens, held_out.tokens)
+    check_token_ids(batches, vocab_size, pair.small.folder)
     return Texts(training, stopping, held_out)
 
 

@@ -88,7 +88,7 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
         (pair.dense_family, pair.dense, (evaluation,)),
     ):
         vocab_size = families.axis_sizes(family, model.config)[families.VOCAB]
-        check_token_ids(windows, vocab_size, model.folder)
+        check_token_ids([some.tokens for some in windows], vocab_size, model.folder)
     return Texts(training, stopping, held_out)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.errors import UserError
-from sp3llm.text.batches import token_ids
+from sp3llm.text.batches import Batch, token_ids
 from sp3llm.text.rows import chat_render
 from sp3llm.text.sources import TextSource, read_documents, read_hub, resolve_source, split_names
 from sp3llm.text.split import content_hash, is_for_stopping
@@ -26,8 +26,6 @@ from sp3llm.text.tokenizer import adds_bos, encode
 
 if TYPE_CHECKING:
     import torch
-
-    from sp3llm.text.task_sets import TaskSet
 
 Encode = Callable[[Any, str], list[int]]
 """What makes token ids of a text, called with a tokenizer and the text."""
@@ -272,13 +270,11 @@ def training_windows(
     return _joined(parts, recipe)
 
 
-def check_token_ids(
-    windows: "Iterable[Windows | TaskSet]", vocab_size: int, tokenizer_folder: Path
-) -> None:
+def check_token_ids(batches: "Iterable[Batch]", vocab_size: int, tokenizer_folder: Path) -> None:
     """Raise UserError if windows, or rows of a task, hold token ids that a model with `vocab_size`
     of them lacks.
     """
-    largest = max(token_ids(some.tokens).max().item() for some in windows)
+    largest = max(token_ids(batch).max().item() for batch in batches)
     if largest >= vocab_size:
         raise UserError(
             f"Expected token ids below the model's vocab_size {vocab_size}, found {largest}: the "

@@ -22,7 +22,7 @@ from sp3llm.planning.limits import Limits
 from sp3llm.reporting.origins import find_dense
 from sp3llm.reporting.record import read_record
 from tests.helpers import QUIET, WITHOUT_SP3LLM
-from tests.tasks import opinion_folder, tiny_encoder
+from tests.tasks import opinion_folder, opinions, tiny_encoder, word_tokenizer, write_jsonl
 
 pytest.importorskip("sklearn")
 
@@ -150,6 +150,22 @@ def test_what_an_encoder_is_not_asked_for_is_refused(words, said, place, refused
     words = [word.format(task=f"sst2={place / 'task'}") for word in words]
     told = refused("compress", place / "dense", "--out", tmp_path / "out", *words)
     assert said in told
+
+
+def test_too_few_rows_to_try_shapes_on_are_refused(place, refused, tmp_path):
+    opinion_folder(tmp_path / "task", train=3)
+    words = ("--task", f"sst2={tmp_path / 'task'}", "--keep", "0.4", "--of", "encoder")
+    told = refused("compress", place / "dense", "--out", tmp_path / "out", *words)
+    assert "Expected at least 4 training rows to calibrate on in 'sst2=" in told
+
+
+def test_rows_to_be_reported_on_with_tokens_of_another_model_are_refused(refused, tmp_path):
+    tiny_encoder(tmp_path / "dense", vocab_size=len(word_tokenizer()) - 1)  # none for "59"
+    write_jsonl(tmp_path / "task" / "train.jsonl", opinions(50, 1))
+    write_jsonl(tmp_path / "task" / "validation.jsonl", opinions(60, 2))
+    words = ("--task", f"sst2={tmp_path / 'task'}", "--keep", "0.4", "--of", "encoder")
+    told = refused("compress", tmp_path / "dense", "--out", tmp_path / "out", *words)
+    assert "Expected token ids below the model's vocab_size" in told
 
 
 def test_a_decoder_has_no_task_and_no_encoder(refused, tmp_path):
