@@ -156,18 +156,20 @@ def _pooled(stream: Stream, rows: slice, x: Tensor) -> Tensor:
 @torch.no_grad()
 def pooled_distances(small: End, dense: End) -> Tensor:
     """How far the small model's cosines between pooled rows are from the dense one's, `(rows, 1)`,
-    float64: the mean squared difference over the other rows of a batch. Pooled rows themselves have
-    other widths.
+    float64: the mean squared difference over the other rows, however many go through a layer at
+    once. Pooled rows themselves have other widths.
     """
-    execution, hidden = dense.model.execution, dense.stream.hidden
-    found = torch.empty((len(hidden), 1), dtype=torch.float64)
-    for rows in batches(hidden, execution):
-        cosines = []
-        for end in (small, dense):
-            pooled = _pooled(end.stream, rows, fetch(end.stream.hidden[rows], execution.device))
-            cosines.append(pooled @ pooled.T)
-        far = (cosines[0] - cosines[1]).double().square().sum(1) / max(1, len(cosines[0]) - 1)
-        found[rows] = far[:, None].cpu()
+    execution, cosines = dense.model.execution, []
+    for end in (small, dense):
+        hidden = end.stream.hidden
+        pooled = [
+            _pooled(end.stream, rows, fetch(hidden[rows], execution.device)).double().cpu()
+            for rows in batches(hidden, execution)
+        ]
+        pooled_RD = torch.cat(pooled) if pooled else torch.empty((0, 1), dtype=torch.float64)
+        cosines.append(pooled_RD @ pooled_RD.T)
+    far_RR = (cosines[0] - cosines[1]).square()
+    found = far_RR.sum(1, keepdim=True) / max(1, len(far_RR) - 1)
     _check(found)
     return found
 

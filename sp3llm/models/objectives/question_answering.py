@@ -13,7 +13,8 @@ from sp3llm.text.examples import Examples
 from sp3llm.text.labels import Labels
 from sp3llm.text.tasks import SPAN
 
-# The logit of a token of padding, where no answer begins or ends: no probability, and no NaN.
+# The logit of a token of padding, where no answer begins or ends: no probability, and no NaN. Of
+# float16, which ends before, its least number.
 _NEVER = -1e9
 
 
@@ -24,7 +25,8 @@ def _labels(_: Mapping[str, Any]) -> Labels:
 def _logits(output: Any, batch: Examples) -> Tensor:
     """`(rows, 2, tokens)`: over the tokens of a row where the answer begins, and where it ends."""
     logits_B2S = torch.stack([output.start_logits, output.end_logits], 1)
-    return logits_B2S.masked_fill(batch.attention_mask[:, None] == 0, _NEVER)
+    never = max(_NEVER, torch.finfo(logits_B2S.dtype).min)
+    return logits_B2S.masked_fill(batch.attention_mask[:, None] == 0, never)
 
 
 def _learning_loss(logits_B2S: Tensor, batch: Examples) -> Tensor:
