@@ -185,13 +185,18 @@ class RecoverConfig:
                 "Expected the teacher itself for --hidden-weight, found --teacher-logits, which "
                 "holds no hidden states: leave one out."
             )
-        given = [name for name in _OF_TEXT if getattr(self, name) is not None]
-        if self.task is not None and given:
+        if self.task is not None and self.of_text is not None:
             raise UserError(
-                f"Expected no {flag(given[0])} with --task, whose rows are learned from, decide "
+                f"Expected no {self.of_text} with --task, whose rows are learned from, decide "
                 "when to stop and are reported on, found both: leave one out."
             )
         check_recovery_device(self.device)
+
+    @property
+    def of_text(self) -> str | None:
+        """The first option that was given of those that are about text; None: none was."""
+        given = (flag(name) for name in _OF_TEXT if getattr(self, name) is not None)
+        return next(given, None)
 
     @property
     def checked_every(self) -> int:

@@ -179,8 +179,18 @@ def resolved(settings: RecoverConfig, objective: "Objective") -> RecoverConfig:
     """The settings with the objective's own where nothing was asked for, but for the steps where
     those follow from how many rows there are.
 
-    Raises UserError where they do not go together.
+    Raises UserError where they are for something else.
     """
+    if objective.labels is None and settings.task is not None:
+        raise UserError(
+            "Expected an encoder for --task, found a model that continues text, which text is "
+            "learned from: leave it out, or name text with --train."
+        )
+    if objective.labels is not None and settings.of_text is not None:
+        raise UserError(
+            f"Expected no {settings.of_text} for an encoder, which learns from a task's rows: "
+            "leave it out."
+        )
     recipe = objective.recipe
     names = ("steps", "temperature", "kl_weight", "hidden_weight", "stop_windows", "patience")
     silent = {name: getattr(recipe, name) for name in names if getattr(settings, name) is None}

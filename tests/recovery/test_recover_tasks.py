@@ -14,6 +14,7 @@ from sp3llm.cli import main
 from sp3llm.errors import UserError
 from sp3llm.maths.losses import stream_error
 from sp3llm.models.basis_file import BASIS, write_basis
+from sp3llm.models.objectives.causal_lm import CAUSAL_LM
 from sp3llm.models.objectives.sequence_classification import SEQUENCE_CLASSIFICATION
 from sp3llm.options import RecoverConfig
 from sp3llm.recovery import training
@@ -112,6 +113,16 @@ def test_the_objective_decides_what_was_not_asked_for(place):
     asked = RecoverConfig("a", "b", temperature=1.5, hidden_weight=0.0)
     assert resolved(asked, SEQUENCE_CLASSIFICATION).temperature == 1.5
     assert resolved(asked, SEQUENCE_CLASSIFICATION).hidden_weight == 0
+
+
+@pytest.mark.parametrize("name", ["train", "stop_text", "eval_text", "teacher_logits"])
+def test_what_is_of_text_is_refused_where_the_record_names_the_task(name):
+    config = RecoverConfig("a", "b", **{name: "x"})
+    with pytest.raises(UserError, match=f"Expected no --{name.replace('_', '-')} for an encoder"):
+        resolved(config, SEQUENCE_CLASSIFICATION)
+    assert getattr(resolved(config, CAUSAL_LM), name) == "x"
+    with pytest.raises(UserError, match="Expected an encoder for --task"):
+        resolved(RecoverConfig("a", "b", task="sst2"), CAUSAL_LM)
 
 
 @pytest.mark.parametrize("hidden_weight", [0.0, 0.7])
