@@ -126,8 +126,10 @@ class StatesTap:
 
     def __init__(self, model: nn.Module) -> None:
         self._streams: Sequence[Tensor] = ()
-        model.register_forward_pre_hook(self._ask, with_kwargs=True)
-        model.register_forward_hook(self._keep)
+        # Not on the model itself: with adapters most releases of peft call it past all hooks.
+        encoder = model.base_model
+        encoder.register_forward_pre_hook(self._ask, with_kwargs=True)
+        encoder.register_forward_hook(self._keep)
 
     def _ask(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         return args, {**kwargs, "output_hidden_states": True}

@@ -184,9 +184,12 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(run, tmp_path, monkeypa
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_adapters_and_spans_are_recovered_too(tmp_path, run):
-    pytest.importorskip("peft")
-    run(out="adapters", lora=2, steps=2)
+def test_adapters_and_spans_are_recovered_too(tmp_path, run, monkeypatch):
+    peft = pytest.importorskip("peft")
+    with monkeypatch.context() as patch:  # as in the releases from 0.15 on
+        called = peft.tuners.tuners_utils.BaseTuner
+        patch.setattr(called, "forward", lambda self, *a, **k: self.model.forward(*a, **k))
+        run(out="adapters", lora=2, steps=2)
     rows = [
         {"question": f"is {n} ?", "context": f"the film was {n} very", "answers": {
             "text": [str(n)], "answer_start": [13]}} for n in range(40)
