@@ -77,8 +77,8 @@ def cosine_figures(
     the dense model's.
     """
     import torch
-    from scipy import stats
 
+    from sp3llm.evaluation.task_metrics import correlation
     from sp3llm.reporting.record import TaskFigure
 
     cosines = [
@@ -93,10 +93,10 @@ def cosine_figures(
             metric=f"{name} of cosines",
             samples=len(cosines[0]),
             dense=1.0,
-            small=float(correlation(*pairs).statistic),
+            small=correlation(found, *pairs),
             paired_standard_error=None,
         )
-        for name, correlation in (("Pearson", stats.pearsonr), ("Spearman", stats.spearmanr))
+        for name, found in (("Pearson", "pearsonr"), ("Spearman", "spearmanr"))
     )
 
 

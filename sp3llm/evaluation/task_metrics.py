@@ -100,18 +100,19 @@ def _matthews(pairs: Sequence[tuple[int, int]]) -> float:
 
 
 def _pearson(pairs: Sequence[tuple[float, float]]) -> float:
-    return _correlation("pearsonr", pairs)
+    return correlation("pearsonr", *_columns(pairs))
 
 
 def _spearman(pairs: Sequence[tuple[float, float]]) -> float:
-    return _correlation("spearmanr", pairs)
+    return correlation("spearmanr", *_columns(pairs))
 
 
-def _correlation(name: str, pairs: Sequence[tuple[float, float]]) -> float:
-    """0 where answers or truths are all the same, which no correlation is defined for."""
+def correlation(name: str, found: np.ndarray, true: np.ndarray) -> float:
+    """What scipy calls by that name; 0 where one of both is all the same, which no correlation is
+    defined for.
+    """
     from scipy import stats
 
-    found, true = _columns(pairs)
     if np.ptp(found) == 0 or np.ptp(true) == 0:
         return 0.0
     return float(getattr(stats, name)(found, true).statistic)

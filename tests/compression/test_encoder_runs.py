@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from sp3llm.cli import main
-from sp3llm.compression import stages
+from sp3llm.compression import sentences, stages
 from sp3llm.compression.story import compress
 from sp3llm.models.families import count_layer_matrices, family_of
 from sp3llm.options import CompressConfig
@@ -201,6 +202,14 @@ def test_a_sentence_encoder_keeps_its_pooling_and_most_of_its_cosines(place, tmp
     kept = json.loads((tmp_path / "small" / "1_Pooling" / "config.json").read_text())
     assert kept == {"word_embedding_dimension": 24, "pooling_mode_mean_tokens": True}
     assert json.loads((tmp_path / "small" / "modules.json").read_text()) == modules
+
+
+def test_cosines_that_are_all_the_same_have_a_figure(monkeypatch):
+    same = torch.ones(3, 3, dtype=torch.float64)
+    monkeypatch.setattr(sentences, "_cosines", lambda *_: same)
+    held_out = SimpleNamespace(tokens=None, sources=("sst2",))
+    figures = sentences.cosine_figures(SimpleNamespace(dense=None), held_out, None, None)
+    assert [figure.small for figure in figures] == [0.0, 0.0]
 
 
 STATES_ELSEWHERE = (
