@@ -42,7 +42,7 @@ def prepare(
     from sp3llm.models.sentence_modules import check_modules
     from sp3llm.models.source import resolve_model
     from sp3llm.models.stock import empty_model
-    from sp3llm.planning.candidates import candidates
+    from sp3llm.planning.candidates import candidates, without_trials
     from sp3llm.planning.encoders import check_encoder
     from sp3llm.planning.fewer_rows import with_fewer_rows
     from sp3llm.planning.limits import limits_of, plan_of
@@ -87,7 +87,7 @@ def prepare(
         )
     learned = settings.mask == "learned"
     if not settings.refit and not learned:
-        shapes = shapes[:1]  # there are no trials to choose by
+        shapes = [without_trials(shapes)]
     if settings.moments == "raw" and len(shapes) > 1 and not learned:
         raise UserError(
             "Expected a single shape with --moments raw, which predict nothing, found "

@@ -52,6 +52,18 @@ def candidates(family: Family, config: Mapping[str, Any], limits: Limits) -> lis
     return _candidates(request)
 
 
+def without_trials(shapes: list[Shape]) -> Shape:
+    """Of candidates the one to take where none is tried: the first, unless another has whatever
+    that has, and more.
+    """
+    sizes = {shape: _sizes(shape) for shape in shapes}
+    return next(
+        shape
+        for shape in shapes
+        if not any(other != shape and _holds(shape, more) for other, more in sizes.items())
+    )
+
+
 def _candidates(request: Request) -> list[Shape]:
     """Candidates of every number of layers, the most first, and for each of either tie."""
     shapes: list[Shape] = []

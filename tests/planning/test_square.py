@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 
 from sp3llm.cli import main
 from sp3llm.errors import UserError
-from sp3llm.models.families import FAMILIES
+from sp3llm.models.families import FAMILIES, family_of
 from sp3llm.models.shapes import Shape, cost_of
 from sp3llm.options import CompressConfig
-from sp3llm.planning.candidates import candidates
+from sp3llm.planning.candidates import candidates, without_trials
 from sp3llm.planning.limits import Limits, plan_of
 from sp3llm.planning.square import SERVED_HEAD_DIMS
 from tests.conftest import TINY
@@ -33,6 +34,7 @@ OPT_6_7B = {
 }  # fmt: skip
 OPT_1_3B = OPT_6_7B | {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192,
                        "num_hidden_layers": 24}  # fmt: skip
+BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
 
 
 @given(
@@ -107,6 +109,17 @@ def test_large_heads_shrink_to_sizes_that_servers_take_unless_asked(keep):
     assert head_dims(OPT_6_7B, 0.75, head_dim=104) == {104}
     assert 104 in head_dims(OPT_6_7B, 0.75, hidden_size=104 * 32)
     assert 56 in head_dims(OPT_1_3B, 0.75)
+
+
+@pytest.mark.parametrize("config", [OPT_1_3B | {"tie_word_embeddings": False}, BERT])
+def test_where_fewer_layers_are_enough_no_head_shrinks_untried(config):
+    family = family_of(config)
+    dense = Shape.of(family, config)
+    limits = Limits(0.9, only_width=True, num_hidden_layers=dense.num_hidden_layers // 2)
+    taken = without_trials(candidates(family, config, limits))
+    assert taken == replace(dense, num_hidden_layers=dense.num_hidden_layers // 2)
+    shrunk = without_trials(candidates(family, config, Limits(0.7, only_width=True)))
+    assert shrunk.head_dim < dense.head_dim
 
 
 def test_a_budget_that_no_square_shape_fits_says_which_does():
