@@ -34,11 +34,17 @@ def encoded(
 ) -> Examples:
     """Texts or pairs, cut to `seq_len` tokens, special ones included, with labels where given.
 
-    Raises UserError if the tokenizer cannot pad.
+    Raises UserError if the tokenizer cannot pad, or leaves a text no room.
     """
     import torch
 
     columns = [list(texts) for texts in zip(*(row.texts for row in rows), strict=True)]
+    special = tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)
+    if seq_len <= special:  # the library would cut nothing
+        raise UserError(
+            f"Expected --seq-len of at least {special + 1}, room for a token beside the "
+            f"tokenizer's {special} special ones, found {seq_len}: give a larger number."
+        )
     found = tokenizer(*columns, truncation=True, max_length=seq_len, verbose=False)
     return Examples(
         **_padded(found, tokenizer),

@@ -55,6 +55,15 @@ def test_every_row_is_what_the_tokenizer_makes_of_it_alone(tokenizer, texts, pai
     assert examples.tokens == int(examples.attention_mask.sum())
 
 
+@pytest.mark.parametrize("text", ["good film", ("good film", "the plot")])
+def test_rows_without_room_for_a_token_of_text_are_refused(text, tokenizer):
+    special = 3 if isinstance(text, tuple) else 2
+    for seq_len in range(1, special + 1):
+        with pytest.raises(UserError, match=f"Expected --seq-len of at least {special + 1}"):
+            encoded(rows_of(text), tokenizer, seq_len)
+    assert encoded(rows_of(text), tokenizer, special + 1).shape == (1, special + 1)
+
+
 def test_joined_rows_are_the_rows(tokenizer):
     short, long = (encoded(rows_of(text), tokenizer, 24, [1]) for text in ("good", "good " * 9))
     both = joined([short, long, short])
