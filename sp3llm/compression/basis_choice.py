@@ -67,19 +67,26 @@ def columns_of_width(
     """What `choose_basis` begins with for all shapes of a hidden size: all eigenvalues of the
     summed moments, falling, and the columns that are kept, before they are turned. Found once.
     """
-    key = (family.model_type, width)
-    if key not in moments.columns:
-        inside, axes = _inside(family, moments), (family.model_type, "axes")
-        if axes not in moments.columns:
-            moments.columns[axes] = eigenbasis(inside.total())
-        eigenvalues_C, vectors_CC = moments.columns[axes]
+    found, device = moments.columns, moments.sites_DD[0].device
+    key, axes = (family.model_type, width), (family.model_type, "axes")
+    if key not in found:
+        inside = _inside(family, moments)
+        if axes not in found:
+            found[axes] = _on(torch.device("cpu"), eigenbasis(inside.total()))
+        eigenvalues_C, vectors_CC = _on(device, found[axes])
         kept = width - family.centred
         basis_CK = vectors_CC[:, :kept]
         if inside.metrics_DD:
             sites = (inside.sites_DD, inside.metrics_DD)
             basis_CK = metric_basis(*sites, vectors_CC, kept, dtype=dtype)
-        moments.columns[key] = (eigenvalues_C, _outside(family, basis_CK))
-    return moments.columns[key]
+        # On the host: a GPU has no room for a basis of every width that is searched.
+        found[key] = _on(torch.device("cpu"), (eigenvalues_C, _outside(family, basis_CK)))
+    return _on(device, found[key])
+
+
+def _on(device: torch.device, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    one, two = pair
+    return one.to(device), two.to(device)
 
 
 def learned_basis(

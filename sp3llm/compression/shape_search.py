@@ -55,7 +55,8 @@ class _Search:
     """By shape, in the order of the trials, those of an earlier run among them; None: nothing is
     lost but by fewer tokens."""
     projections: "dict[tuple, Projection]" = field(default_factory=dict)
-    """By all sizes that a projection depends on: shapes that differ in the FFN share one."""
+    """Of shapes that are tried, by all sizes that a projection depends on: shapes that differ in
+    the FFN share one."""
     projected: "dict[tuple, float]" = field(default_factory=dict)
     """What these leave out, nats a token, before any scale."""
 
@@ -154,7 +155,7 @@ def _of_sizes(found: _Search, shape: "Shape") -> "Losses":
         return Losses(0.0, 0.0)
     sizes = _projected_sizes(found, shape)
     if sizes not in found.projected:
-        projection = _projection(found, shape)
+        projection = _made(found, shape)  # one for each width is more than a GPU has room for
         found.projected[sizes] = projection_loss(
             found.job.dense, found.job.family, found.moments, projection, found.calibration
         )
@@ -232,18 +233,24 @@ def _shares(job: Job, windows: "Tensor | Examples") -> tuple[int, int, int]:
 
 
 def _projection(found: _Search, shape: "Shape") -> "Projection":
-    """The projection of a shape, made once for all shapes of its widths."""
+    """The projection of a shape that is tried, made once for all such shapes of its widths."""
+    sizes = _projected_sizes(found, shape)
+    if sizes not in found.projections:
+        found.projections[sizes] = _made(found, shape)
+    return found.projections[sizes]
+
+
+def _made(found: _Search, shape: "Shape") -> "Projection":
+    """The projection of a shape, the same on every process."""
     from sp3llm.compression.basis_choice import choose_basis
     from sp3llm.compression.refitter import solves_in
 
-    job, moments, sizes = found.job, found.moments, _projected_sizes(found, shape)
-    if sizes not in found.projections:
-        basis = choose_basis(
-            *(job.dense, job.family, moments, shape, found.calibration, job.settings.turn),
-            dtype=solves_in(job.execution),
-        )
-        found.projections[sizes] = same_basis_for_all(job, basis)[1]
-    return found.projections[sizes]
+    job = found.job
+    basis = choose_basis(
+        *(job.dense, job.family, found.moments, shape, found.calibration, job.settings.turn),
+        dtype=solves_in(job.execution),
+    )
+    return same_basis_for_all(job, basis)[1]
 
 
 def _projected_sizes(found: _Search, shape: "Shape") -> tuple:
