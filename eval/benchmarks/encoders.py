@@ -16,6 +16,8 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from sp3llm.models.shapes import Shape, cost_of
 from sp3llm.models.source import read_config
 from sp3llm.options import CompressConfig, RecoverConfig
 from sp3llm.recovery.story import recover
+from sp3llm.runtime.files import write_tensors
 
 _ROW = 32  # tokens
 _TIMES = 15
@@ -65,16 +68,31 @@ def latency(folders: list[Path], rows: int) -> list[float]:
     return [statistics.median(seconds) for seconds in taken]
 
 
-def drawn(small: Path, out: Path, seed: int) -> Path:
-    """The model with random weights in place of its own, all else beside it."""
+def with_weights(small: Path, out: Path, save: Callable[[Path], Any]) -> Path:
+    """The model with other weights in place of its own, which `save` writes to a folder, all else
+    beside them; made once, and whole if it is there.
+    """
+    if not out.is_dir():
+        aside = out.with_name(f"{out.name}.new")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(small, aside)
+        save(aside)
+        aside.rename(out)
+    return out
+
+
+def save_drawn(small: Path, seed: int, folder: Path) -> None:
+    """Write the weights that the class of the model in `small` draws."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    if not out.is_dir():
-        shutil.copytree(small, out)
-        torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(small))
-        model.save_pretrained(out)
-    return out
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(small))
+    model.save_pretrained(folder)
+
+
+def save_cut(dense: Path, small: Path, folder: Path) -> None:
+    """Write the weights of `dense`, cut by magnitude to the shape of `small`."""
+    write_tensors(folder / "model.safetensors", cut_by_magnitude(dense, small))
 
 
 def flops(folder: Path) -> int:
@@ -110,11 +128,12 @@ def run(options: argparse.Namespace, keep: float, seed: int, start: str) -> dict
             if start == "without-layers":
                 settings |= {"hidden_weight": 0.0, "kl_weight": 1.0}
             begin = out
-            if start == "random":
-                begin = drawn(out, options.work / f"{out.name}-drawn", seed)
-            if start == "magnitude":
-                cut = options.work / f"{out.name}-magnitude"
-                begin = cut_by_magnitude(Path(options.model), out, cut)
+            saves = {
+                "random": partial(save_drawn, out, seed),
+                "magnitude": partial(save_cut, Path(options.model), out),
+            }
+            if start in saves:
+                begin = with_weights(out, options.work / f"{out.name}-{start}", saves[start])
             recover(RecoverConfig(begin, options.model, out=tuned, **settings), console)
         score = record_of(tuned)["recoveries"][-1]["scores"][0]
         row["recovered"] = score["small"]

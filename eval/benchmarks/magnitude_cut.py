@@ -4,28 +4,24 @@ Channels of the stream, neurons and dimensions of heads stay whose weights have 
 all other rows and columns are left out.
 """
 
-import json
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sp3llm.compression.units import cut_units
 from sp3llm.models import families
 from sp3llm.models.checkpoint import open_model
 from sp3llm.models.families import Group
+from sp3llm.models.source import read_config
 
 
-def cut_by_magnitude(dense: Path, small: Path, out: Path) -> Path:
-    """A copy of the folder `small` whose weights are those of the encoder in `dense`, cut to its
-    shape, of which all layers stay; made once.
+def cut_by_magnitude(dense: Path, small: Path) -> dict[str, Tensor]:
+    """The weights of the encoder in `dense`, all of its layers, cut to the shape of the one in
+    `small`, by their names on disk.
     """
-    if out.is_dir():
-        return out
     checkpoint, family = open_model(dense)
-    config = json.loads((small / "config.json").read_text())
+    config = read_config(small)
     before, after = (families.axis_sizes(family, one) for one in (checkpoint.config, config))
     heads = families.setting(family, config, "num_attention_heads")
     groups = families.groups(family, checkpoint.config)
@@ -47,17 +43,11 @@ def cut_by_magnitude(dense: Path, small: Path, out: Path) -> Path:
             starts_H1 = torch.arange(heads)[:, None] * energy_HE.shape[1]
             dims_P = (torch.stack([_loudest(one, each) for one in energy_HE]) + starts_H1).flatten()
             kept = cut_units(group, kept, dims_P, dict.fromkeys(axes, 1), before)
-        cut |= kept
-    theirs = load_file(small / "model.safetensors")
-    if cut.keys() != theirs.keys() or any(cut[n].shape != theirs[n].shape for n in cut):
+        cut |= {name: tensor.contiguous() for name, tensor in kept.items()}
+    theirs = families.parameter_shapes(family, config)
+    if {name: tuple(tensor.shape) for name, tensor in cut.items()} != theirs:
         raise SystemExit(f"{small}: expected all layers and heads of {dense}, all of one size.")
-    shutil.copytree(small, out)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in cut.items()},
-        out / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    return out
+    return cut
 
 
 def _energy(group: Group, tensors: dict[str, Tensor], axis: str, sizes: dict[str, int]) -> Tensor:

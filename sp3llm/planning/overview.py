@@ -89,8 +89,9 @@ def overview_of(settings: PlanConfig) -> Overview:
         folder, name, note = resolve_tokenizer(settings.model)
         config = read_config(folder)
     family = families.family_of(config)
-    lines = (note, families.left_out_line(family, config), _pooler_line(family, config))
-    notes = tuple(filter(None, lines))
+    left_out = families.left_out_line(family, config)
+    pooler = None if left_out is None else _pooler_line(family, config)
+    notes = tuple(filter(None, (note, left_out, pooler)))
     check_encoder(family, settings.compression, compresses=False)
     stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     itemsize = _ITEMSIZES.get(stated.removeprefix("torch."), 2)
@@ -117,11 +118,11 @@ def overview_of(settings: PlanConfig) -> Overview:
 
 
 def _pooler_line(family: Family, config: Mapping[str, Any]) -> str | None:
-    """A line to print where a pooler is counted that a checkpoint of the class which `config.json`
-    names may not hold: those that transformers saves do not.
+    """A line to print where a pooler is counted and `config.json` names a class without one, whose
+    checkpoints may hold none: those that transformers saves do not.
     """
     without = families.as_stored(family, ())
-    if without is family or families.left_out_line(family, config) is None:
+    if without is family:
         return None
     pooler = families.count_parameters(family, config) - families.count_parameters(without, config)
     return (
