@@ -11,6 +11,7 @@ from sp3llm.errors import UserError
 from sp3llm.maths.losses import (
     distribution_divergences,
     drawn_labels,
+    label_gradients,
     label_losses,
     tokens_at_once,
 )
@@ -156,10 +157,9 @@ def backward_head(
                 part = (slice(row, row + 1), slice(start, start + step))
                 piece = fetch(stream.hidden[part], execution.device).requires_grad_()
                 with _from_layers_on(model, piece), outputs_of(norm) as normalised:
-                    logits = module(inputs_embeds=piece, use_cache=False).logits[0].float()
-                labels = drawn_labels(logits, generator)
-                loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-                gradients = torch.autograd.grad(loss, [piece, normalised[0]])
+                    logits = module(inputs_embeds=piece, use_cache=False).logits[0]
+                upper = label_gradients(logits.detach(), drawn_labels(logits, generator))
+                gradients = torch.autograd.grad(logits, [piece, normalised[0]], upper)
                 for place, gradient in zip((by_stream, by_norm), gradients, strict=True):
                     store(place[part], gradient, execution.device)
     settle(execution.device)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sp3llm.maths import losses
-from sp3llm.maths.losses import drawn_labels
+from sp3llm.maths.losses import drawn_labels, label_gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -17,6 +17,34 @@ def test_losses_are_cross_entropies_whatever_the_size_of_pieces(dtype, monkeypat
     for tokens in (1000, 7, 1, 0):
         monkeypatch.setattr(losses, "LOGITS_AT_ONCE", tokens * 1000)
         assert torch.equal(losses.label_losses(logits, labels), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_divergences_and_draws_are_the_same_whatever_the_size_of_pieces(
+    dtype, monkeypatch
+):
+    generator = torch.Generator().manual_seed(0)
+    logits, dense = (
+        9 * torch.randn(2, 53, 1000, dtype=torch.float64, generator=generator).to(dtype)
+    ).unbind()
+    labels = torch.randint(0, 1000, (53,), generator=generator)
+    wide = logits.detach().to(torch.promote_types(dtype, torch.float32), copy=True)
+    wide.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(wide, labels, reduction="sum")
+    (gradients,) = torch.autograd.grad(loss, wide)
+    nats = torch.nn.functional.kl_div(
+        wide.log_softmax(-1), dense.to(wide).log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    draws = drawn_labels(logits, torch.Generator().manual_seed(1))
+    for tokens in (1000, 7, 1, 0):
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", tokens * 1000)
+        found = label_gradients(logits, labels)
+        assert found.dtype == dtype
+        assert torch.allclose(found, gradients.to(dtype), atol=1e-6, rtol=2**-8)
+        divergences = losses.distribution_divergences(logits, dense)
+        assert torch.allclose(divergences, nats.double(), rtol=1e-4)
+        again = drawn_labels(logits, torch.Generator().manual_seed(1))
+        assert torch.equal(draws, again)
 
 
 def test_drawn_labels_come_as_often_as_the_distribution_says():
