@@ -87,8 +87,7 @@ def _operands(left_NP: Tensor, right_NQ: Tensor) -> _Operands:
     """How a product of the two is taken; see `product`."""
     dtypes = {left_NP.dtype, right_NQ.dtype}
     wide = torch.promote_types(torch.promote_types(*(left_NP.dtype, right_NQ.dtype)), torch.float32)
-    splits = right_NQ.is_cuda or dtypes == {torch.bfloat16}
-    splits |= torch.bfloat16 in dtypes and _sums_bfloat16_on_cpu()
+    splits = torch.bfloat16 in dtypes or right_NQ.is_cuda
     if wide == torch.float64 or not splits:
         return _Operands([left_NP.to(wide)], [right_NQ.to(wide)], torch.mm, wide)
     if right_NQ.is_cuda:
@@ -139,22 +138,6 @@ def _has_mixed_products() -> bool:
     """Whether this torch multiplies bfloat16 into float32 on a GPU (2.8 and later do)."""
     major, minor = torch.__version__.split(".")[:2]
     return (int(major), int(minor)) >= (2, 8)
-
-
-# What `torch.cpu.get_capabilities` calls units that oneDNN multiplies float32 matrices by, when
-# told that bfloat16 is enough: of Intel, and of Arm. AVX512-BF16 is none of them.
-_UNITS_FOR_FLOAT32 = ("amx_bf16", "bf16", "sve_bf16")
-
-
-@functools.cache
-def _sums_bfloat16_on_cpu() -> bool:
-    """Whether bfloat16 products that are summed in float32 are faster on this CPU than float32's;
-    a torch before 2.10, which cannot tell, counts as no.
-    """
-    if not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(unit) for unit in _UNITS_FOR_FLOAT32)
 
 
 def _product_on_cpu(left: Tensor, right: Tensor) -> Tensor:
