@@ -1,7 +1,7 @@
 """A cut by magnitude, as a baseline: no data, no basis, nothing fitted.
 
-Channels of the stream, neurons and dimensions of heads stay whose weights have the most energy;
-all other rows and columns are left out.
+Layers, channels of the stream, neurons, heads and dimensions of heads stay whose weights have the
+most energy; all others are left out.
 """
 
 from pathlib import Path
@@ -17,36 +17,56 @@ from sp3llm.models.source import read_config
 
 
 def cut_by_magnitude(dense: Path, small: Path) -> dict[str, Tensor]:
-    """The weights of the encoder in `dense`, all of its layers, cut to the shape of the one in
-    `small`, by their names on disk.
+    """The weights of the encoder in `dense`, cut to the shape of the one in `small`, by the names
+    that are theirs there on disk.
     """
     checkpoint, family = open_model(dense)
     config = read_config(small)
     before, after = (families.axis_sizes(family, one) for one in (checkpoint.config, config))
-    heads = families.setting(family, config, "num_attention_heads")
+    heads, all_heads = (
+        families.setting(family, one, "num_attention_heads") for one in (config, checkpoint.config)
+    )
     groups = families.groups(family, checkpoint.config)
     tensors = [checkpoint.read(group.parameters) for group in groups]
+    small_groups = families.groups(family, config)
+    total_L = torch.stack(
+        [
+            _energy(*pair, families.RESIDUAL, before).sum()
+            for pair in zip(groups[1:-1], tensors[1:-1], strict=True)
+        ]
+    )
+    layers = _loudest(total_L, len(small_groups) - 2).tolist()
+    stay = [0, *(layer + 1 for layer in layers), len(groups) - 1]
+    groups, tensors = [groups[place] for place in stay], [tensors[place] for place in stay]
     energy_D = sum(
         _energy(group, own, families.RESIDUAL, before)
         for group, own in zip(groups, tensors, strict=True)
     )
     channels_K = _loudest(energy_D, after[families.RESIDUAL])
     cut: dict[str, Tensor] = {}
-    for group, own in zip(groups, tensors, strict=True):
+    for group, own, there in zip(groups, tensors, small_groups, strict=True):
         kept = cut_units(group, own, channels_K, {families.RESIDUAL: 1}, before)
         if group.prefix:
             neurons_F = _loudest(_energy(group, own, families.FFN, before), after[families.FFN])
             kept = cut_units(group, kept, neurons_F, {families.FFN: 1}, before)
             axes = (families.QUERY, families.KEY_VALUE)
-            energy_HE = sum(_energy(group, own, axis, before) for axis in axes).reshape(heads, -1)
+            energy_HE = sum(_energy(group, own, axis, before) for axis in axes)
+            energy_HE = energy_HE.reshape(all_heads, -1)
             each = after[families.QUERY] // heads
-            starts_H1 = torch.arange(heads)[:, None] * energy_HE.shape[1]
-            dims_P = (torch.stack([_loudest(one, each) for one in energy_HE]) + starts_H1).flatten()
+            dims_P = torch.cat(
+                [
+                    _loudest(energy_HE[head], each) + head * energy_HE.shape[1]
+                    for head in _loudest(energy_HE.sum(1), heads).tolist()
+                ]
+            )
             kept = cut_units(group, kept, dims_P, dict.fromkeys(axes, 1), before)
-        cut |= {name: tensor.contiguous() for name, tensor in kept.items()}
+        cut |= {
+            there.prefix + name.removeprefix(group.prefix): tensor.contiguous()
+            for name, tensor in kept.items()
+        }
     theirs = families.parameter_shapes(family, config)
     if {name: tuple(tensor.shape) for name, tensor in cut.items()} != theirs:
-        raise SystemExit(f"{small}: expected all layers and heads of {dense}, all of one size.")
+        raise SystemExit(f"{small}: expected layers and heads of {dense}, all of one size.")
     return cut
 
 
