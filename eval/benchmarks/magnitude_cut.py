@@ -29,20 +29,17 @@ def cut_by_magnitude(dense: Path, small: Path) -> dict[str, Tensor]:
     groups = families.groups(family, checkpoint.config)
     tensors = [checkpoint.read(group.parameters) for group in groups]
     small_groups = families.groups(family, config)
-    total_L = torch.stack(
-        [
-            _energy(*pair, families.RESIDUAL, before).sum()
-            for pair in zip(groups[1:-1], tensors[1:-1], strict=True)
-        ]
-    )
-    layers = _loudest(total_L, len(small_groups) - 2).tolist()
-    stay = [0, *(layer + 1 for layer in layers), len(groups) - 1]
-    groups, tensors = [groups[place] for place in stay], [tensors[place] for place in stay]
-    energy_D = sum(
+    energies = [
         _energy(group, own, families.RESIDUAL, before)
         for group, own in zip(groups, tensors, strict=True)
+    ]
+    total_L = torch.stack([energy_D.sum() for energy_D in energies[1:-1]])
+    layers = _loudest(total_L, len(small_groups) - 2).tolist()
+    stay = [0, *(layer + 1 for layer in layers), len(groups) - 1]
+    groups, tensors, energies = (
+        [of[place] for place in stay] for of in (groups, tensors, energies)
     )
-    channels_K = _loudest(energy_D, after[families.RESIDUAL])
+    channels_K = _loudest(sum(energies), after[families.RESIDUAL])
     cut: dict[str, Tensor] = {}
     for group, own, there in zip(groups, tensors, small_groups, strict=True):
         kept = cut_units(group, own, channels_K, {families.RESIDUAL: 1}, before)
