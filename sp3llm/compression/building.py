@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sp3llm.compression.dense_runs import DenseRuns
 from sp3llm.compression.merging import merges, read_moment, with_merged_heads
 from sp3llm.compression.norms import fit_norm, opened_without_norm
 from sp3llm.compression.projecting import (
@@ -34,7 +35,6 @@ from sp3llm.compression.sequential import (
     fit_first_writers,
     fit_last_writer,
     run_dense,
-    run_dense_on,
     token_scales,
 )
 from sp3llm.compression.task_head import fit_task_head
@@ -67,16 +67,18 @@ def refitted_groups(
     tokens: Tensor,
     start: int = 0,
     saved: tuple[Tensor, Tensor] | None = None,
+    runs: DenseRuns | None = None,
 ) -> Iterator[FinishedGroup]:
     """Project, choose and refit every group in order, on `tokens`, `(windows, tokens)`, of which
     every process takes its share.
 
     From group `start` of the small model on, with the dense and small streams as they were `saved`
-    before it.
+    before it. What `runs` has of the dense layers is not computed again, and what it has not is
+    kept there; None: nothing is.
 
     Raises UserError where activations or weights of the small model hold NaN or infinity.
     """
-    for _, finished in refitted_side_by_side([refitter], tokens, start, saved):
+    for _, finished in refitted_side_by_side([refitter], tokens, start, saved, runs):
         yield finished
 
 
@@ -85,6 +87,7 @@ def refitted_side_by_side(
     tokens: Tensor,
     start: int = 0,
     saved: tuple[Tensor, ...] | None = None,
+    runs: DenseRuns | None = None,
 ) -> Iterator[tuple[int, FinishedGroup]]:
     """`refitted_groups` of several small models beside one dense one, which is read and run once
     for all; each group comes with the number of its model. `saved` are the dense stream and each
@@ -135,7 +138,7 @@ def refitted_side_by_side(
                     side.finish = partial(_finished, side, last, group, tensors, dense_stream)
             else:
                 layer = DenseLayer(number - 1, group, source, dense_model, dense_stream, summed)
-                _fit_layers(here, layer, made)
+                _fit_layers(here, layer, made, dense.config, runs)
         for place, side in enumerate(sides):
             if side.finish is not None and number + 1 in (*side.groups, len(groups)):
                 with overflow_refused():
@@ -226,9 +229,12 @@ def _fit_layers(
     sides: Sequence[_Side],
     dense: DenseLayer,
     made: Sequence[tuple[Mapping[str, Tensor], dict[str, Tensor]]],
+    config: Mapping[str, Any],
+    runs: DenseRuns | None,
 ) -> None:
     """Send the dense stream through a layer, once for all, and fit it, `made` for each of the small
-    models that keep it, but for what chases the dense stream in front of their next one.
+    models that keep it, but for what chases the dense stream in front of their next one. `config`
+    is the dense model's; for `runs` see `sequential.run_dense`.
 
     Before the dense layer runs, the sites in front of which the streams stand are looked at.
     """
@@ -240,13 +246,12 @@ def _fit_layers(
         layers.append(LayerFit(dense, small, *own, side.models, side.stream))
         first_grams.append(stream_grams(side.refitter, dense.stream.hidden, side.stream))
     fits = list(zip(sides, layers, first_grams, strict=True))
-    if not sides or families.is_parallel(dense.model.family, sides[0].refitter.dense.config):
-        run_dense_on(dense, dense.model.execution)
+    run = run_dense(dense, config, runs)
+    if families.is_parallel(dense.model.family, config):
         for side, layer, grams in fits:
             rest = partial(fit_parallel, side.refitter, layer, grams)
             side.finish = partial(_finish_layer, side, layer, rest)
         return
-    run = run_dense(sides[0].refitter, dense)
     for side, layer, grams in fits:
         fit_first_writers(side.refitter, layer, grams, run)
         scales = None

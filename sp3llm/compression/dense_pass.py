@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.progress import Progress
 from torch import Tensor
 
+from sp3llm.compression.dense_runs import DenseRuns
 from sp3llm.compression.statistics import FisherSums, SiteSlots
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint
@@ -49,6 +50,8 @@ class DensePass:
     """What the loss's gradients say so far, added to in place."""
     original: Checkpoint
     """With all of its vocabulary, of which `dense` may have some: what the evaluation is about."""
+    runs: DenseRuns | None = None
+    """Where what the layers leave of the calibration windows is kept; None: it is not."""
 
     @property
     def layers(self) -> list[Group]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sp3llm.compression.curves import WriterInputs, add_curves, writer_probes
 from sp3llm.compression.dense_pass import DensePass
+from sp3llm.compression.dense_runs import DenseRuns, recorded
 from sp3llm.compression.gradients import measure_gradients
 from sp3llm.compression.projection import HeadMoments
 from sp3llm.compression.reading import as_read, folded_norm, read_at, real_rows
@@ -57,6 +58,7 @@ def measure_dense(
     least_units: Mapping[str, int] | None = None,
     original: Checkpoint | None = None,
     gaps: str | None = None,
+    runs: DenseRuns | None = None,
 ) -> tuple[Moments, Tensor | None]:
     """Stream the dense model over calibration and evaluation windows, and measure it.
 
@@ -68,7 +70,8 @@ def measure_dense(
     what writers lose with no fewer units than given (`compression.curves`). With `gaps`, `bridged`
     or `cut`, what layers are worth is (`compression.depth`). What `journal` has from a run before
     is not done again. `original` is the checkpoint whose table and head the evaluation windows go
-    through, where `dense` has only some of its tokens.
+    through, where `dense` has only some of its tokens. What the layers leave of the calibration
+    windows is kept in `runs`, unless that is None.
 
     Returns the moments and the token losses on the evaluation windows, `(windows, tokens - 1)`,
     float64, in nats. Raises UserError where activations, moments or gradients hold NaN or
@@ -86,6 +89,7 @@ def measure_dense(
         slots=SiteSlots.of(sites, most, width, execution),
         fisher=FisherSums.of(sites, most, depth, width, execution),
         original=original or dense,
+        runs=runs,
     )
     if run.takes_gradients:
         measure_gradients(run)
@@ -191,7 +195,14 @@ def _measure_layer(
             real_rows(operand(a), stream.real, rows)
         )
     probes = both_probes(probes, writer_probes(run, stream, inputs))
-    run_layer(model, index, tensors, [(stream, probes)] + ([(evaluated, {})] if evaluated else []))
+    streams = [(evaluated, {})] if evaluated else []
+    if run.runs is None:
+        run_layer(model, index, tensors, [(stream, probes), *streams])
+    else:
+        with recorded(model, run.dense.config, index, stream, keeps=True) as (kept, keepers):
+            both = both_probes(probes, keepers)
+            run_layer(model, index, tensors, [(stream, both), *streams])
+        run.runs[index] = kept
     at_sites = [total.over(execution.ranks) for total in at_sites]
     heads = []
     if is_square:

@@ -1,35 +1,28 @@
 """Fit a layer whose blocks come one after the other: attention, then the FFN."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sp3llm.compression.dense_runs import (
+    DenseRun,
+    DenseRuns,
+    keeper,
+    layer_again,
+    recorded,
+)
 from sp3llm.compression.norms import fit_norm
 from sp3llm.compression.readers import fit_readers, stream_grams
-from sp3llm.compression.reading import read_at
 from sp3llm.compression.refitter import DenseLayer, LayerFit, Refitter
 from sp3llm.compression.writers import fit_writer
 from sp3llm.maths.moments import root_mean_square
 from sp3llm.maths.refit import Gram
 from sp3llm.models.families import Family
-from sp3llm.models.hooks import Probe, ValueCounts, value_counts
+from sp3llm.models.hooks import ValueCounts, both_probes
 from sp3llm.models.stream import LayerPart, LinearWriter, add_to_stream, run_layer
-from sp3llm.runtime.devices import Execution
-from sp3llm.runtime.transfer import store
-
-
-@dataclass(frozen=True)
-class DenseRun:
-    """What a run of a dense layer leaves behind, for the small ones to chase."""
-
-    behind: list[Tensor]
-    """The stream behind each writer but the last, `(windows, tokens, D)`."""
-    summed: list[Tensor]
-    """In a post-norm family the stream with what each of these writers has added, in front of the
-    norm; in others the same as `behind`."""
-    counts: ValueCounts
-    """How many values each block returns."""
 
 
 def fit_first_writers(
@@ -80,7 +73,7 @@ def fit_last_writer(
     model, probes, part = layer.small_models[-1], {}, front
     if family.post_norm:
         norm = family.sites[number].norm
-        probes = {norm: _keeper(small_stream.hidden, refitter.execution)}
+        probes = {norm: keeper(small_stream.hidden, refitter.execution)}
         part = replace(front, stop_before=norm)
     run_layer(model, layer.index, layer.tensors, [(small_stream, probes)], part)
     _through_norm(refitter, layer, number, layer.dense.stream.hidden)
@@ -123,42 +116,20 @@ def _linear_writer(
     return LinearWriter(f"the small {name}", weight_KP, bias_K, kept_P, refitter.multiplier)
 
 
-def run_dense(refitter: Refitter, dense: DenseLayer) -> DenseRun:
-    """Run the dense layer, and keep what its writers but the last leave."""
-    family, hidden, execution = refitter.family, dense.stream.hidden, refitter.execution
-
-    def places() -> list[Tensor]:
-        return [execution.empty_stream(tuple(hidden.shape), hidden.dtype) for _ in family.sites[1:]]
-
-    behind = places()
-    summed = places() if family.post_norm else behind
-    probes = {
-        read_at(family, site): _keeper(place, execution)
-        for site, place in zip(family.sites[1:], behind, strict=True)
-    }
-    if family.post_norm:
-        at_norms = zip(family.sites[:-1], summed, strict=True)
-        probes |= {site.norm: _keeper(place, execution) for site, place in at_norms}
-    blocks = [site.block for site in family.sites]
-    with value_counts(dense.model.layer(dense.index), blocks) as counts:
-        run_dense_on(dense, execution, probes)
-    return DenseRun(behind, summed, counts)
-
-
-def run_dense_on(
-    dense: DenseLayer, execution: Execution, probes: dict[str, Probe] | None = None
-) -> None:
-    """Run the dense layer; in a post-norm family keep what its last norm reads."""
-    probes = dict(probes or {})
-    if dense.summed is not None:
-        probes[dense.model.family.sites[-1].norm] = _keeper(dense.summed, execution)
-    run_layer(dense.model, dense.index, dense.source, [(dense.stream, probes)])
-
-
-def _keeper(place: Tensor, execution: Execution) -> Probe:
-    """A probe that keeps what it sees."""
-
-    def keep(rows: slice, x: Tensor) -> None:
-        store(place[rows], x, execution.device)
-
-    return keep
+def run_dense(dense: DenseLayer, config: Mapping[str, Any], runs: DenseRuns | None) -> DenseRun:
+    """Send the dense stream through its layer, in the model of that config, and say what the layer
+    leaves. What `runs` has of it is not computed again; what it has not goes there, unless there is
+    None.
+    """
+    model, index, stream = dense.model, dense.index, dense.stream
+    if runs is not None and index in runs:
+        layer_again(runs[index], stream.hidden, dense.summed)
+        return runs[index]
+    with recorded(model, config, index, stream, runs is not None) as (run, probes):
+        if dense.summed is not None:
+            norm = {model.family.sites[-1].norm: keeper(dense.summed, model.execution)}
+            probes = both_probes(probes, norm)
+        run_layer(model, index, dense.source, [(stream, probes)])
+    if runs is not None:
+        runs[index] = run
+    return run

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
+    from sp3llm.compression.dense_runs import DenseRuns
     from sp3llm.compression.projection import Projection
     from sp3llm.compression.statistics import Moments
     from sp3llm.compression.trials import Trial
@@ -59,6 +60,8 @@ class _Search:
     the FFN share one."""
     projected: "dict[tuple, float]" = field(default_factory=dict)
     """What these leave out, nats a token, before any scale."""
+    runs: "DenseRuns" = field(default_factory=dict)
+    """What the dense layers leave of the text of trials, for the rounds after the first."""
 
 
 def least_units(job: Job) -> dict[str, int] | None:
@@ -198,7 +201,8 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
         )
         for shape in cut
     ]
-    found.trials.update(zip(cut, trials_of(refitters, windows) if cut else (), strict=True))
+    runs = found.runs if job.execution.keeps_dense else None
+    found.trials.update(zip(cut, trials_of(refitters, windows, runs) if cut else (), strict=True))
     kept = [
         [asdict(shape), None if trial is None else asdict(trial)]
         for shape, trial in found.trials.items()

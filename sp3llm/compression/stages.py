@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
+    from sp3llm.compression.dense_runs import DenseRuns
     from sp3llm.compression.learned_mask import Learned
     from sp3llm.compression.projection import Projection
     from sp3llm.compression.refitter import FinishedGroup
@@ -33,9 +34,11 @@ def measure(
     evaluation: "Tensor | None",
     journal: "Journal",
     progress: "Progress | None" = None,
+    runs: "DenseRuns | None" = None,
 ) -> "tuple[Moments, Tensor | None]":
     """All that a job needs to know of its dense model, `measuring.measure_dense` of calibration and
-    evaluation windows, token ids, `(windows, tokens)`.
+    evaluation windows, token ids, `(windows, tokens)`. What its layers leave of the first goes to
+    `runs`, unless that is None.
     """
     from sp3llm.compression.measuring import measure_dense
     from sp3llm.compression.shape_search import gaps, least_units
@@ -54,6 +57,7 @@ def measure(
         least_units(job),
         job.original,
         gaps(job),
+        runs,
     )
 
 
@@ -144,10 +148,11 @@ def build(
     model: Path,
     journal: "Journal",
     progress: "Progress",
+    runs: "DenseRuns | None" = None,
 ) -> list[dict[str, Any]]:
     """Make the small model's groups in order, in the dense model's family, and write them as they
     come, as `export` has them; a log of all fits. `layers` are those of the dense model that stay.
-    Without a `projection` the groups are the dense ones.
+    Without a `projection` the groups are the dense ones. `runs` is what `measure` has kept.
     """
     from sp3llm.compression.projecting import plain_groups, whole_groups
     from sp3llm.compression.refitter import FinishedGroup
@@ -166,7 +171,7 @@ def build(
     elif refits:
         what = "fold, rotate, cut, refit"
         of_shape = (shape, projection, layers)
-        start, fits, groups = _refitted(job, *of_shape, tokens, journal, done)
+        start, fits, groups = _refitted(job, *of_shape, tokens, journal, done, runs)
     else:
         what, start, fits = "fold, rotate, cut", done, []
         of_export = (job.dtype, job.execution, done)
@@ -199,6 +204,7 @@ def _refitted(
     tokens: "Tensor",
     journal: "Journal",
     done: int,
+    runs: "DenseRuns | None",
 ) -> "tuple[int, list[dict[str, Any]], Iterator[FinishedGroup]]":
     """The groups of the refit from where a run before has left both streams, not beyond group
     `done`; with the number of the first, and the log of fits, which grows as groups are made.
@@ -213,7 +219,7 @@ def _refitted(
         streams = (before.tensors["dense"], before.tensors["small"])
     windows = len(tokens)
     refitter = refitter_of(job, shape, projection, layers, held_back_from(windows), windows)
-    groups = refitted_groups(replace(refitter, log=fits), tokens, start, streams)
+    groups = refitted_groups(replace(refitter, log=fits), tokens, start, streams, runs)
     return start, fits, groups
 
 

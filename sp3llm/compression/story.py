@@ -181,7 +181,8 @@ def run_stages(
     if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
         mask_windows = execution.ranks.from_first(lambda: read_mask_windows(job, held_out.windows))
     evaluated = None if task_rows is not None else held_out.tokens
-    moments, dense_losses = measure(job, calibration.tokens, evaluated, journal, progress)
+    runs = {} if settings.refit and execution.keeps_dense else None
+    moments, dense_losses = measure(job, calibration.tokens, evaluated, journal, progress, runs)
     if mask_windows is not None:
         mask = learn_mask(job, moments, mask_windows, journal, progress)
         shape, findings = mask.shape, Findings()
@@ -192,7 +193,7 @@ def run_stages(
         shape, findings = choose_shape(job, moments, tokens, journal, progress, fewer)
         job = job.with_vocabulary_of(shape)
         if job.dense is not dense:
-            dense = job.dense
+            dense, runs = job.dense, None
             calibration, held_out = draw_texts(job, journal)
     plan = plan_of(family, job.original.config, job.limits, shape)
     print_line(progress.console, plan_line(job.name, plan))
@@ -213,7 +214,8 @@ def run_stages(
     del moments  # at large widths several matrices that nothing needs any more
     trim_memory()
     of_shape = (shape, projection, layers)
-    fits = build(job, *of_shape, calibration.tokens, export, model, journal, progress)
+    fits = build(job, *of_shape, calibration.tokens, export, model, journal, progress, runs or None)
+    del runs  # gigabytes, of streams that nothing chases any more
     small = execution.ranks.from_first(
         lambda: written(export.family, export.config, job.dtype, model)
     )

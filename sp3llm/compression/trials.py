@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sp3llm.compression.building import refitted_side_by_side
+from sp3llm.compression.dense_runs import DenseRuns
 from sp3llm.compression.refitter import Refitter
 from sp3llm.maths.paired import weighed_losses
 from sp3llm.models.checkpoint import head_tensors
@@ -19,15 +20,17 @@ from sp3llm.models.stream import LayeredModel, Stream
 _ENOUGH_TEXT = 16
 
 
-def refitted_ends(refitters: Sequence[Refitter], tokens: Tensor) -> tuple[list[End], End]:
+def refitted_ends(
+    refitters: Sequence[Refitter], tokens: Tensor, runs: DenseRuns | None = None
+) -> tuple[list[End], End]:
     """Several refitted models and the dense one behind their last layers, on those of this
     process's windows that no fit saw. Nothing is written: streams go through each layer as it is
-    fitted.
+    fitted. For `runs` see `building.refitted_groups`.
     """
     first = refitters[0]
     family, config, execution = first.family, first.dense.config, first.execution
     tables, heads = {}, {}
-    for side, finished in refitted_side_by_side(refitters, tokens):
+    for side, finished in refitted_side_by_side(refitters, tokens, runs=runs):
         if finished.group.name == "embeddings":
             tables[side] = finished.tensors[family.embedding]
         elif finished.group.name == "head":
@@ -61,13 +64,15 @@ class Trial:
     more; None where there is too little text to tell, or none."""
 
 
-def trials_of(refitters: Sequence[Refitter], tokens: Tensor) -> list[Trial]:
+def trials_of(
+    refitters: Sequence[Refitter], tokens: Tensor, runs: DenseRuns | None = None
+) -> list[Trial]:
     """Several refitted models against the dense one, on the windows no fit saw; the same on every
-    process.
+    process. For `runs` see `building.refitted_groups`.
     """
     first = refitters[0]
     objective, execution, unseen_from = first.objective, first.execution, first.unseen_from
-    ends, dense = refitted_ends(refitters, tokens)
+    ends, dense = refitted_ends(refitters, tokens, runs)
     local_windows = execution.local_windows(*tokens.shape)
     unseen = local_windows[local_windows >= unseen_from]
     count = len(tokens) - unseen_from

@@ -91,7 +91,7 @@ class Workload:
 @dataclass(frozen=True)
 class Needs:
     """What a run will need, bytes, estimated from shapes alone; none of it grows with depth but
-    the disk.
+    the disk, and `dense`, which it can do without.
     """
 
     streams: int
@@ -108,6 +108,9 @@ class Needs:
     """What the activations of one token take in a layer."""
     inputs: int
     """What the FFN's writer reads, of all calibration windows: kept where there is room."""
+    dense: int
+    """What the dense layers leave of all calibration windows: kept where there is much room; it
+    does grow with depth."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def needs_of(
         + _traced_bytes(family, config, widths, workload)
         + _SAVED_MOMENTS * _FLOAT64 * _STREAM_MOMENTS * widths.dense**2,
         inputs=workload.samples * workload.seq_len * widths.ffn * workload.compute_itemsize,
+        dense=_left_behind(family, config, widths, workload),
         token=_FLOAT32
         * (
             _STREAM_ACTIVATIONS * widths.dense
@@ -178,6 +182,16 @@ def _channels(family: Family, widths: _Widths, workload: Workload) -> tuple[int,
     between_blocks = len(family.sites) - 1
     building = (1 + between_blocks) * widths.dense + widths.small + widths.heads
     return measuring, workload.samples * building
+
+
+def _left_behind(
+    family: Family, config: Mapping[str, Any], widths: _Widths, workload: Workload
+) -> int:
+    """Of the dense stream behind every writer; in a post-norm family in front of the norms too."""
+    places = 1 if is_parallel(family, config) else len(family.sites)
+    numbers = places * (2 if family.post_norm else 1) * widths.dense
+    positions = workload.samples * workload.seq_len * setting(family, config, "num_hidden_layers")
+    return positions * numbers * workload.compute_itemsize
 
 
 def _working_bytes(

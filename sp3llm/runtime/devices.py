@@ -39,6 +39,9 @@ class Execution:
     keeps_inputs: bool = False
     """What the last writer of a layer reads waits for its fit where streams lie, as what the others
     read does; else its block runs a second time."""
+    keeps_dense: bool = False
+    """What the dense layers leave of the calibration windows is kept in memory from the first pass
+    for the refit, which computes the same otherwise."""
     share_tokens: int | None = None
     """Tokens that are dealt out to processes at once, for as long as a run lasts; None: a batch."""
 

@@ -34,6 +34,8 @@ class BytesNeeded:
     """What the widest writer reads, of all windows, over all processes."""
     running: int = 0
     """Of `working`, what is there while tokens go through a layer; the rest is for solves."""
+    dense: int = 0
+    """What the dense layers leave of all windows, over all processes."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ def place_streams(
             room["gpu"] = _USABLE * memory - needed.working - budget
         keeps = all(execution.ranks.all_gather(wanted < room[streams]))
     held = own + (-(-needed.inputs // execution.ranks.count) if keeps else 0)
+    # On a GPU running a layer again is as fast as to fetch what it has left.
+    left = 0 if on_gpu or streams != "host" else int(_USABLE * host - beside - held)
+    keeps_dense = -(-needed.dense // execution.ranks.count) < left // 2
     pinned = on_gpu and streams == "host" and _PINNED_ROUNDING * held < _USABLE * host
     batch = known.batch_tokens
     most = min(TOKENS_PER_BATCH, max(1, budget // needed.token))
@@ -100,6 +105,7 @@ def place_streams(
         batch_tokens=batch,
         share_tokens=known.share_tokens or batch,
         keeps_inputs=keeps,
+        keeps_dense=keeps_dense,
     )
 
 

@@ -529,3 +529,32 @@ def test_inputs_that_wait_for_their_writer_give_what_running_its_block_again_doe
     assert kept.keys() == again.keys()
     for name, tensor in kept.items():
         assert (tensor - again[name]).norm() <= 1e-5 * again[name].norm(), name
+
+
+@pytest.mark.parametrize("variant", ["llama", "opt", "granite", "mixtral", "gpt-neox"])
+def test_what_dense_layers_leave_is_kept_where_there_is_room_and_changes_no_byte(
+    variant, tmp_path, monkeypatch
+):
+    """The first pass keeps it for the refit, and the first round of trials for the others."""
+    from sp3llm.compression import attempts, sequential
+
+    placed, recorded, found = attempts._placed, sequential.recorded, []
+    for keeps in (True, False):
+        runs = []
+
+        def place(*arguments, keeps=keeps):
+            job = placed(*arguments)
+            return replace(job, execution=replace(job.execution, keeps_dense=keeps))
+
+        def record(model, config, index, *rest, runs=runs):
+            runs.append(index)
+            return recorded(model, config, index, *rest)
+
+        monkeypatch.setattr(attempts, "_placed", place)
+        monkeypatch.setattr(sequential, "recorded", record)
+        result = compress_tiny(variant, tmp_path / str(keeps), compute_dtype="float32")
+        layers, trials = range(max(runs, default=-1) + 1), result.findings.tried
+        assert sorted(runs) == sorted(set(runs)) if keeps else len(runs) >= len(layers)
+        assert bool(runs) == bool(trials) or not keeps
+        found.append((result.out / "model.safetensors").read_bytes())
+    assert found[0] == found[1]

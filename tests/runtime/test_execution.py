@@ -209,3 +209,13 @@ def test_what_writers_read_waits_where_there_is_room(room, keeps, tmp_path, monk
     known = Known(keeps_inputs=not keeps)
     assert place_streams(EXECUTION, "host", needed, known, tmp_path, {}).keeps_inputs != keeps
     assert not place_streams(EXECUTION, "disk", needed, Known(), tmp_path, {}).keeps_inputs
+
+
+@pytest.mark.parametrize(("room", "keeps"), [(2**30, True), (24 * 2**20, False)])
+def test_what_dense_layers_leave_is_kept_where_half_of_the_room_left_is_enough(
+    room, keeps, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sp3llm.runtime.placement.host_memory", lambda most: room)
+    needed = BytesNeeded(2**20, 2**20, 1000, dense=10 * 2**20)
+    assert place_streams(EXECUTION, "host", needed, Known(), tmp_path, {}).keeps_dense == keeps
+    assert not place_streams(EXECUTION, "disk", needed, Known(), tmp_path, {}).keeps_dense
