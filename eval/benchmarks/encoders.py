@@ -102,8 +102,10 @@ def flops(folder: Path) -> int:
     return cost_of(family, config, Shape.of(family, config), _ROW).flops
 
 
-def run(options: argparse.Namespace, keep: float, seed: int, start: str) -> dict[str, Any]:
-    """One size with one seed, from one start."""
+def run(
+    options: argparse.Namespace, keep: float, start: str, seed: int, rate: float | None
+) -> dict[str, Any]:
+    """One size with one seed, from one start, tuned at one learning rate; None: the default."""
     console = Console(file=sys.stdout, force_terminal=False)
     out = options.work / f"{100 * keep:g}-seed{seed}"
     if not finished(out):
@@ -115,6 +117,7 @@ def run(options: argparse.Namespace, keep: float, seed: int, start: str) -> dict
         "keep": keep,
         "seed": seed,
         "start": start,
+        "rate": rate,
         "plan": record["plan"],
         "seconds": record["seconds"],
     }
@@ -122,9 +125,12 @@ def run(options: argparse.Namespace, keep: float, seed: int, start: str) -> dict
     row["error of the last"] = answers["paired_standard_error"]
     if options.steps:
         way = "" if start == "compressed" else f"-{start}"
+        way += "" if rate is None else f"-{rate:g}"
         tuned = options.work / f"{out.name}{way}-{options.steps}"
         if not finished(tuned):
             settings = {"task": options.task, "steps": options.steps, "seed": seed}
+            if rate is not None:
+                settings["lr"] = rate
             if start == "without-layers":
                 settings |= {"hidden_weight": 0.0, "kl_weight": 1.0}
             begin = out
@@ -152,15 +158,17 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="*", default=[0.4, 0.15, 0.06])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--starts", nargs="*", default=["compressed"], choices=STARTS)
+    rates = parser.add_argument("--lr", type=float, nargs="*", default=[None])
+    rates.help = "learning rates of recovery, each tried; the default's own where none is given"
     parser.add_argument("--steps", type=int, default=300, help="of recovery; 0: none")
     parser.add_argument("--work", type=Path, required=True, help="where models wait")
     parser.add_argument("--name", required=True, help="of the files under eval/results")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    ways = product(options.keep, options.starts, options.seeds)
+    ways = product(options.keep, options.starts, options.seeds, options.lr)
     rows = []
-    for keep, start, seed in ways:
-        rows.append(run(options, keep, seed, start))
+    for way in ways:
+        rows.append(run(options, *way))
         publish(options, rows)
 
 
@@ -180,6 +188,7 @@ def publish(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         cells.append(
             [
                 *(f"{100 * plan['keep']:.2f} %", row["start"], str(row["seed"])),
+                "default" if row["rate"] is None else f"{row['rate']:g}",
                 ", ".join(map(str, sizes)),
                 f"{plan['parameters']:,} ({100 * plan['keep_params']:.1f} %)",
                 f"{100 * dense:.2f}",
@@ -195,7 +204,14 @@ def publish(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 f"{row['latency of 1']:.2f}, {row['latency of 32']:.2f}",
             ]
         )
-    head = ["encoder kept", "start", "seed", "width, FFN, heads, layers", "all parameters"]
+    head = [
+        "encoder kept",
+        "start",
+        "seed",
+        "learning rate",
+        "width, FFN, heads, layers",
+        "all parameters",
+    ]
     head += [f"dense {rows[0]['metric']}", "closed form (of dense)"]
     head += [f"after {options.steps} steps", "± of the last, paired", "seconds to compress"]
     head += ["FLOPs over dense", "latency, 1 and 32 rows, over dense"]
