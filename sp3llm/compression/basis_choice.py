@@ -11,6 +11,7 @@ from sp3llm.compression.reading import norm_of
 from sp3llm.compression.statistics import Moments
 from sp3llm.maths.basis import (
     eigenbasis,
+    is_identity,
     mean_free_frame,
     metric_basis,
     spread_mean_free_frame,
@@ -66,6 +67,9 @@ def columns_of_width(
 ) -> tuple[Tensor, Tensor]:
     """What `choose_basis` begins with for all shapes of a hidden size: all eigenvalues of the
     summed moments, falling, and the columns that are kept, before they are turned. Found once.
+
+    Where nothing is cut they are the coordinates that there are: any others would round what can
+    stay as it is.
     """
     found, device = moments.columns, moments.sites_DD[0].device
     key, axes = (family.model_type, width), (family.model_type, "axes")
@@ -76,7 +80,9 @@ def columns_of_width(
         eigenvalues_C, vectors_CC = _on(device, found[axes])
         kept = width - family.centred
         basis_CK = vectors_CC[:, :kept]
-        if inside.metrics_DD:
+        if kept == len(vectors_CC):
+            basis_CK = torch.eye(kept, dtype=vectors_CC.dtype, device=device)
+        elif inside.metrics_DD:
             sites = (inside.sites_DD, inside.metrics_DD)
             basis_CK = metric_basis(*sites, vectors_CC, kept, dtype=dtype)
         # On the host: a GPU has no room for a basis of every width that is searched.
@@ -166,7 +172,10 @@ def _projection_along(
     if shape.tie_word_embeddings and family.projections is None:
         norm = f"{family.final_norm}.weight"
         norm_D, _ = norm_of(family, family.final_norm, dense.read([norm]), basis_DK)
-        basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_D)
+        if is_identity(basis_DK):
+            tied_scale_K = norm_D
+        else:
+            basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_D)
         gated_DK = None
     elif shape.tie_word_embeddings:
         embedding_EJ = _embedding_basis(setting, basis_DK)

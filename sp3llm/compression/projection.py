@@ -15,13 +15,13 @@ Everything is computed in float64; the caller rounds once, when it writes.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from sp3llm.compression.reading import norm_of
-from sp3llm.maths.basis import stream_scale
+from sp3llm.maths.basis import is_identity, stream_scale
 from sp3llm.maths.heads import query_key_maps
 from sp3llm.models.families import (
     FFN,
@@ -113,13 +113,20 @@ class Projection:
     kept_units: KeptUnits | None = None
     """Of a learned mask; None: neurons and groups are chosen by the refit."""
 
+    @functools.cached_property
+    def keeps_channels(self) -> bool:
+        """Whether the small stream is in the dense one's coordinates, all of them."""
+        return is_identity(self.writes())
+
     def writes(self) -> Tensor:
         """What the dense stream goes through to become the small one, but for `c`."""
         return self.basis_DK if self.gated_DK is None else self.gated_DK
 
     def tensors(self) -> dict[str, Tensor | None]:
         """Its matrices, by name."""
-        return {n: t for n, t in vars(self).items() if n not in ("attention_cut", "kept_units")}
+        matrices = (field.name for field in fields(self))
+        apart = ("attention_cut", "kept_units")
+        return {name: getattr(self, name) for name in matrices if name not in apart}
 
 
 def project_group(

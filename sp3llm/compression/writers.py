@@ -209,8 +209,10 @@ def _missing(
     if scales is not None:
         scale = fetch(scales[rows], execution.device) / root_mean_square(wanted, family.centred)
         wanted = (wanted * scale).to(wanted.dtype)
-    scaled_DK = (stream_scale(writes_DK) * writes_DK).to(widen(wanted).dtype)
-    there = product(wanted.flatten(0, 1).T, scaled_DK).unflatten(0, wanted.shape[:2])
+    there = widen(wanted)
+    if not refitter.projection.keeps_channels:
+        scaled_DK = (stream_scale(writes_DK) * writes_DK).to(there.dtype)
+        there = product(wanted.flatten(0, 1).T, scaled_DK).unflatten(0, wanted.shape[:2])
     missing = there - widen(fetch(small_stream.hidden[rows], execution.device))
     wanted = widen(wanted)
     if family.centred:

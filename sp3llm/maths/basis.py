@@ -104,6 +104,12 @@ def tied_rotation(basis_DK: Tensor, norm_weight_D: Tensor) -> tuple[Tensor, Tens
     return basis_DK @ r_KK, s_K
 
 
+def is_identity(basis_DK: Tensor) -> bool:
+    """Whether a basis is the coordinates that there are, all of them in their order."""
+    width, kept = basis_DK.shape
+    return width == kept and torch.equal(basis_DK, torch.eye(width).to(basis_DK))
+
+
 def metric_basis(
     moments_DD: tuple[Tensor, ...],
     metrics_DD: tuple[Tensor, ...],

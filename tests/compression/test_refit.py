@@ -558,3 +558,25 @@ def test_what_dense_layers_leave_is_kept_where_there_is_room_and_changes_no_byte
         assert bool(runs) == bool(trials) or not keeps
         found.append((result.out / "model.safetensors").read_bytes())
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "opt-untied", "gemma"])
+def test_a_stream_that_is_not_cut_keeps_its_channels(variant, tmp_path):
+    """What is not to be changed is not turned, and so not rounded: tables keep every bit, and so
+    does the norm in front of a tied head; under LayerNorm the stream loses its mean alone.
+    """
+    model = tiny_model(variant, torch.float32, vocab_size=4096)
+    width = model.config.hidden_size
+    half = {"hidden_size": width, "num_hidden_layers": model.config.num_hidden_layers}
+    tie = {"tie": "keep"} if model.config.tie_word_embeddings else {}
+    result = compress_tiny(variant, tmp_path, keep=0.985, **half, **tie)
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    small = load_file(result.out / "model.safetensors")
+    name = next(name for name in dense if name.endswith("embed_tokens.weight"))
+    if variant == "opt-untied":
+        dense[name] = dense[name] - dense[name].double().mean(1, keepdim=True)
+        assert relative_error(small[name], dense[name]) < 1e-6
+        return
+    assert torch.equal(small[name], dense[name])
+    if variant != "llama":
+        assert torch.equal(small["model.norm.weight"], dense["model.norm.weight"])
