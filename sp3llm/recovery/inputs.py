@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sp3llm.evaluation.task_scores import Reported
+    from sp3llm.maths.spelling import Spelling
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
     from sp3llm.models.objectives.schema import Objective
@@ -47,6 +48,8 @@ class Pair:
     rows: tuple[int, ...] | None = None
     """By row of the compressed model's tables the teacher's, where it has some of its tokens only;
     None: it has all."""
+    spelling: "Spelling | None" = None
+    """How it spells the teacher's other tokens, if it predicts tokens; None: nobody can say."""
 
     @property
     def compression(self) -> Record | None:
@@ -108,6 +111,7 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
     from sp3llm.runtime.progress import print_line
     from sp3llm.text.tokenizer import load_tokenizer
     from sp3llm.vocabulary.restricting import shared_rows
+    from sp3llm.vocabulary.spelling import spelling_of
 
     folder, name, note = resolve_model(settings.model)
     record = read_any_record(folder)
@@ -130,17 +134,28 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
         families.axis_sizes(f, c.config)[families.VOCAB]
         for f, c in ((family, small), (dense_family, dense))
     ]
-    tokenizers = [load_tokenizer(folder).get_vocab() for folder in (folder, dense_folder)]
-    rows, is_same = None, sizes[0] == sizes[1] and tokenizers[0] == tokenizers[1]
-    if not is_same:
-        rows = shared_rows(tokenizers[1], tokenizers[0], *sizes)
-    if not is_same and rows is None:
+    tokenizers = [load_tokenizer(folder) for folder in (folder, dense_folder)]
+    ids = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    pair = Pair(small, family, name, record, dense, dense_family, dense_name)
+    if sizes[0] == sizes[1] and ids[0] == ids[1]:
+        return pair
+    rows = shared_rows(ids[1], ids[0], *sizes)
+    if rows is None:
         raise UserError(
             f"Expected a teacher with the vocabulary of '{name}' ({sizes[0]} tokens), or with "
             f"more, found another in '{dense_name}' ({sizes[1]} tokens): name the dense model "
             "that it was made from."
         )
-    return Pair(small, family, name, record, dense, dense_family, dense_name, rows)
+    if pair.objective.labels is not None:  # what it predicts are no tokens
+        return replace(pair, rows=rows)
+    spelling = spelling_of(tokenizers[1], tokenizers[0], rows)
+    if spelling is None:
+        print_line(
+            console,
+            f"The teacher is compared over the tokens of '{name}' alone: how that would spell the "
+            "others, only a tokenizer of the tokenizers library can say.",
+        )
+    return replace(pair, rows=rows, spelling=spelling)
 
 
 def _check_objectives(architecture: str, teacher: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError, reason
+from sp3llm.maths.spelling import Spelling, spelled_logits
 from sp3llm.models.families import Family
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.quantization.bits import bits_config, check_installed, take_any_width
@@ -163,18 +164,23 @@ class LiveTeacher:
     """Where its answers are wanted."""
     rows: Tensor | None = None
     """By token of the model it teaches its own, where that has some of them only; None: all."""
+    spelling: Spelling | None = None
+    """How that spells the others; None: what is given to them is not compared."""
 
     @torch.no_grad()
     def answers(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """Logits for a batch, of tokens `(B, S, V)`, and the stream if it is tapped; of a model
         with some of its tokens both are that one's.
         """
-        objective = self.objective
+        objective, tokens = self.objective, batch
         if self.rows is not None:
             batch = objective.in_rows(batch, self.rows)
         # An offloaded model's hooks bring inputs to where each layer runs.
         logits = objective.logits(self.model(**objective.inputs(batch)), batch)
-        if self.rows is not None:
+        if self.spelling is not None:
+            windows = zip(logits, tokens, strict=True)
+            logits = torch.stack([spelled_logits(*window, self.spelling) for window in windows])
+        elif self.rows is not None:
             logits = objective.of_rows(logits, self.rows)
         streams = [] if self.tap is None else self.tap.take()
         return logits.to(self.device), [stream.to(self.device) for stream in streams]
@@ -207,4 +213,4 @@ def live_teacher(run: Run) -> LiveTeacher:
     if settings.hidden_weight:
         tap = tap_of(model, run.pair.objective, run.pair.dense_family)
     rows = None if run.pair.rows is None else torch.tensor(run.pair.rows)
-    return LiveTeacher(model, run.pair.objective, tap, device, rows)
+    return LiveTeacher(model, run.pair.objective, tap, device, rows, run.pair.spelling)

@@ -13,6 +13,7 @@ from sp3llm.compression import story
 from sp3llm.compression import vocabulary_losses as vocabulary_losses_module
 from sp3llm.compression.job import Job
 from sp3llm.compression.preparing import prepare
+from sp3llm.compression.texts import read_texts, tokenizer_of
 from sp3llm.compression.vocabulary_losses import _readings, vocabulary_losses
 from sp3llm.evaluation import perplexity
 from sp3llm.evaluation.perplexity import measure_losses
@@ -27,7 +28,9 @@ from sp3llm.reporting.record import read_record
 from sp3llm.reporting.tables import vocabulary_share
 from sp3llm.runtime.journal import NOTHING_KEPT
 from sp3llm.runtime.processes import Ranks
-from sp3llm.vocabulary.restricting import shared_rows
+from sp3llm.text.tokenizer import load_tokenizer
+from sp3llm.vocabulary.restricting import dense_rows, shared_rows
+from sp3llm.vocabulary.spelling import spelling_of
 from tests.conftest import save_model, tiny_model
 from tests.helpers import QUIET, compress_tiny, weights
 
@@ -239,6 +242,31 @@ def test_a_teacher_answers_in_the_tokens_of_the_model_it_teaches(tokens):
     assert torch.equal(found, expected[..., rows])
     same, _ = restricted.divergence(expected[:, :-1, rows], ids[:, 0], ids, 2.0)
     assert same.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_teacher_gives_a_word_to_the_pieces_that_spell_it(tmp_path):
+    """On text with words that the vocabulary has lost it is a better model of fewer tokens than
+    one that never begins such a word.
+    """
+    settings = CompressConfig(
+        **texts(tmp_path), out=tmp_path / "out", keep=0.9, samples=4, seq_len=64, eval_samples=8
+    )
+    job = prepare(settings, Ranks(), "cpu", QUIET)
+    _, held_out = read_texts(job)
+    tokens, small = held_out.small_tokens, tokenizer_of(job, job.vocabulary)
+    kept = job.vocabulary.kept
+    whole = load_tokenizer(job.folder)
+    rows = dense_rows(kept, job.original.config["vocab_size"])
+    spelling = spelling_of(whole, small, rows)
+    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32).eval()
+    answers = (model, job.objective, None, torch.device("cpu"), torch.tensor(rows))
+    nats = []
+    for teacher in (LiveTeacher(*answers), LiveTeacher(*answers, spelling)):
+        logits = teacher.answers(tokens)[0][:, :-1].double().log_softmax(-1)
+        losses = -logits.gather(-1, tokens[:, 1:, None])[..., 0]
+        nats.append(held_out.small_nats(losses).mean().item())
+    renormalised, spelled = nats
+    assert spelled < 0.95 * renormalised
 
 
 def test_what_will_not_do_is_refused_in_a_sentence(refused, tmp_path):
