@@ -280,6 +280,15 @@ def test_a_candidate_far_ahead_of_all_others_needs_no_trial():
     assert shapes_to_try(predicted, {}) == [first, second]
 
 
+def test_of_trials_that_cannot_tell_the_widest_stream_is_taken():
+    """Unless another is better by more than such trials can tell."""
+    wide, narrow, deep = (replace(SHAPES[0], hidden_size=width) for width in (48, 40, 44))
+    tried = {narrow: 0.5, deep: 0.502, wide: 0.504}
+    assert choose({}, tried) == wide
+    assert choose({}, {**tried, wide: 0.52}) == deep
+    assert choose({}, {**tried, narrow: 0.48}) == narrow
+
+
 def test_a_candidate_that_promises_to_be_as_good_as_the_best_trial_gets_one():
     first, second = candidates(FAMILIES["llama"], LLAMA_3_8B, Limits(0.7))[:2]
     predicted = {first: Losses(0.1, 0.1), second: Losses(0.1, 0.103)}
