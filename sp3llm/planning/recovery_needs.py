@@ -31,6 +31,8 @@ _FLOAT32, _BFLOAT16 = 4, 2
 # Tensors of the size of the logits, float32, that are alive at once: the model's own, both models'
 # log-probabilities, the teacher's probabilities, what they make, and the gradients.
 _LOGITS = 8
+# Of the size of a teacher's logits, float32, while its distribution over more tokens is spelled.
+_WHOLE_LOGITS = 2
 # Bytes that a CUDA context and cuBLAS take, and the part of all the rest that is lost in gaps
 # between blocks.
 _MARGIN, _GAPS = 10**9, 0.05
@@ -119,6 +121,10 @@ def recovery_needs_of(
     else:
         activations = tokens * (layers + 1) * a_layer
     logits = _LOGITS * _FLOAT32 * tokens * axis_sizes(written, small)[VOCAB]
+    every_token = axis_sizes(family, config)[VOCAB]
+    if every_token > axis_sizes(written, small)[VOCAB]:
+        # The teacher's own, and what becomes of them, a window at a time.
+        logits += (itemsize * tokens + _WHOLE_LOGITS * _FLOAT32 * seq_len) * every_token
     optimizer = 3 * _FLOAT32 * trained  # the gradient and AdamW's two moments
     needed = teacher + weights + optimizer + activations + logits
     return RecoveryNeeds(
