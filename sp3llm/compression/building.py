@@ -246,7 +246,7 @@ def _fit_layers(
         layers.append(LayerFit(dense, small, *own, side.models, side.stream))
         first_grams.append(stream_grams(side.refitter, dense.stream.hidden, side.stream))
     fits = list(zip(sides, layers, first_grams, strict=True))
-    run = run_dense(dense, config, runs)
+    run = run_dense(dense, config, runs, is_chased=bool(sides))
     if families.is_parallel(dense.model.family, config):
         for side, layer, grams in fits:
             rest = partial(fit_parallel, side.refitter, layer, grams)

@@ -45,10 +45,16 @@ DenseRuns = dict[int, DenseRun]
 
 @contextmanager
 def recorded(
-    model: LayeredModel, config: Mapping[str, Any], index: int, stream: Stream, keeps: bool
+    model: LayeredModel,
+    config: Mapping[str, Any],
+    index: int,
+    stream: Stream,
+    keeps: bool,
+    is_chased: bool = True,
 ) -> Iterator[tuple[DenseRun, dict[str, Probe]]]:
     """What layer `index` of the dense model, of that config, leaves of `stream`, filled while it
     runs in the block with the probes that come with it; with `keeps` all that `layer_again` needs.
+    Where no model chases the layer, and nothing is kept, it leaves nothing.
     """
     family, execution, hidden = model.family, model.execution, stream.hidden
 
@@ -56,12 +62,14 @@ def recorded(
         shape = tuple(hidden.shape)
         return [execution.empty_stream(shape, hidden.dtype) for _ in range(count)]
 
-    between = () if families.is_parallel(family, config) else family.sites[1:]
+    in_turn = (keeps or is_chased) and not families.is_parallel(family, config)
+    between = family.sites[1:] if in_turn else ()
     behind = places(len(between))
     summed = places(len(between)) if family.post_norm else behind
     at = {read_at(family, site): place for site, place in zip(between, behind, strict=True)}
     if family.post_norm:
-        at |= {site.norm: place for site, place in zip(family.sites[:-1], summed, strict=True)}
+        norms = [site.norm for site in family.sites[: len(summed)]]
+        at |= dict(zip(norms, summed, strict=True))
     output = last_summed = None
     if keeps:
         (output,) = places(1)

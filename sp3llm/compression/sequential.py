@@ -116,16 +116,18 @@ def _linear_writer(
     return LinearWriter(f"the small {name}", weight_KP, bias_K, kept_P, refitter.multiplier)
 
 
-def run_dense(dense: DenseLayer, config: Mapping[str, Any], runs: DenseRuns | None) -> DenseRun:
+def run_dense(
+    dense: DenseLayer, config: Mapping[str, Any], runs: DenseRuns | None, is_chased: bool
+) -> DenseRun:
     """Send the dense stream through its layer, in the model of that config, and say what the layer
-    leaves. What `runs` has of it is not computed again; what it has not goes there, unless there is
-    None.
+    leaves, if any small model chases it. What `runs` has of it is not computed again; what it has
+    not goes there, unless there is None.
     """
     model, index, stream = dense.model, dense.index, dense.stream
     if runs is not None and index in runs:
         layer_again(runs[index], stream.hidden, dense.summed)
         return runs[index]
-    with recorded(model, config, index, stream, runs is not None) as (run, probes):
+    with recorded(model, config, index, stream, runs is not None, is_chased) as (run, probes):
         if dense.summed is not None:
             norm = {model.family.sites[-1].norm: keeper(dense.summed, model.execution)}
             probes = both_probes(probes, norm)

@@ -181,7 +181,10 @@ def run_stages(
     if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
         mask_windows = execution.ranks.from_first(lambda: read_mask_windows(job, held_out.windows))
     evaluated = None if task_rows is not None else held_out.tokens
-    runs = {} if settings.refit and execution.keeps_dense else None
+    refits = settings.refit and not all(map(job.is_whole, job.shapes))
+    # A mask is learned on the whole model, which needs the memory itself.
+    keeps = execution.keeps_dense and refits and mask_windows is None
+    runs = {} if keeps else None
     moments, dense_losses = measure(job, calibration.tokens, evaluated, journal, progress, runs)
     if mask_windows is not None:
         mask = learn_mask(job, moments, mask_windows, journal, progress)

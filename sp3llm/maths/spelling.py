@@ -9,26 +9,26 @@ Shape suffixes: S tokens of a window, V and K rows of the whole vocabulary and o
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Below any probability that matters: its logarithm is finite.
-_LEAST = 1e-30
+# Below any probability that matters: its logarithm is finite. And what one may be times, at most.
+_LEAST, _MOST = 1e-30, 1e30
 
 
-@dataclass(frozen=True)
-class _Node:
+class _Node(NamedTuple):
     """Some pieces in a row that a word begins with."""
 
     word: int | None
     """The word that they spell, if they spell one, by row of the whole vocabulary."""
-    words_W: Tensor
-    """Those that go on, int64."""
-    next_W: Tensor
-    """With which piece each does, by row of the small vocabulary, int64."""
+    start: int
+    """Where among all words that go on those begin that go on from here."""
+    count: int
+    """How many these are."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Spelling:
     """Rows of the whole vocabulary of all words that are spelled, int64."""
     first_W: Tensor
     """The first piece of each, by row of the small vocabulary, int64."""
+    going_on_G: Tensor
+    """All words again, int64, once for each of their beginnings."""
+    next_G: Tensor
+    """With which piece each goes on from there, by row of the small vocabulary, int64."""
     nodes: Mapping[tuple[int, ...], _Node]
     """By their pieces, one at least."""
 
@@ -55,17 +59,26 @@ class Spelling:
             ending[tuple(spelled)] = word
             for count in range(1, len(spelled)):
                 going_on.setdefault(tuple(spelled[:count]), []).append((word, spelled[count]))
-        nodes = {
-            prefix: _Node(
-                ending.get(prefix),
-                torch.tensor([word for word, _ in going_on.get(prefix, ())], dtype=torch.int64),
-                torch.tensor([piece for _, piece in going_on.get(prefix, ())], dtype=torch.int64),
-            )
-            for prefix in (*going_on, *(ending.keys() - going_on.keys()))
-        }
-        firsts = torch.tensor([spelled[0] for spelled in pieces.values()], dtype=torch.int64)
-        words = torch.tensor(list(pieces), dtype=torch.int64)
-        return Spelling(rows_K, tokens, words, firsts, nodes)
+        nodes, start = {}, 0
+        for prefix, members in going_on.items():
+            nodes[prefix] = _Node(ending.get(prefix), start, len(members))
+            start += len(members)
+        for prefix, word in ending.items():
+            nodes.setdefault(prefix, _Node(word, 0, 0))
+        flat = [member for members in going_on.values() for member in members]
+
+        def whole_numbers(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int64)
+
+        return Spelling(
+            rows_K=rows_K,
+            tokens=tokens,
+            words_W=whole_numbers(pieces),
+            first_W=whole_numbers(spelled[0] for spelled in pieces.values()),
+            going_on_G=whole_numbers(word for word, _ in flat),
+            next_G=whole_numbers(piece for _, piece in flat),
+            nodes=nodes,
+        )
 
 
 def spelled_logits(logits_SV: Tensor, tokens_S: Tensor, spelling: Spelling) -> Tensor:
@@ -85,11 +98,11 @@ def spelled_logits(logits_SV: Tensor, tokens_S: Tensor, spelling: Spelling) -> T
 
     begun = _begun(tokens_S.tolist(), spelling)
     starts = torch.tensor([one.start for one in begun], dtype=torch.int64, device=device)
-    counts = torch.tensor([len(one.node.words_W) for one in begun], dtype=torch.int64)
-    none = torch.zeros(0, dtype=torch.int64)
-    going_on = torch.cat([none, *(one.node.words_W for one in begun)]).to(device)
+    counts = torch.tensor([one.node.count for one in begun], dtype=torch.int64)
+    members = [torch.arange(one.node.start, one.node.start + one.node.count) for one in begun]
+    member = torch.cat([torch.zeros(0, dtype=torch.int64), *members])
     number = torch.arange(len(begun)).repeat_interleave(counts).to(device)
-    given = shares_SV[starts[number], going_on]
+    given = shares_SV[starts[number], spelling.going_on_G[member].to(device)]
     ending = torch.tensor([one.node.word or 0 for one in begun], dtype=torch.int64, device=device)
     before_S = torch.arange(len(tokens_S) - 1, device=device)
     said = _Said(
@@ -101,8 +114,7 @@ def spelled_logits(logits_SV: Tensor, tokens_S: Tensor, spelling: Spelling) -> T
 
     pieces_SK *= shares_SV.new_tensor(whole_S)[:, None]
     places = torch.tensor([one.place for one in begun], dtype=torch.int64, device=device)
-    next_pieces = torch.cat([none, *(one.node.next_W for one in begun)]).to(device)
-    at = places[number] * pieces_SK.shape[1] + next_pieces
+    at = places[number] * pieces_SK.shape[1] + spelling.next_G[member].to(device)
     pieces_SK.view(-1).index_add_(0, at, given * shares_SV.new_tensor(weights)[number])
     return pieces_SK.clamp_min_(_LEAST).log_()
 
@@ -157,7 +169,9 @@ def _weights(begun: Sequence[_Begun], said: _Said) -> tuple[list[float], list[fl
     for place in range(1, len(at)):
         ended, total = ends[-1] * said.whole_S[place - 1], 0.0
         for number in at[place]:
-            before = ends[begun[number].start - place]
+            # Capped: after a few places where hardly anything was likely it has no bound, and what
+            # it is times has vanished.
+            before = min(ends[begun[number].start - place], _MOST)
             if begun[number].node.word is not None:
                 ended += before * said.ending[number]
             weights[number] = before
@@ -171,6 +185,6 @@ def _weights(begun: Sequence[_Begun], said: _Said) -> tuple[list[float], list[fl
         for back in range(len(ends)):
             ends[back] /= total
         for number in at[place]:
-            weights[number] /= total
+            weights[number] = min(weights[number] / total, _MOST)
         whole_S.append(ends[-1])
     return whole_S, weights

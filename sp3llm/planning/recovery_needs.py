@@ -122,7 +122,8 @@ def recovery_needs_of(
         activations = tokens * (layers + 1) * a_layer
     logits = _LOGITS * _FLOAT32 * tokens * axis_sizes(written, small)[VOCAB]
     every_token = axis_sizes(family, config)[VOCAB]
-    if every_token > axis_sizes(written, small)[VOCAB]:
+    spells = family.task_head is None and settings.teacher_logits is None
+    if spells and every_token > axis_sizes(written, small)[VOCAB]:
         # The teacher's own, and what becomes of them, a window at a time.
         logits += (itemsize * tokens + _WHOLE_LOGITS * _FLOAT32 * seq_len) * every_token
     optimizer = 3 * _FLOAT32 * trained  # the gradient and AdamW's two moments

@@ -12,9 +12,9 @@ from sp3llm.models.shapes import Shape
 # worth one at first: predictions were right to a tenth (eval/NOTES.md). Later one that promises no
 # more than this beyond the best trial is worth one too.
 _MOST_TRIALS, _CLOSE, _AS_GOOD = 5, 1.3, 1.03
-# How much more than the best trial one may lose and be as good: trials of so little text cannot
-# tell, and what is fitted to little text flatters narrow streams.
-_TIE = 1.01
+# By which share of the best trial's loss one may lose more and be as good: trials of so little text
+# cannot tell, and what is fitted to little text flatters narrow streams.
+_TIE = 0.01
 # How strongly scales are drawn towards each other, against one trial, and how small a share of the
 # common one each is at least: errors of trials cannot make a part of a loss a gain.
 _DRAWN, _LEAST_SHARE = 0.1, 0.1
@@ -132,7 +132,7 @@ def choose(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> S
         known = expected(predicted, tried)
         return min(known, key=known.__getitem__)
     least = min(tried.values())
-    as_good = [shape for shape, loss in tried.items() if loss <= _TIE * least]
+    as_good = [shape for shape, loss in tried.items() if loss <= least + _TIE * abs(least)]
     return min(as_good, key=lambda shape: (-shape.hidden_size, tried[shape]))
 
 

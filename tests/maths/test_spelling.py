@@ -61,8 +61,13 @@ def test_rows_that_only_pad_are_never_said():
     assert found.isfinite().all()
 
 
-def test_what_no_model_would_say_leaves_finite_logits():
-    logits = torch.full((3, 7), -1e4)
+@pytest.mark.parametrize("gap", [30, 46, 90, 100, 120, 1e4])
+@pytest.mark.parametrize("lost", [30, 60, 88, 96, 110, 1e4])
+@pytest.mark.parametrize("read", [[0, 1, 2], [0, 1, 2, 3, 2, 3, 2, 3], [1, 1, 1, 1, 1, 1]])
+def test_what_no_model_would_say_leaves_finite_logits(gap, lost, read):
+    words = {3: (1, 2, 3), 5: (1, 2, 3, 2), 6: (1, 1, 1, 1, 1)}
+    logits = torch.full((len(read), 7), -float(gap))
+    logits[:, list(words)] = -float(lost)
     logits[:, 4] = 0
-    spelling = Spelling.of(ROWS, len(ROWS), WORDS)
-    assert spelled_logits(logits, torch.tensor([0, 1, 2]), spelling).isfinite().all()
+    spelling = Spelling.of(ROWS, len(ROWS), words)
+    assert spelled_logits(logits, torch.tensor(read), spelling).isfinite().all()

@@ -287,6 +287,7 @@ def test_of_trials_that_cannot_tell_the_widest_stream_is_taken():
     assert choose({}, tried) == wide
     assert choose({}, {**tried, wide: 0.52}) == deep
     assert choose({}, {**tried, narrow: 0.48}) == narrow
+    assert choose({}, {narrow: 0.001, wide: -0.0004}) == wide
 
 
 def test_a_candidate_that_promises_to_be_as_good_as_the_best_trial_gets_one():
