@@ -158,8 +158,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="*", default=[0.4, 0.15, 0.06])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--starts", nargs="*", default=["compressed"], choices=STARTS)
-    rates = parser.add_argument("--lr", type=float, nargs="*", default=[None])
-    rates.help = "learning rates of recovery, each tried; the default's own where none is given"
+    lr = "learning rates of recovery, each tried (default: the recovery's own)"
+    parser.add_argument("--lr", type=float, nargs="*", default=[None], help=lr)
     parser.add_argument("--steps", type=int, default=300, help="of recovery; 0: none")
     parser.add_argument("--work", type=Path, required=True, help="where models wait")
     parser.add_argument("--name", required=True, help="of the files under eval/results")

@@ -107,9 +107,7 @@ def _placed(job: Job, journal: "Journal", folder: Path, settings: CompressConfig
     found = {} if before is None else before.facts
     batches = [n for n in (settings.batch_tokens, found.get("tokens")) if n is not None]
     needed = BytesNeeded(
-        *(needs.streams, needs.working, needs.token, needs.inputs),
-        dense=needs.dense,
-        running=needs.running,
+        *(needs.streams, needs.working, needs.token, needs.inputs, needs.running, needs.dense)
     )
     execution = place_streams(
         job.execution,

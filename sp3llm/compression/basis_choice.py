@@ -11,7 +11,6 @@ from sp3llm.compression.reading import norm_of
 from sp3llm.compression.statistics import Moments
 from sp3llm.maths.basis import (
     eigenbasis,
-    is_identity,
     mean_free_frame,
     metric_basis,
     spread_mean_free_frame,
@@ -172,10 +171,7 @@ def _projection_along(
     if shape.tie_word_embeddings and family.projections is None:
         norm = f"{family.final_norm}.weight"
         norm_D, _ = norm_of(family, family.final_norm, dense.read([norm]), basis_DK)
-        if is_identity(basis_DK):
-            tied_scale_K = norm_D
-        else:
-            basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_D)
+        basis_DK, tied_scale_K = tied_rotation(basis_DK, norm_D)
         gated_DK = None
     elif shape.tie_word_embeddings:
         embedding_EJ = _embedding_basis(setting, basis_DK)

@@ -209,15 +209,14 @@ def _missing(
     if scales is not None:
         scale = fetch(scales[rows], execution.device) / root_mean_square(wanted, family.centred)
         wanted = (wanted * scale).to(wanted.dtype)
-    there = widen(wanted)
+    wide = there = widen(wanted)
     if not refitter.projection.keeps_channels:
         scaled_DK = (stream_scale(writes_DK) * writes_DK).to(there.dtype)
         there = product(wanted.flatten(0, 1).T, scaled_DK).unflatten(0, wanted.shape[:2])
     missing = there - widen(fetch(small_stream.hidden[rows], execution.device))
-    wanted = widen(wanted)
     if family.centred:
-        wanted = wanted - wanted.mean(-1, keepdim=True)
-    weight = 1 / wanted.square().mean(-1).clamp_min(LEAST_MEAN_SQUARE)
+        wide = wide - wide.mean(-1, keepdim=True)
+    weight = 1 / wide.square().mean(-1).clamp_min(LEAST_MEAN_SQUARE)
     return missing / refitter.multiplier, weight
 
 

@@ -94,11 +94,13 @@ def tied_rotation(basis_DK: Tensor, norm_weight_D: Tensor) -> tuple[Tensor, Tens
     """The rotation inside the kept subspace that lets a tied head survive (docs/design.md 3.5).
 
     `Z^T diag(g) Z = R diag(s) R^T`: with basis `Z R` the final norm's weight becomes a diagonal
-    again, and one table serves embedding and head.
+    again, and one table serves embedding and head. All channels as they are have one already.
 
     Returns `Z R`, `(D, K)`, and `s`, `(K,)`, both float64.
     """
     basis_DK = basis_DK.double()
+    if is_identity(basis_DK):
+        return basis_DK, norm_weight_D.double()
     inner_KK = basis_DK.T @ (norm_weight_D.double()[:, None] * basis_DK)
     s_K, r_KK = torch.linalg.eigh((inner_KK + inner_KK.T) / 2)
     return basis_DK @ r_KK, s_K

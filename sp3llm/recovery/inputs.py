@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sp3llm.evaluation.task_scores import Reported
-    from sp3llm.maths.spelling import Spelling
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
     from sp3llm.models.objectives.schema import Objective
@@ -48,8 +47,8 @@ class Pair:
     rows: tuple[int, ...] | None = None
     """By row of the compressed model's tables the teacher's, where it has some of its tokens only;
     None: it has all."""
-    spelling: "Spelling | None" = None
-    """How it spells the teacher's other tokens, if it predicts tokens; None: nobody can say."""
+    spells: bool = False
+    """Whether it predicts tokens, and can say how it spells the teacher's other ones."""
 
     @property
     def compression(self) -> Record | None:
@@ -109,9 +108,8 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
     from sp3llm.models.source import resolve_model
     from sp3llm.runtime.folders import RECORD
     from sp3llm.runtime.progress import print_line
-    from sp3llm.text.tokenizer import load_tokenizer
+    from sp3llm.text.tokenizer import has_backend, load_tokenizer
     from sp3llm.vocabulary.restricting import shared_rows
-    from sp3llm.vocabulary.spelling import spelling_of
 
     folder, name, note = resolve_model(settings.model)
     record = read_any_record(folder)
@@ -148,14 +146,14 @@ def open_pair(settings: RecoverConfig, console: "Console") -> Pair:
         )
     if pair.objective.labels is not None:  # what it predicts are no tokens
         return replace(pair, rows=rows)
-    spelling = spelling_of(tokenizers[1], tokenizers[0], rows)
-    if spelling is None:
+    spells = has_backend(tokenizers[0])
+    if not spells:
         print_line(
             console,
             f"The teacher is compared over the tokens of '{name}' alone: how that would spell the "
             "others, only a tokenizer of the tokenizers library can say.",
         )
-    return replace(pair, rows=rows, spelling=spelling)
+    return replace(pair, rows=rows, spells=spells)
 
 
 def _check_objectives(architecture: str, teacher: str) -> None:

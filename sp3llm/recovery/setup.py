@@ -181,7 +181,7 @@ def _teacher(run: Run, tokens: "Tensor", progress: "Progress") -> "LiveTeacher |
         "teacher_dtype": settings.teacher_dtype,
         "device": device.type,
         "rows": None if rows is None else hashlib.sha256(repr(rows).encode()).hexdigest(),
-        "spelled": None if run.pair.spelling is None else True,
+        "spelled": True if run.pair.spells else None,
         "text": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "windows": list(tokens.shape),
         "temperature": settings.temperature,

@@ -16,6 +16,8 @@ from sp3llm.quantization.bits import bits_config, check_installed, take_any_widt
 from sp3llm.recovery.inputs import Run
 from sp3llm.runtime.devices import compute_dtype
 from sp3llm.runtime.memory import host_memory
+from sp3llm.text.tokenizer import load_tokenizer
+from sp3llm.vocabulary.spelling import spelling_of
 
 # Of the host's free memory, the share that an offloaded teacher may fill: the rest is for the model
 # that is trained and for what loading takes.
@@ -212,5 +214,10 @@ def live_teacher(run: Run) -> LiveTeacher:
     tap = None
     if settings.hidden_weight:
         tap = tap_of(model, run.pair.objective, run.pair.dense_family)
-    rows = None if run.pair.rows is None else torch.tensor(run.pair.rows)
-    return LiveTeacher(model, run.pair.objective, tap, device, rows, run.pair.spelling)
+    rows, spelling = None, None
+    if run.pair.rows is not None:
+        rows = torch.tensor(run.pair.rows)
+    if run.pair.spells:
+        folders = run.pair.dense.folder, run.pair.small.folder
+        spelling = spelling_of(*map(load_tokenizer, folders), run.pair.rows)
+    return LiveTeacher(model, run.pair.objective, tap, device, rows, spelling)

@@ -73,7 +73,7 @@ def place_streams(
     if on_gpu:
         memory = gpu_memory(execution.device, max_memory)
         budget = min(int(_SHARE_OF_GPU * memory), max(0, memory - needed.running))
-    own = -(-needed.streams // execution.ranks.count)
+    own, inputs = (_share(execution, whole) for whole in (needed.streams, needed.inputs))
     host = host_memory(max_memory) // execution.ranks.local_count
     beside = 0 if on_gpu else needed.working
     if streams == "auto":
@@ -84,15 +84,14 @@ def place_streams(
         streams = max(execution.ranks.all_gather(choice), key=order.index)
     keeps = known.keeps_inputs
     if keeps is None:
-        wanted = own + -(-needed.inputs // execution.ranks.count)
         room = {"host": _USABLE * host - beside, "disk": 0}
         if on_gpu:
             room["gpu"] = _USABLE * memory - needed.working - budget
-        keeps = all(execution.ranks.all_gather(wanted < room[streams]))
-    held = own + (-(-needed.inputs // execution.ranks.count) if keeps else 0)
+        keeps = all(execution.ranks.all_gather(own + inputs < room[streams]))
+    held = own + (inputs if keeps else 0)
     # On a GPU running a layer again is as fast as to fetch what it has left.
     left = 0 if on_gpu or streams != "host" else int(_USABLE * host - beside - held)
-    keeps_dense = -(-needed.dense // execution.ranks.count) < left // 2
+    keeps_dense = _share(execution, needed.dense) < left // 2
     pinned = on_gpu and streams == "host" and _PINNED_ROUNDING * held < _USABLE * host
     batch = known.batch_tokens
     most = min(TOKENS_PER_BATCH, max(1, budget // needed.token))
@@ -114,8 +113,7 @@ def least_memory(execution: Execution, needed: BytesNeeded, seq_len: int) -> int
     where they were placed: what is solved for a layer, or what its tokens take, which are never
     there together.
     """
-    held = needed.streams + (needed.inputs if execution.keeps_inputs else 0)
-    own = -(-held // execution.ranks.count) if execution.streams == "gpu" else 0
+    own = _held(execution, needed) if execution.streams == "gpu" else 0
     return own + max(needed.working, needed.running + seq_len * needed.token)
 
 
@@ -131,10 +129,19 @@ def weights_kept(
         return ReadBefore()
     left = int(_USABLE * (host_memory(max_memory) // execution.ranks.local_count))
     if execution.streams == "host":
-        held = needed.streams + (needed.inputs if execution.keeps_inputs else 0)
-        own = -(-held // execution.ranks.count)
+        own = _held(execution, needed)
         left -= _PINNED_ROUNDING * own if execution.pinned else own
     return ReadBefore(max(0, left // 2), locked=True)
+
+
+def _held(execution: Execution, needed: BytesNeeded) -> int:
+    """Bytes of streams, and of inputs that wait with them, that a process holds as it is placed."""
+    return _share(execution, needed.streams + (needed.inputs if execution.keeps_inputs else 0))
+
+
+def _share(execution: Execution, whole: int) -> int:
+    """Of bytes that all processes hold together those of one, rounded up."""
+    return -(-whole // execution.ranks.count)
 
 
 def free_memory(execution: Execution, max_memory: Mapping[str, int]) -> int:

@@ -8,6 +8,11 @@ from sp3llm.errors import UserError, reason
 from sp3llm.runtime.git_lfs import is_pointer, pointer_found
 
 
+def has_backend(tokenizer: Any) -> bool:
+    """Whether the tokenizers library runs it, which then tells how it comes by its tokens."""
+    return hasattr(tokenizer, "backend_tokenizer")
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a model folder.
 

@@ -8,20 +8,18 @@ import torch
 from sp3llm.maths.spelling import Spelling
 
 
-def spelling_of(whole: Any, small: Any, rows: Sequence[int]) -> Spelling | None:
+def spelling_of(whole: Any, small: Any, rows: Sequence[int]) -> Spelling:
     """The spelling of the tokens of one tokenizer, `whole`, in those of another, which has some of
-    them; `rows` are by row of the small tables that of the whole ones (`restricting.shared_rows`).
+    them and is one of the tokenizers library (`text.tokenizer.has_backend`); `rows` are by row of
+    the small tables that of the whole ones (`restricting.shared_rows`).
 
-    Tokens that the small one cannot spell have none. None where it is no tokenizer of the
-    tokenizers library, which alone says how a token is spelled.
+    Tokens that the small one cannot spell have none.
     """
-    backend = getattr(small, "backend_tokenizer", None)
-    if backend is None:
-        return None
+    model = small.backend_tokenizer.model
     small_ids, pieces = small.get_vocab(), {}
     for token, token_id in whole.get_vocab().items():
         if token not in small_ids:
-            spelled = [small_ids.get(piece.value) for piece in backend.model.tokenize(token)]
+            spelled = [small_ids.get(piece.value) for piece in model.tokenize(token)]
             if None not in spelled and len(spelled) > 1:
                 pieces[token_id] = spelled
     return Spelling.of(torch.tensor(rows), len(small_ids), pieces)

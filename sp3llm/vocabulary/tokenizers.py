@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sp3llm.errors import UserError
 from sp3llm.runtime.json_files import read_object
-from sp3llm.text.tokenizer import load_tokenizer
+from sp3llm.text.tokenizer import has_backend, load_tokenizer
 from sp3llm.vocabulary.ids import named_ids
 from sp3llm.vocabulary.kept import ROW_MULTIPLE, Kept, kept_of
 from sp3llm.vocabulary.merging import Ranks, passed_through
@@ -57,7 +57,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     """
     _check_files(folder)
     tokenizer = load_tokenizer(folder)
-    if not hasattr(tokenizer, "backend_tokenizer"):
+    if not has_backend(tokenizer):
         raise refused(
             folder, f"{type(tokenizer).__name__}, which the tokenizers library does not run"
         )
