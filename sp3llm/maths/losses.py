@@ -6,8 +6,9 @@ after. Losses to be taught by are means over tokens, float32.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,13 +107,48 @@ class TopLogits:
 
 
 def divergence(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of the student from the teacher, both logits at a temperature.
+    """Kullback-Leibler divergence of the student from the teacher, both logits at a temperature;
+    `(N, V)` will do as well.
 
-    Times the temperature squared, so that its gradients do not shrink with it.
+    Times the temperature squared, so that its gradients do not shrink with it. Those by the
+    student's logits are taken along, a few tokens at a time: of several copies of all logits in
+    float32, which a step's memory is largest by, one is left.
     """
-    student_BSV = functional.log_softmax(student_BSV.float() / temperature, -1)
-    teacher_BSV = functional.log_softmax(teacher_BSV.float() / temperature, -1)
-    return temperature**2 * (teacher_BSV.exp() * (teacher_BSV - student_BSV)).sum(-1).mean()
+    return _Divergence.apply(student_BSV, teacher_BSV, temperature)
+
+
+class _Divergence(torch.autograd.Function):
+    """`divergence`, which has gradients by the student's logits alone."""
+
+    @staticmethod
+    def forward(ctx: Any, student_BSV: Tensor, teacher_BSV: Tensor, temperature: float) -> Tensor:
+        wanted, tokens = ctx.needs_input_grad[0], math.prod(student_BSV.shape[:-1])
+        gradient_BSV = torch.empty_like(student_BSV) if wanted else student_BSV
+        total = torch.zeros((), device=student_BSV.device)
+        for student_NV, teacher_NV, place_NV in zip(
+            *map(_in_pieces, (student_BSV, teacher_BSV, gradient_BSV)), strict=True
+        ):
+            log_NV, dense_log_NV = (
+                (widen(one) / temperature).log_softmax(-1) for one in (student_NV, teacher_NV)
+            )
+            dense_NV = dense_log_NV.exp()
+            total = total + (dense_NV * (dense_log_NV - log_NV)).sum()
+            if wanted:
+                place_NV.copy_((log_NV.exp() - dense_NV) * (temperature / tokens))
+        ctx.gradient_BSV = gradient_BSV if wanted else None
+        return temperature**2 * total / tokens
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        gradient_BSV, ctx.gradient_BSV = ctx.gradient_BSV, None
+        return gradient_BSV.mul_(scale), None, None
+
+
+def _in_pieces(logits_BSV: Tensor) -> Iterator[Tensor]:
+    """Views of all logits, `(N, V)`, of so many tokens as a loss is taken of at once."""
+    windows = [logits_BSV] if logits_BSV.ndim == 2 else logits_BSV
+    for window_NV in windows:
+        yield from window_NV.split(_rows_at_once(window_NV))
 
 
 def top_logits(teacher_BSV: Tensor, count: int, temperature: float) -> TopLogits:

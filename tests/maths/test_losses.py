@@ -47,6 +47,24 @@ def test_gradients_divergences_and_draws_are_the_same_whatever_the_size_of_piece
         assert torch.equal(draws, again)
 
 
+@pytest.mark.parametrize("shape", [(53, 40), (3, 17, 40)])
+def test_what_is_learned_by_is_the_divergence_and_its_gradient(shape, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, *shape, dtype=torch.float64, generator=generator)
+    student.requires_grad_()
+    cut = student[..., :-1, :], teacher[..., :-1, :]  # as labels shift them
+    own, dense = ((one / 2).log_softmax(-1) for one in cut)
+    expected = 4 * (dense.exp() * (dense - own)).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(0.3 * expected, student)
+    for tokens in (1000, 7, 1, 0):
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", tokens * shape[-1])
+        found = losses.divergence(*cut, 2.0)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+        assert torch.allclose(*torch.autograd.grad(0.3 * found, student), gradient, rtol=1e-10)
+        with torch.no_grad():
+            assert losses.divergence(*cut, 2.0).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_drawn_labels_come_as_often_as_the_distribution_says():
     logits = torch.tensor([0.0, 1.0, 2.0, -30.0, 1.5]).repeat(40_000, 1)
     labels = drawn_labels(logits, torch.Generator().manual_seed(0))
