@@ -8,16 +8,15 @@ its validation rows, which decide nothing. Latencies are of the stock class on r
 parts of the dense model's in the same process. What is finished is not run again. `--starts` are
 what the steps start from: `compressed`, as it is; `without-layers`, which matches answers alone;
 `random`, the same shape with the weights that its class draws; `magnitude`, the same shape cut by
-magnitude. What is finished so far is written after every row.
+magnitude; `no-turn` and `channels`, the same shape along another basis (`encoder_starts._policy`);
+`mask`, what `--mask learned` finds, and `mask-shape`, its shape in closed form. What is finished so
+far is written after every row.
 """
 
 import argparse
-import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,20 +34,17 @@ from common import (
     with_own_names,
     write,
 )
-from magnitude_cut import cut_by_magnitude
+from encoder_starts import DRAWN, STARTS, started_from
 from rich.console import Console
 
-from sp3llm.compression.story import compress
 from sp3llm.models.families import family_of
 from sp3llm.models.shapes import Shape, cost_of
 from sp3llm.models.source import read_config
-from sp3llm.options import CompressConfig, RecoverConfig
+from sp3llm.options import RecoverConfig
 from sp3llm.recovery.story import recover
-from sp3llm.runtime.files import write_tensors
 
 _ROW = 32  # tokens
 _TIMES = 15
-STARTS = ("compressed", "without-layers", "random", "magnitude")
 
 
 def latency(folders: list[Path], rows: int) -> list[float]:
@@ -68,33 +64,6 @@ def latency(folders: list[Path], rows: int) -> list[float]:
     return [statistics.median(seconds) for seconds in taken]
 
 
-def with_weights(small: Path, out: Path, save: Callable[[Path], Any]) -> Path:
-    """The model with other weights in place of its own, which `save` writes to a folder, all else
-    beside them; made once, and whole if it is there.
-    """
-    if not out.is_dir():
-        aside = out.with_name(f"{out.name}.new")
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(small, aside)
-        save(aside)
-        aside.rename(out)
-    return out
-
-
-def save_drawn(small: Path, seed: int, folder: Path) -> None:
-    """Write the weights that the class of the model in `small` draws."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(small))
-    model.save_pretrained(folder)
-
-
-def save_cut(dense: Path, small: Path, folder: Path) -> None:
-    """Write the weights of `dense`, cut by magnitude to the shape of `small`."""
-    write_tensors(folder / "model.safetensors", cut_by_magnitude(dense, small))
-
-
 def flops(folder: Path) -> int:
     """Of a forward of one token among as many as latency is measured with."""
     config = read_config(folder)
@@ -107,10 +76,9 @@ def run(
 ) -> dict[str, Any]:
     """One size with one seed, from one start, tuned at one learning rate; None: the default."""
     console = Console(file=sys.stdout, force_terminal=False)
-    out = options.work / f"{100 * keep:g}-seed{seed}"
-    if not finished(out):
-        settings = {"keep": keep, "of": "encoder", "task": options.task, "seed": seed}
-        compress(CompressConfig(model=options.model, out=out, report=False, **settings), console)
+    found = options.work / f"{100 * keep:g}-seed{seed}"
+    settings = {"model": options.model, "keep": keep, "of": "encoder", "task": options.task}
+    out, begin = started_from(start, {**settings, "seed": seed}, found, console)
     record = record_of(out)
     answers = record["answers"][0]
     row = {
@@ -126,20 +94,13 @@ def run(
     if options.steps:
         way = "" if start == "compressed" else f"-{start}"
         way += "" if rate is None else f"-{rate:g}"
-        tuned = options.work / f"{out.name}{way}-{options.steps}"
+        tuned = options.work / f"{found.name}{way}-{options.steps}"
         if not finished(tuned):
             settings = {"task": options.task, "steps": options.steps, "seed": seed}
             if rate is not None:
                 settings["lr"] = rate
             if start == "without-layers":
                 settings |= {"hidden_weight": 0.0, "kl_weight": 1.0}
-            begin = out
-            saves = {
-                "random": partial(save_drawn, out, seed),
-                "magnitude": partial(save_cut, Path(options.model), out),
-            }
-            if start in saves:
-                begin = with_weights(out, options.work / f"{out.name}-{start}", saves[start])
             recover(RecoverConfig(begin, options.model, out=tuned, **settings), console)
         score = record_of(tuned)["recoveries"][-1]["scores"][0]
         row["recovered"] = score["small"]
@@ -193,7 +154,7 @@ def publish(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 f"{plan['parameters']:,} ({100 * plan['keep_params']:.1f} %)",
                 f"{100 * dense:.2f}",
                 f"{100 * row['small']:.2f} ({100 * row['small'] / dense:.1f} %)"
-                if row["start"] in ("compressed", "without-layers")
+                if row["start"] not in DRAWN
                 else "",
                 f"{100 * row['recovered']:.2f} ({100 * row['recovered'] / dense:.1f} %)"
                 if "recovered" in row
