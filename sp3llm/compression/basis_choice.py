@@ -147,7 +147,8 @@ def _projection_along(
     kept channels, where no tie fixes the rotation (docs/design.md 3.11).
 
     For tied models without projections the basis is turned so that the tie holds (docs/design.md
-    3.5), which leaves gates of the stream no place: they count as open. Where embeddings keep a
+    3.5), which leaves gates of the stream no place: they count as open, as they do where norms sit
+    on the stream. Where embeddings keep a
     width of their own, a narrower one gets a basis from the calibration tokens.
     """
     dense, family, shape = setting.dense, setting.family, setting.shape

@@ -1,8 +1,9 @@
 """A stock model whose stream, neurons and KV groups go through gates, without a line of it copied.
 
-The stream is turned into the frame of a mask, gated and turned back in front of every norm, which
-is what gating everything that writes into it comes to; so the model's own weights stay as they
-are, tied ones too, and without gates it is the dense model.
+What the gates take of the stream, seen in the frame of a mask, is taken off in front of every
+norm, which is what gating everything that writes into it comes to; so the model's own weights stay
+as they are, tied ones too, and without gates it is the dense model. Where norms sit on the stream,
+whose weights mix what is kept with what is not, it is taken off behind them as well.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ class GatedModel:
     """A frozen stock model and the gates in it.
 
     `frame_DC` are the coordinates that stream gates are about, as orthonormal columns: `(D, D)`,
-    under LayerNorm `(D, D - 1)` and mean-free.
+    under LayerNorm `(D, D - 1)` and mean-free; the mean has no gate.
     """
 
     def __init__(
@@ -36,11 +37,12 @@ class GatedModel:
                 continue
             layer = layers[group.layer]
             for site in group.sites:
-                layer.get_submodule(site.norm).register_forward_pre_hook(self._stream_gate)
+                self._gate_at(layer.get_submodule(site.norm), family.post_norm)
             for writer, axis in gated_writers(family, group):
                 gate = self._unit_gate(axis, group.layer)
                 layer.get_submodule(writer).register_forward_pre_hook(gate)
-        model.get_submodule(family.final_norm).register_forward_pre_hook(self._stream_gate)
+        outer = family.embedding_norm if family.post_norm else family.final_norm
+        self._gate_at(model.get_submodule(outer), family.post_norm)
 
     def set_frame(self, frame_DC: Tensor) -> None:
         """Let stream gates be about other coordinates from now on."""
@@ -59,13 +61,28 @@ class GatedModel:
         finally:
             self._open = None
 
-    def _stream_gate(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._open is None or self._open.stream_C is None:
-            return None
-        x, frame_DC = args[0], self._frame_DC.to(args[0])
-        turned_BSC = _by_window(x @ frame_DC, self._open.stream_C)
-        gated_BSC = turned_BSC * self._open.stream_C[:, None].to(x)
-        return (gated_BSC @ frame_DC.T).reshape(x.shape), *args[1:]
+    def _gate_at(self, norm: nn.Module, behind: bool) -> None:
+        """Gate the stream in front of a norm, and behind it too where that is the stream."""
+
+        def in_front(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            return (self._gated(args[0]), *args[1:]) if self._gates_stream() else None
+
+        def after(_: nn.Module, __: tuple[Tensor, ...], x: Tensor) -> Tensor | None:
+            return self._gated(x) if self._gates_stream() else None
+
+        norm.register_forward_pre_hook(in_front)
+        if behind:
+            norm.register_forward_hook(after)
+
+    def _gates_stream(self) -> bool:
+        return self._open is not None and self._open.stream_C is not None
+
+    def _gated(self, x: Tensor) -> Tensor:
+        """The stream without what its gates take of it."""
+        frame_DC, gates_BC = self._frame_DC.to(x), self._open.stream_C
+        turned_BSC = _by_window(x @ frame_DC, gates_BC)
+        taken_BSC = turned_BSC * (1 - gates_BC[:, None].to(x))
+        return x - (taken_BSC @ frame_DC.T).reshape(x.shape)
 
     def _unit_gate(self, axis: str, layer: int) -> Callable[..., tuple[Tensor, ...] | None]:
         def gate(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

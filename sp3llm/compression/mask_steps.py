@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sp3llm.compression.gated_model import GatedModel
 from sp3llm.compression.mask_budget import Budget
 from sp3llm.maths.gates import Gates, correction, multipliers, open_probability, sampled
-from sp3llm.maths.losses import divergence
+from sp3llm.maths.losses import stream_error
 from sp3llm.maths.shuffling import window_order
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.runtime.devices import Execution
+from sp3llm.text.batches import Batch
 
 # The ends of log-alphas, where a gate is as good as closed or open (4 and 996 of 1000 are open
 # there, so that what is closed takes no room from what is kept even of a narrow stream), and how
@@ -29,10 +30,10 @@ _TOKENS_OF_A_BATCH = 1 / 4
 class MaskTraining:
     """What a mask is learned on."""
 
-    tokens: Tensor
-    """`(windows, tokens)`."""
+    tokens: Batch
+    """Windows, `(windows, tokens)`, or rows of a task."""
     batch: int
-    """Windows a step, over all processes."""
+    """Windows or rows a step, over all processes."""
     steps: int
     seed: int
     """Orders the windows and draws the gates."""
@@ -67,10 +68,10 @@ def take_step(run: MaskRun, step: int) -> dict[str, float]:
     """Take one step of all gates.
 
     Returns its number, the target, the share of the budget's count that is expected to stay open,
-    and the divergence from the model without gates, nats a token.
+    and the divergence from the model without gates, nats a token, or a row.
     """
     steps, fixed_at = run.training.steps, shape_fixed_at(run.training.steps)
-    loss = _divergence(run, step)
+    loss = _descend(run, step)
     fallen = min(1.0, (step + 1) / fixed_at)
     if step >= fixed_at:  # gates come to rest
         rest = (steps - step) / (steps - fixed_at)
@@ -92,9 +93,9 @@ def take_step(run: MaskRun, step: int) -> dict[str, float]:
     }
 
 
-def _divergence(run: MaskRun, step: int) -> float:
-    """Divergence of the gated model from the one without gates on a step's windows, nats a token;
-    its gradients by all log-alphas, over all processes, are left in them.
+def _descend(run: MaskRun, step: int) -> float:
+    """How far the gated model is from the one without gates on what a step draws (`_distance`); its
+    gradients by all log-alphas, over all processes, are left in them.
     """
     execution, log_alpha, training = run.execution, run.log_alpha, run.training
     objective = run.objective
@@ -106,9 +107,9 @@ def _divergence(run: MaskRun, step: int) -> float:
     at_once = max(1, int(_TOKENS_OF_A_BATCH * execution.batch_tokens) // training.tokens.shape[1])
     total = torch.zeros((), device=execution.device)
     for rows in local_windows.split(at_once) if len(local_windows) else ():
-        tokens = training.tokens[order[rows]].to(execution.device)
+        batch = training.tokens[order[rows]].to(execution.device)
         with torch.no_grad():
-            teacher = objective.scored(run.gated.model(**objective.inputs(tokens)).logits)
+            dense = _said(objective, run.gated.model, batch)
         gates = Gates(
             **{
                 name: sampled(alpha, uniform[name][rows].to(execution.device))
@@ -116,8 +117,8 @@ def _divergence(run: MaskRun, step: int) -> float:
             }
         )
         with run.gated.through(gates) as model:
-            logits = objective.scored(model(**objective.inputs(tokens)).logits)
-            loss = divergence(logits, teacher, 1.0) * len(rows) / training.batch
+            said = _said(objective, model, batch)
+            loss = _distance(objective, said, dense, batch) * len(rows) / training.batch
             loss.backward()
         total += loss.detach()
     alphas = list(log_alpha.named().values())
@@ -125,6 +126,37 @@ def _divergence(run: MaskRun, step: int) -> float:
         alpha.grad = torch.zeros_like(alpha) if alpha.grad is None else alpha.grad
     execution.ranks.all_reduce_(total, *(alpha.grad for alpha in alphas))
     return total.item()
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a model says of a batch."""
+
+    logits: Tensor
+    """Those that losses look at."""
+    streams: tuple[Tensor, ...]
+    """In front of all layers and behind the last, `(rows, tokens, D)`; of objectives that compare
+    them in a recovery."""
+
+
+def _said(objective: Objective, model: nn.Module, batch: Batch) -> _Said:
+    compares = bool(objective.recipe.hidden_weight)
+    asked = {"output_hidden_states": True} if compares else {}
+    output = model(**objective.inputs(batch), **asked)
+    logits = objective.scored(objective.logits(output, batch))
+    return _Said(logits, tuple(output.hidden_states) if compares else ())
+
+
+def _distance(objective: Objective, said: _Said, dense: _Said, batch: Batch) -> Tensor:
+    """How far what is said is from what the dense model says, weighed as in a recovery."""
+    recipe = objective.recipe
+    far = objective.divergence(said.logits, dense.logits, recipe.temperature)
+    if not recipe.hidden_weight:
+        return recipe.kl_weight * far
+    same_DD = torch.eye(said.streams[0].shape[-1], device=said.logits.device)
+    real = objective.real_tokens(batch)
+    off = stream_error(said.streams, dense.streams, same_DD, real)
+    return recipe.kl_weight * far + recipe.hidden_weight * off
 
 
 def _constraints(run: MaskRun, fallen: float) -> tuple[Tensor, Tensor, float]:

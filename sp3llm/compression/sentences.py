@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sp3llm.text.examples import Examples
     from sp3llm.text.task_rows import Row
     from sp3llm.text.task_sets import TaskSet
+    from sp3llm.text.tasks import Task
 
 # Held-out texts at most, of all pairs of which the cosine is taken.
 _MOST_TEXTS = 1024
@@ -28,31 +29,43 @@ def read_texts_of_rows(job: Job) -> "tuple[TaskSet, TaskSet]":
 
     Raises UserError if there are too few.
     """
+    from sp3llm.text.task_rows import evaluation_rows
+    from sp3llm.text.tasks import resolve_task
+
+    task = resolve_task(job.settings.task or "")
+    rows = [row for rows in evaluation_rows(task).values() for row in _texts(rows)]
+    held_out = _encoded(job, task, _shuffled(rows, 0)[:_MOST_TEXTS], 3)
+    return read_texts_to_learn_from(job, held_out.documents, job.settings.calibrated), held_out
+
+
+def read_texts_to_learn_from(job: Job, known: frozenset[str], samples: int) -> "TaskSet":
+    """At most so many texts of a task's training rows, none of which has a hash among `known`.
+
+    Raises UserError if there are too few.
+    """
+    from sp3llm.text.task_rows import training_rows
+    from sp3llm.text.tasks import resolve_task
+
+    task = resolve_task(job.settings.task or "")
+    rows = [row for row in _texts(training_rows(task)) if row.digest not in known]
+    return _encoded(job, task, _shuffled(rows, job.settings.seed)[:samples], 2)
+
+
+def _encoded(job: Job, task: "Task", rows: "Sequence[Row]", least: int) -> "TaskSet":
     from sp3llm.evaluation.task_scores import row_length
     from sp3llm.text.encoding import encoded
-    from sp3llm.text.task_rows import digests, evaluation_rows, training_rows
     from sp3llm.text.task_sets import TaskSet
-    from sp3llm.text.tasks import resolve_task
     from sp3llm.text.tokenizer import load_row_tokenizer
 
-    task, settings = resolve_task(job.settings.task or ""), job.settings
+    if len(rows) < least:
+        raise UserError(
+            f"Expected at least {least} texts in the training and in the validation rows of "
+            f"'{task.name}', found {len(rows)}: give the task more rows."
+        )
     tokenizer = load_row_tokenizer(job.dense.folder)
-    seq_len = row_length(task, job.dense.config, tokenizer, settings.seq_len)
-    held_out = [row for rows in evaluation_rows(task).values() for row in _texts(rows)]
-    held_out = _shuffled(held_out, 0)[:_MOST_TEXTS]
-    known = digests(held_out)
-    training = [row for row in _texts(training_rows(task)) if row.digest not in known]
-    calibration = _shuffled(training, settings.seed)[: settings.calibrated]
-    found = []
-    for rows, least in ((calibration, 2), (held_out, 3)):
-        if len(rows) < least:
-            raise UserError(
-                f"Expected at least {least} texts in the training and in the validation rows of "
-                f"'{task.name}', found {len(rows)}: give the task more rows."
-            )
-        examples = encoded(rows, tokenizer, seq_len)
-        found.append(TaskSet(examples, task.sources, examples.documents))
-    return found[0], found[1]
+    seq_len = row_length(task, job.dense.config, tokenizer, job.settings.seq_len)
+    examples = encoded(rows, tokenizer, seq_len)
+    return TaskSet(examples, task.sources, examples.documents)
 
 
 def _texts(rows: "Sequence[Row]") -> "list[Row]":

@@ -145,7 +145,7 @@ def run_stages(
 
     from sp3llm.compression.depth import kept_layers
     from sp3llm.compression.figures import text_figures
-    from sp3llm.compression.tasks import read_rows, task_answers
+    from sp3llm.compression.tasks import read_mask_rows, read_rows, task_answers
     from sp3llm.compression.vocabulary_losses import vocabulary_losses
     from sp3llm.evaluation.perplexity import measure_losses
     from sp3llm.models import families
@@ -179,7 +179,10 @@ def run_stages(
     progress.advance(reading)
     mask_windows = None
     if settings.mask == "learned":  # read now: what is wrong with a text is said before any work
-        mask_windows = execution.ranks.from_first(lambda: read_mask_windows(job, held_out.windows))
+        rows = task_rows is not None
+        mask_windows = execution.ranks.from_first(
+            lambda: (read_mask_rows if rows else read_mask_windows)(job, held_out)
+        )
     evaluated = None if task_rows is not None else held_out.tokens
     refits = settings.refit and not all(map(job.is_whole, job.shapes))
     # A mask is learned on the whole model, which needs the memory itself.

@@ -62,6 +62,23 @@ def read_rows(job: Job) -> TaskRows:
     return rows
 
 
+def read_mask_rows(job: Job, held_out: "Reported | TaskSet") -> "TaskSet":
+    """What a mask learns on: training rows, none of which is among `held_out`."""
+    from sp3llm.compression.sentences import read_texts_to_learn_from
+    from sp3llm.evaluation.task_scores import row_length
+    from sp3llm.text.tokenizer import load_row_tokenizer
+
+    settings = job.settings
+    samples = settings.mask_steps * settings.mask_batch
+    if job.objective.labels is None:
+        return read_texts_to_learn_from(job, held_out.documents, samples)
+    task, _ = task_of(job)
+    tokenizer = load_row_tokenizer(job.dense.folder)
+    seq_len = row_length(task, job.dense.config, tokenizer, settings.seq_len)
+    draw = job.objective.training_windows
+    return draw(task, tokenizer, samples, seq_len, settings.seed, held_out.documents)
+
+
 def _check(job: Job, rows: TaskRows) -> None:
     """Raise UserError where rows are too few for what is made of them, or not for the model."""
     from sp3llm.compression.shape_search import FEWEST_WINDOWS

@@ -105,8 +105,8 @@ def tokenizer_of(job: Job, vocabulary: "ChosenVocabulary | None") -> Any:
     return restricted_tokenizer(vocabulary, job.dense.config)
 
 
-def read_mask_windows(job: Job, evaluation: "Windows") -> "Windows":
-    """What a mask learns on: the training part of the calibration sets."""
+def read_mask_windows(job: Job, held_out: "HeldOut") -> "Windows":
+    """What a mask learns on: the training part of the calibration sets, nothing of `held_out`."""
     from sp3llm.planning.windows import window_length
     from sp3llm.text.tokenizer import load_tokenizer
 
@@ -117,5 +117,5 @@ def read_mask_windows(job: Job, evaluation: "Windows") -> "Windows":
         settings.mask_steps * settings.mask_batch,
         window_length(job.family, job.dense.config, settings.seq_len),
         settings.seed,
-        evaluation.documents,
+        held_out.windows.documents,
     )

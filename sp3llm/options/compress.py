@@ -336,11 +336,6 @@ class CompressConfig:
                     f"Expected no {flag(name)} with --task, whose rows are calibrated on and "
                     f"reported on, found {value}: leave one of them out."
                 )
-        if self.mask == "learned":
-            raise UserError(
-                "Expected --mask closed-form with --task, found learned, whose gates are on "
-                "decoders only: leave one of them out."
-            )
         if self.turn != "none":
             raise UserError(
                 f"Expected --turn none with --task, found {self.turn}: an encoder's norms fix how "

@@ -140,7 +140,6 @@ def test_bert_base_at_six_percent_has_a_shape():
         (["--of", "encoder"], "Expected --task for a BertForSequenceClassification"),
         (["--task", "{task}", "--of", "kv-cache"], "which has no KV cache"),
         (["--task", "{task}", "--calib", "stdlib"], "Expected no --calib with --task"),
-        (["--task", "{task}", "--mask", "learned"], "Expected --mask closed-form with --task"),
         (["--task", "{task}", "--turn", "hadamard"], "Expected --turn none with --task"),
         (["--task", "{task}", "--vocab-from", "stdlib"], "Expected no --vocab-from with --task"),
         (["--task", "nothing"], "Unknown task 'nothing'"),

@@ -83,10 +83,12 @@ def open_gates(checkpoint, family, frame, windows, seed=None):
 def test_open_gates_leave_logits_unchanged(variant, tokens, tmp_path):
     gated, checkpoint, family, _, frame = gated_and_checkpoint(variant, tmp_path, tokens)
     dense = logits_of(gated.model, tokens)
-    with gated.through(open_gates(checkpoint, family, frame, len(tokens))) as model:
-        found = logits_of(model, tokens)
-    assert not torch.equal(found, dense)  # the gates are there
-    assert relative_error(found, dense) < 1e-12
+    every = open_gates(checkpoint, family, frame, len(tokens))
+    with gated.through(every) as model:
+        assert relative_error(logits_of(model, tokens), dense) < 1e-12
+    fewer = torch.linspace(0, 1, frame.shape[1]).double().expand_as(every.stream_C)
+    with gated.through(replace(every, stream_C=fewer)) as model:
+        assert relative_error(logits_of(model, tokens), dense) > 1e-6  # the gates are there
     assert torch.equal(logits_of(gated.model, tokens), dense)
 
 
