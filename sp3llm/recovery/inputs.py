@@ -71,6 +71,8 @@ class Texts:
     stopping: "Windows | TaskSet"
     held_out: "HeldOut | Reported"
     """What is reported on."""
+    note: str = ""
+    """What a user is to know of them."""
 
     def taught(self, objective: "Objective") -> "Tensor | Examples":
         """What the teacher is asked about: training windows or rows, then those for stopping."""
@@ -218,8 +220,8 @@ def with_steps(settings: RecoverConfig, objective: "Objective", texts: Texts) ->
     return replace(settings, steps=-(-rows // settings.batch))
 
 
-def say_epochs(settings: RecoverConfig, texts: Texts, unit: str, console: "Console") -> None:
-    """Tell how often the training text is gone through, which is in such units."""
+def say_texts(settings: RecoverConfig, texts: Texts, unit: str, console: "Console") -> None:
+    """Tell how often the training text is gone through, which is in such units, and the note."""
     from sp3llm.runtime.progress import print_line
 
     windows = len(texts.training.tokens)
@@ -231,6 +233,8 @@ def say_epochs(settings: RecoverConfig, texts: Texts, unit: str, console: "Conso
         f"tokens{' at most' * padded}; the text holds {windows} {unit}"
         + (f", gone through {epochs:.1f} times." if epochs > 1 else "."),
     )
+    if texts.note:
+        print_line(console, texts.note)
 
 
 def identify(

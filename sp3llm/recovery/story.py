@@ -31,7 +31,7 @@ from sp3llm.recovery.inputs import (
     open_pair,
     resolved,
     run_identity,
-    say_epochs,
+    say_texts,
     with_steps,
 )
 from sp3llm.recovery.result import Recovery, export, write_result
@@ -124,7 +124,7 @@ def _prepare(settings: RecoverConfig, console: "Console", in_place: bool) -> "tu
     micro_batch = micro_batch_of(settings, subject.length(settings, pair), ranks.count)
     texts = ranks.in_all(lambda: subject.draw(settings, pair))
     settings = with_steps(settings, pair.objective, texts)
-    say_epochs(settings, texts, subject.unit, console)
+    say_texts(settings, texts, subject.unit, console)
     model_files, teacher_files = identify(settings, pair, texts, ranks)
     run = Run(
         settings=settings,

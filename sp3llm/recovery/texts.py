@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sp3llm.errors import UserError
 from sp3llm.options import RecoverConfig
 from sp3llm.recovery.figures import Figures
 from sp3llm.recovery.inputs import Pair, Texts
@@ -56,13 +57,14 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
     compression = pair.compression
     names, eval_names = _sets_to_train_and_report_on(settings, pair)
     whole = tokenizer if pair.rows is None else load_tokenizer(pair.dense.folder)
+    calibrated, note = _calibrated_documents(pair, eval_names, (whole, tokenizer))
     held_out = held_out_text(
         pair.objective.evaluation_windows,
         eval_names,
         (whole, tokenizer),
         settings.eval_samples,
         compression.evaluation.seq_len if compression else seq_len,
-        _calibrated_documents(pair, eval_names, (whole, tokenizer)),
+        calibrated,
         families.setting(pair.family, pair.small.config, "max_position_embeddings"),
     )
     evaluation = held_out.windows
@@ -89,31 +91,45 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
     ):
         vocab_size = families.axis_sizes(family, model.config)[families.VOCAB]
         check_token_ids([some.tokens for some in windows], vocab_size, model.folder)
-    return Texts(training, stopping, held_out)
+    return Texts(training, stopping, held_out, note)
 
 
-def _calibrated_documents(pair: Pair, names: str, tokenizers: tuple[Any, Any]) -> frozenset[str]:
-    """Documents that the compression was calibrated on, where it read sets that are also to be
-    reported on: they are left out, as the compression left them out.
+def _calibrated_documents(
+    pair: Pair, names: str, tokenizers: tuple[Any, Any]
+) -> tuple[frozenset[str], str]:
+    """Documents that the compression was calibrated on, which are left out of what is reported on,
+    the sets `names`, as the compression left them out: another file may hold them too.
+
+    Where that text is gone, and is none of those sets, nothing can be left out: what to say of it
+    comes second.
     """
-    from sp3llm.text.sources import resolve_source
+    from sp3llm.text.sources import resolve_source, split_names
     from sp3llm.vocabulary.same_text import calibrated_documents
 
     compression = pair.compression
     if compression is None:
-        return frozenset()
-    calibrated = compression.calibration
-    shared = set(calibrated.sources) & {name.strip() for name in names.split(",")}
-    if all(resolve_source(name).stdlib for name in shared):
-        return frozenset()  # divided by content already
-    return calibrated_documents(
-        pair.objective.calibration_windows,
-        ",".join(calibrated.sources),
-        tokenizers,
-        calibrated.samples,
-        calibrated.seq_len,
-        compression.settings["seed"],
-    )
+        return frozenset(), ""
+    calibrated, reported = compression.calibration, split_names(names)
+    sets = list(calibrated.sources)
+    try:
+        if all(resolve_source(name).stdlib for name in {*sets, *reported}):
+            return frozenset(), ""  # divided by content already
+        documents = calibrated_documents(
+            pair.objective.calibration_windows,
+            ",".join(sets),
+            tokenizers,
+            calibrated.samples,
+            calibrated.seq_len,
+            compression.settings["seed"],
+        )
+    except UserError:
+        if not set(sets).isdisjoint(reported):
+            raise
+        return frozenset(), (
+            f"What was calibrated on ({', '.join(sets)}) is not at hand: documents of it may be "
+            "among those that are reported on."
+        )
+    return documents, ""
 
 
 def measure_texts(

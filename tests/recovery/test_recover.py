@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,12 @@ from sp3llm.options import CompressConfig, RecoverConfig
 from sp3llm.planning.recovery_needs import adapter_parameters, teacher_bytes
 from sp3llm.recovery import training
 from sp3llm.recovery.checkpoints import locked, work_folder
-from sp3llm.recovery.inputs import Pair, open_pair
+from sp3llm.recovery.inputs import Pair, open_pair, resolved
 from sp3llm.recovery.result import export
 from sp3llm.recovery.story import recover
 from sp3llm.recovery.student import default_lr, load_student
 from sp3llm.recovery.teacher import StreamTap, load_teacher, offloads_on_cpu
+from sp3llm.recovery.texts import draw_texts
 from sp3llm.recovery.training import _step
 from sp3llm.runtime import files
 from sp3llm.runtime.folders import RECORD
@@ -553,6 +555,29 @@ def test_what_was_calibrated_on_is_not_reported_on(run, texts):
     result = run(eval_text=texts["train"], steps=1, eval_samples=90)
     assert result.held_out.windows.dropped_documents > 0
     assert not result.training.documents & result.held_out.windows.documents
+
+
+def test_documents_of_the_calibration_text_are_left_out_of_another_file_too(run, texts, tmp_path):
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join(Path(texts[name]).read_text() for name in ("train", "eval_text")))
+    result = run(eval_text=str(both), steps=1, eval_samples=90)
+    calibrated = run(eval_text=texts["train"], steps=1, eval_samples=90, out="same")
+    assert result.held_out.windows.dropped_documents > 0
+    dropped = calibrated.held_out.windows.dropped_documents
+    assert result.held_out.windows.dropped_documents == dropped
+
+
+def test_a_calibration_text_that_is_gone_is_told(pairs, texts, tmp_path):
+    dense, small = pairs("llama")
+    copied = shutil.copytree(small, tmp_path / "small")
+    record = json.loads((copied / RECORD).read_text())
+    record["calibration"]["sources"] = [str(tmp_path / "gone.txt")]
+    (copied / RECORD).write_text(json.dumps(record))
+    settings = RecoverConfig(str(copied), str(dense), train=texts["train"], out=tmp_path / "out")
+    pair = open_pair(settings, QUIET)
+    found = draw_texts(replace(resolved(settings, pair.objective), seq_len=16), pair)
+    assert "gone.txt) is not at hand" in found.note
+    assert found.held_out.windows.dropped_documents == 0
 
 
 def test_stdlib_is_trained_on_its_training_part_only():
