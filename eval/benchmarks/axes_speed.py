@@ -7,6 +7,7 @@ Speed hangs on shapes, not on weights: those are drawn. Every model takes turns 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -48,6 +49,8 @@ def largest(config: Mapping[str, Any], axis: str, keep: float) -> dict[str, Any]
     """
     family, (name, step) = family_of(config), _AXES[axis]
     whole, most = Shape.of(family, config), keep * count_parameters(family, config)
+    if axis == "width":  # as configs want it
+        step = math.lcm(step, whole.num_attention_heads)
     for size in range(getattr(whole, name) // step * step, 0, -step):
         small = resized_config(family, config, replace(whole, **{name: size}))
         if count_parameters(family, small) <= most:
@@ -94,8 +97,7 @@ def main() -> None:
                     **cell.describe(),
                 }
             )
-            print(rows[-1], flush=True)
-    publish(options, rows, dense.dtype)
+            publish(options, rows, dense.dtype)
 
 
 def publish(options: argparse.Namespace, rows: list[dict[str, Any]], dtype: torch.dtype) -> None:
