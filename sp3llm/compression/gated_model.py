@@ -2,8 +2,11 @@
 
 What the gates take of the stream, seen in the frame of a mask, is taken off in front of every
 norm, which is what gating everything that writes into it comes to; so the model's own weights stay
-as they are, tied ones too, and without gates it is the dense model. Where norms sit on the stream,
-whose weights mix what is kept with what is not, it is taken off behind them as well.
+as they are, tied ones too, and without gates it is the dense model.
+
+Where norms sit on the stream what stands in front of one has been gated before: every writer's
+output is gated by itself, once, and so are the embeddings. Behind each norm goes what its weights
+mix into coordinates whose gates are closed, and nothing else.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,12 +40,21 @@ class GatedModel:
                 continue
             layer = layers[group.layer]
             for site in group.sites:
-                self._gate_at(layer.get_submodule(site.norm), family.post_norm)
+                norm = layer.get_submodule(site.norm)
+                if family.post_norm:
+                    norm.register_forward_hook(self._closed_gate)
+                else:
+                    norm.register_forward_pre_hook(self._stream_gate)
+            for writer in group.writers if family.post_norm else ():
+                layer.get_submodule(writer).register_forward_hook(self._written_gate)
             for writer, axis in gated_writers(family, group):
                 gate = self._unit_gate(axis, group.layer)
                 layer.get_submodule(writer).register_forward_pre_hook(gate)
         outer = family.embedding_norm if family.post_norm else family.final_norm
-        self._gate_at(model.get_submodule(outer), family.post_norm)
+        norm = model.get_submodule(outer)
+        norm.register_forward_pre_hook(self._stream_gate)
+        if family.post_norm:
+            norm.register_forward_hook(self._closed_gate)
 
     def set_frame(self, frame_DC: Tensor) -> None:
         """Let stream gates be about other coordinates from now on."""
@@ -61,25 +73,24 @@ class GatedModel:
         finally:
             self._open = None
 
-    def _gate_at(self, norm: nn.Module, behind: bool) -> None:
-        """Gate the stream in front of a norm, and behind it too where that is the stream."""
+    def _stream_gate(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        gates_BC = self._stream_gates()
+        return None if gates_BC is None else (self._gated(args[0], gates_BC), *args[1:])
 
-        def in_front(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            return (self._gated(args[0]), *args[1:]) if self._gates_stream() else None
+    def _written_gate(self, _: nn.Module, __: tuple[Tensor, ...], x: Tensor) -> Tensor | None:
+        gates_BC = self._stream_gates()
+        return None if gates_BC is None else self._gated(x, gates_BC)
 
-        def after(_: nn.Module, __: tuple[Tensor, ...], x: Tensor) -> Tensor | None:
-            return self._gated(x) if self._gates_stream() else None
+    def _closed_gate(self, _: nn.Module, __: tuple[Tensor, ...], x: Tensor) -> Tensor | None:
+        gates_BC = self._stream_gates()
+        return None if gates_BC is None else self._gated(x, (gates_BC > 0).to(gates_BC))
 
-        norm.register_forward_pre_hook(in_front)
-        if behind:
-            norm.register_forward_hook(after)
+    def _stream_gates(self) -> Tensor | None:
+        return None if self._open is None else self._open.stream_C
 
-    def _gates_stream(self) -> bool:
-        return self._open is not None and self._open.stream_C is not None
-
-    def _gated(self, x: Tensor) -> Tensor:
-        """The stream without what its gates take of it."""
-        frame_DC, gates_BC = self._frame_DC.to(x), self._open.stream_C
+    def _gated(self, x: Tensor, gates_BC: Tensor) -> Tensor:
+        """The stream, or a part of it, without what gates take of it."""
+        frame_DC = self._frame_DC.to(x)
         turned_BSC = _by_window(x @ frame_DC, gates_BC)
         taken_BSC = turned_BSC * (1 - gates_BC[:, None].to(x))
         return x - (taken_BSC @ frame_DC.T).reshape(x.shape)

@@ -12,7 +12,7 @@ from sp3llm.maths.losses import stream_error
 from sp3llm.maths.shuffling import window_order
 from sp3llm.models.objectives.schema import Objective
 from sp3llm.runtime.devices import Execution
-from sp3llm.text.batches import Batch
+from sp3llm.text.batches import Batch, real_tokens
 
 # The ends of log-alphas, where a gate is as good as closed or open (4 and 996 of 1000 are open
 # there, so that what is closed takes no room from what is kept even of a narrow stream), and how
@@ -68,7 +68,8 @@ def take_step(run: MaskRun, step: int) -> dict[str, float]:
     """Take one step of all gates.
 
     Returns its number, the target, the share of the budget's count that is expected to stay open,
-    and the divergence from the model without gates, nats a token, or a row.
+    and how far it is from the model without gates (`_distance`): of text the divergence, nats a
+    token.
     """
     steps, fixed_at = run.training.steps, shape_fixed_at(run.training.steps)
     loss = _descend(run, step)
@@ -100,6 +101,7 @@ def _descend(run: MaskRun, step: int) -> float:
     execution, log_alpha, training = run.execution, run.log_alpha, run.training
     objective = run.objective
     order = window_order(len(training.tokens), training.seed, step * training.batch, training.batch)
+    drawn = training.tokens[order]
     uniform = _noise(log_alpha, training.batch, training.seed, step)
     shares = torch.arange(training.batch).chunk(execution.ranks.count)
     rank = execution.ranks.index
@@ -107,7 +109,7 @@ def _descend(run: MaskRun, step: int) -> float:
     at_once = max(1, int(_TOKENS_OF_A_BATCH * execution.batch_tokens) // training.tokens.shape[1])
     total = torch.zeros((), device=execution.device)
     for rows in local_windows.split(at_once) if len(local_windows) else ():
-        batch = training.tokens[order[rows]].to(execution.device)
+        batch = drawn[rows].to(execution.device)
         with torch.no_grad():
             dense = _said(objective, run.gated.model, batch)
         gates = Gates(
@@ -118,7 +120,7 @@ def _descend(run: MaskRun, step: int) -> float:
         )
         with run.gated.through(gates) as model:
             said = _said(objective, model, batch)
-            loss = _distance(objective, said, dense, batch) * len(rows) / training.batch
+            loss = _distance(objective, said, dense, batch, drawn)
             loss.backward()
         total += loss.detach()
     alphas = list(log_alpha.named().values())
@@ -147,16 +149,21 @@ def _said(objective: Objective, model: nn.Module, batch: Batch) -> _Said:
     return _Said(logits, tuple(output.hidden_states) if compares else ())
 
 
-def _distance(objective: Objective, said: _Said, dense: _Said, batch: Batch) -> Tensor:
-    """How far what is said is from what the dense model says, weighed as in a recovery."""
+def _distance(
+    objective: Objective, said: _Said, dense: _Said, batch: Batch, drawn: Batch
+) -> Tensor:
+    """How far what is said of a batch is from what the dense model says, weighed as in a recovery:
+    its part of a mean over all that a step has `drawn`, so that batches of one add up.
+    """
     recipe = objective.recipe
     far = objective.divergence(said.logits, dense.logits, recipe.temperature)
+    loss = recipe.kl_weight * far * (len(batch) / len(drawn))
     if not recipe.hidden_weight:
-        return recipe.kl_weight * far
+        return loss
     same_DD = torch.eye(said.streams[0].shape[-1], device=said.logits.device)
-    real = objective.real_tokens(batch)
-    off = stream_error(said.streams, dense.streams, same_DD, real)
-    return recipe.kl_weight * far + recipe.hidden_weight * off
+    off = stream_error(said.streams, dense.streams, same_DD, objective.real_tokens(batch))
+    share = real_tokens(batch) / real_tokens(drawn)
+    return loss + recipe.hidden_weight * off * share
 
 
 def _constraints(run: MaskRun, fallen: float) -> tuple[Tensor, Tensor, float]:

@@ -65,25 +65,28 @@ def read_rows(job: Job) -> TaskRows:
 def read_mask_rows(job: Job, held_out: "Reported | TaskSet") -> "TaskSet":
     """What a mask learns on: training rows, none of which is among `held_out`."""
     from sp3llm.compression.sentences import read_texts_to_learn_from
+    from sp3llm.compression.texts import check_ids
     from sp3llm.evaluation.task_scores import row_length
     from sp3llm.text.tokenizer import load_row_tokenizer
 
     settings = job.settings
     samples = settings.mask_steps * settings.mask_batch
     if job.objective.labels is None:
-        return read_texts_to_learn_from(job, held_out.documents, samples)
-    task, _ = task_of(job)
-    tokenizer = load_row_tokenizer(job.dense.folder)
-    seq_len = row_length(task, job.dense.config, tokenizer, settings.seq_len)
-    draw = job.objective.training_windows
-    return draw(task, tokenizer, samples, seq_len, settings.seed, held_out.documents)
+        rows = read_texts_to_learn_from(job, held_out.documents, samples)
+    else:
+        task, _ = task_of(job)
+        tokenizer = load_row_tokenizer(job.dense.folder)
+        seq_len = row_length(task, job.dense.config, tokenizer, settings.seq_len)
+        draw = job.objective.training_windows
+        rows = draw(task, tokenizer, samples, seq_len, settings.seed, held_out.documents)
+    check_ids(job, rows.tokens)
+    return rows
 
 
 def _check(job: Job, rows: TaskRows) -> None:
     """Raise UserError where rows are too few for what is made of them, or not for the model."""
     from sp3llm.compression.shape_search import FEWEST_WINDOWS
-    from sp3llm.models import families
-    from sp3llm.text.windows import check_token_ids
+    from sp3llm.compression.texts import check_ids
 
     found, least = len(rows.calibration.tokens), 1
     if job.settings.refit:  # which holds some back
@@ -93,9 +96,7 @@ def _check(job: Job, rows: TaskRows) -> None:
             f"Expected at least {least} training rows to calibrate on in '{job.settings.task}', "
             f"found {found}: give the task more rows."
         )
-    vocab_size = families.axis_sizes(job.family, job.dense.config)[families.VOCAB]
-    batches = (rows.calibration.tokens, rows.held_out.tokens)
-    check_token_ids(batches, vocab_size, job.dense.folder)
+    check_ids(job, rows.calibration.tokens, rows.held_out.tokens)
 
 
 def task_answers(

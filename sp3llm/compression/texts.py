@@ -6,6 +6,7 @@ from sp3llm.compression.job import Job, calibration_sets, evaluation_sets
 
 if TYPE_CHECKING:
     from sp3llm.runtime.journal import Journal
+    from sp3llm.text.batches import Batch
     from sp3llm.text.windows import Windows
     from sp3llm.vocabulary.choosing import ChosenVocabulary
     from sp3llm.vocabulary.same_text import HeldOut
@@ -111,7 +112,7 @@ def read_mask_windows(job: Job, held_out: "HeldOut") -> "Windows":
     from sp3llm.text.tokenizer import load_tokenizer
 
     settings = job.settings
-    return job.objective.training_windows(
+    windows = job.objective.training_windows(
         calibration_sets(settings),
         load_tokenizer(job.dense.folder),
         settings.mask_steps * settings.mask_batch,
@@ -119,3 +120,14 @@ def read_mask_windows(job: Job, held_out: "HeldOut") -> "Windows":
         settings.seed,
         held_out.windows.documents,
     )
+    check_ids(job, windows.tokens)
+    return windows
+
+
+def check_ids(job: Job, *batches: "Batch") -> None:
+    """Raise UserError where the tokenizer has ids that the dense model has not."""
+    from sp3llm.models import families
+    from sp3llm.text.windows import check_token_ids
+
+    vocab_size = families.axis_sizes(job.family, job.dense.config)[families.VOCAB]
+    check_token_ids(batches, vocab_size, job.dense.folder)

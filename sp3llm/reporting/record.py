@@ -174,7 +174,8 @@ class LearnedMask:
     undecided: Mapping[str, float]
     """Share of the gates neither open nor closed, by name."""
     history: tuple[Mapping[str, float], ...]
-    """Step, target, expected share of the budget's count, and divergence; some of the steps."""
+    """Step, target, expected share of the budget's count, and divergence, or what an encoder's
+    recovery descends; some of the steps."""
     training: TextSet
     other: Mapping[str, Any] = field(default_factory=dict)
 

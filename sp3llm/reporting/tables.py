@@ -289,8 +289,13 @@ def what_was_done(record: Record) -> str:
     if dense.tie_word_embeddings and not small.tie_word_embeddings:
         steps.append("the head untied from the embeddings")
     if record.mask is not None:
-        tokens = settings["mask_steps"] * settings["mask_batch"] * settings["seq_len"]
-        steps.append(f"by a mask learned on {tokens:,} tokens")
+        drawn, training = settings["mask_steps"] * settings["mask_batch"], record.mask.training
+        on = (
+            f"{drawn * training.seq_len:,} tokens"
+            if settings.get("task") is None
+            else f"{drawn:,} rows"
+        )
+        steps.append(f"by a mask learned on {on}")
     if settings.get("turn") == "hadamard":
         steps.append("the kept basis turned by a Hadamard matrix")
     if settings["refit"] and record.fits:
