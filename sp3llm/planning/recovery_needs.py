@@ -28,9 +28,11 @@ _TOKENS_A_MICRO_BATCH = 2048
 # a row, which comes to nothing.
 _NF4, _INT8 = 0.5 + 4 / 64, 1.0
 _FLOAT32, _BFLOAT16 = 4, 2
-# Tensors of the size of the logits, float32, that are alive at once: the model's own, both models'
-# log-probabilities, the teacher's probabilities, what they make, and the gradients.
-_LOGITS = 8
+# Tensors of the size of the logits, float32, that are alive at once: the model's own, the
+# teacher's, the gradient that is taken along (`maths.losses.divergence`), and what it becomes on
+# its way back. Losses that are not taken in pieces, of labels and of a teacher's largest logits,
+# make more.
+_LOGITS, _LOGITS_WHOLE = 4, 8
 # Of the size of a teacher's logits, float32, while its distribution over more tokens is spelled.
 _WHOLE_LOGITS = 2
 # Bytes that a CUDA context and cuBLAS take, and the part of all the rest that is lost in gaps
@@ -120,7 +122,9 @@ def recovery_needs_of(
         activations = tokens * (layers * kept + 2 * a_layer)
     else:
         activations = tokens * (layers + 1) * a_layer
-    logits = _LOGITS * _FLOAT32 * tokens * axis_sizes(written, small)[VOCAB]
+    whole = settings.lm_weight or settings.teacher_logits is not None
+    copies = _LOGITS_WHOLE if whole else _LOGITS
+    logits = copies * _FLOAT32 * tokens * axis_sizes(written, small)[VOCAB]
     every_token = axis_sizes(family, config)[VOCAB]
     spells = family.task_head is None and settings.teacher_logits is None
     if spells and every_token > axis_sizes(written, small)[VOCAB]:

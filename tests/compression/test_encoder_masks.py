@@ -2,13 +2,18 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from sp3llm.compression import learned_mask
 from sp3llm.compression.basis_choice import learned_basis, nested_frame
 from sp3llm.compression.gated_model import GatedModel
 from sp3llm.compression.learned_mask import Learned
+from sp3llm.compression.mask_budget import budget_of
+from sp3llm.compression.mask_steps import MaskTraining, _descend
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.compression.story import compress
 from sp3llm.maths.gates import Gates
@@ -16,6 +21,9 @@ from sp3llm.models.checkpoint import open_model
 from sp3llm.models.families import count_layer_matrices, family_of
 from sp3llm.models.shapes import Shape
 from sp3llm.options import CompressConfig
+from sp3llm.planning.candidates import candidates
+from sp3llm.planning.limits import Limits
+from sp3llm.runtime.journal import NOTHING_KEPT, Journal
 from tests.compression.test_encoders import ANSWERING, cut, repeated
 from tests.conftest import relative_error, save_model
 from tests.encoders import answers_of, encoder_config, encoder_of, padded_rows
@@ -92,6 +100,30 @@ def spread(model, batch):
     return model.bert(**batch.inputs()).last_hidden_state.std(-1, correction=0)
 
 
+def test_a_step_is_the_same_however_its_rows_are_dealt_out(tmp_path):
+    """Rows of 4 to 12 tokens, each by itself and all at once: what is compared counts tokens."""
+    model = encoder_of(encoder_config("bert"))
+    save_model(model, tmp_path)
+    checkpoint, family = open_model(tmp_path)
+    rows = padded_rows(checkpoint.config)
+    moments, _ = measure_dense(checkpoint, family, rows, None, "normalised", "pca", EXECUTION)
+    limits = Limits(keep=0.5, of="encoder")
+    shapes = candidates(family, checkpoint.config, limits)
+    budget = budget_of(family, checkpoint.config, limits, shapes)
+    found = []
+    for tokens in (1, 2**20):
+        run = learned_mask._begin(
+            checkpoint, family, budget, partial(nested_frame, family, moments),
+            MaskTraining(rows, 16, 10, 0), replace(EXECUTION, batch_tokens=tokens), NOTHING_KEPT,
+        )  # fmt: skip
+        loss = _descend(run, 3)
+        found.append((loss, [alpha.grad for alpha in run.log_alpha.named().values()]))
+    (one, by_row), (other, at_once) = found
+    assert one == pytest.approx(other, rel=1e-5)
+    for gradient, expected in zip(by_row, at_once, strict=True):
+        assert relative_error(gradient, expected) < 1e-4
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A tiny encoder and a task."""
@@ -118,14 +150,11 @@ def test_a_run_learns_from_rows_and_stays_within_the_budget(place, tmp_path):
     assert mask["history"][-1]["step"] == 10
     assert mask["training"]["samples"] == 40
     assert mask["expected"]["hidden_size"] > 0
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "by a mask learned on 40 rows" in " ".join(card.split())
 
 
 def test_a_mask_that_stopped_goes_on_to_the_same_bytes(place, tmp_path, monkeypatch):
-    from safetensors.torch import load_file
-
-    from sp3llm.compression import learned_mask
-    from sp3llm.runtime.journal import Journal
-
     monkeypatch.setattr(Journal, "due", lambda self: True)
     compress(settings(place, tmp_path / "whole"), QUIET)
     real = learned_mask.take_step
