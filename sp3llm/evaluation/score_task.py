@@ -102,14 +102,20 @@ def _models(settings: ScoreConfig) -> list[_Model]:
 def _answers(
     settings: ScoreConfig, model: _Model, device: "torch.device", console: "Console"
 ) -> "Answers":
-    """What a model answers to every split."""
+    """What a model answers to every split.
+
+    Raises UserError if it does not load, has no room, or its tokenizer is another model's.
+    """
     import torch
 
     from sp3llm.evaluation.task_scores import load_model
     from sp3llm.runtime.progress import progress_bars
+    from sp3llm.text.windows import check_token_ids
 
     batch = BATCH if settings.batch_size == "auto" else int(settings.batch_size)
     stock = load_model(model.folder, model.name, model.objective, device, settings.dtype)
+    known = stock.get_input_embeddings().num_embeddings
+    check_token_ids([model.reported.tokens], known, model.folder)
     try:
         with progress_bars(console) as progress:
             about = (model.name, model.objective, batch, progress)

@@ -161,6 +161,14 @@ def test_models_that_count_classes_otherwise_are_not_compared(folders, tmp_path)
         score_task(settings, QUIET)
 
 
+def test_a_tokenizer_of_another_model_is_refused(refused, tmp_path):
+    tiny_encoder(tmp_path / "model", vocab_size=len(word_tokenizer()) - 1)  # none for "59"
+    write_jsonl(tmp_path / "task" / "train.jsonl", opinions(50, 1))
+    write_jsonl(tmp_path / "task" / "validation.jsonl", opinions(60, 2))
+    told = refused("score", tmp_path / "model", "--task", f"sst2={tmp_path / 'task'}")
+    assert "Expected token ids below the model's vocab_size" in told
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
