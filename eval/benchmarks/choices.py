@@ -1,10 +1,10 @@
 """What somebody who wants a smaller model can choose between, on the same windows and prompts.
 
-    python eval/benchmarks/choices.py --dense DIR --model NAME=DIR ... --text evaluation.txt \
-        --name real/choices
+    python eval/benchmarks/choices.py --dense DIR --model NAME=DIR ... --name real/choices
 
 Plain transformers runs every model, in bfloat16, as it is and with its matrices in int8 or nf4 of
-bitsandbytes (`--bits`); losses are paired window by window. All models share a tokenizer.
+bitsandbytes (`--bits`); losses are paired window by window, on the held-out text of the first
+`--model`, which sp3llm wrote. All models share a tokenizer.
 """
 
 import argparse
@@ -30,8 +30,9 @@ from torch import Tensor
 from sp3llm.maths.paired import excess_log_perplexity
 from sp3llm.quantization.bits import bits_config, take_any_width
 from sp3llm.reporting.formatting import human_bytes
+from sp3llm.reporting.origins import held_out_tokens
+from sp3llm.reporting.record import read_record
 from sp3llm.text.tokenizer import load_tokenizer
-from sp3llm.text.windows import evaluation_windows
 
 PROMPTS = ("The city of Paris is", "The ship was built in 1905 and")
 _NEW_TOKENS = 40
@@ -89,18 +90,16 @@ def measured(name: str, folder: Path, bits: str, tokens: Tensor, tokenizer: Any)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dense", type=Path, required=True)
-    parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--model", action="append", required=True, metavar="NAME=DIR")
     parser.add_argument("--bits", nargs="*", default=["bf16", "int8", "nf4"])
-    parser.add_argument("--text", required=True, help="held-out text")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--name", required=True, help="of the files under eval/results")
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.dense)
-    windows = (tokenizer, options.samples, options.seq_len, frozenset())
-    tokens = evaluation_windows(options.text, *windows).tokens
-    folders = {"dense": options.dense}
-    folders |= {name: Path(folder) for name, folder in (m.split("=", 1) for m in options.model)}
+    small = {name: Path(folder) for name, folder in (m.split("=", 1) for m in options.model)}
+    folders = {"dense": options.dense, **small}
+    first = next(iter(small.values()))
+    tokens = held_out_tokens(read_record(first), first)[: options.samples]
     rows = [
         measured(name, folder, bits, tokens, tokenizer)
         for name, folder in folders.items()
@@ -110,10 +109,12 @@ def main() -> None:
     for row in rows:
         row["excess"] = excess_log_perplexity(row.pop("losses"), dense).describe()
     rows.sort(key=lambda row: row["bytes"], reverse=True)
-    write_table(options, rows)
+    write_table(options, tokens.shape, rows)
 
 
-def write_table(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def write_table(
+    options: argparse.Namespace, windows: tuple[int, int], rows: list[dict[str, Any]]
+) -> None:
     """The choices by their bytes, and what they write."""
     words = with_own_names(sys.argv[1:], options.name)
     found = {"command": command(__file__, words), "rows": rows, **surroundings("cpu")}
@@ -138,7 +139,7 @@ def write_table(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None
 
     {found["command"]}
 
-{options.samples} held-out windows of {options.seq_len} tokens, the same for all, by plain
+{windows[0]} held-out windows of {windows[1]} tokens, the same for all, by plain
 transformers in bfloat16; differences from the dense model in bfloat16 are paired window by window.
 Bytes are of what is in memory, scales of few bits among it. Machine: {hardware(found["machine"])};
 torch {found["versions"]["torch"]}, transformers {found["versions"]["transformers"]}.
