@@ -43,17 +43,15 @@ def read_rows(job: Job) -> TaskRows:
     that the model has not.
     """
     from sp3llm.compression.sentences import read_texts_of_rows
-    from sp3llm.evaluation.task_scores import reported, row_length
+    from sp3llm.evaluation.task_scores import reported
     from sp3llm.text.task_sets import drawn
-    from sp3llm.text.tokenizer import load_row_tokenizer
 
     if job.objective.labels is None:
         rows = TaskRows(*read_texts_of_rows(job))
         _check(job, rows)
         return rows
     task, labels = task_of(job)
-    tokenizer = load_row_tokenizer(job.dense.folder)
-    seq_len = row_length(task, job.dense.config, tokenizer, job.settings.seq_len)
+    tokenizer, seq_len = _read_by(job, task)
     held_out = reported(task, labels, tokenizer, seq_len)
     settings, known = job.settings, held_out.documents
     calibration = drawn(task, tokenizer, settings.calibrated, seq_len, settings.seed, known)
@@ -66,8 +64,6 @@ def read_mask_rows(job: Job, held_out: "Reported | TaskSet") -> "TaskSet":
     """What a mask learns on: training rows, none of which is among `held_out`."""
     from sp3llm.compression.sentences import read_texts_to_learn_from
     from sp3llm.compression.texts import check_ids
-    from sp3llm.evaluation.task_scores import row_length
-    from sp3llm.text.tokenizer import load_row_tokenizer
 
     settings = job.settings
     samples = settings.mask_steps * settings.mask_batch
@@ -75,12 +71,20 @@ def read_mask_rows(job: Job, held_out: "Reported | TaskSet") -> "TaskSet":
         rows = read_texts_to_learn_from(job, held_out.documents, samples)
     else:
         task, _ = task_of(job)
-        tokenizer = load_row_tokenizer(job.dense.folder)
-        seq_len = row_length(task, job.dense.config, tokenizer, settings.seq_len)
+        tokenizer, seq_len = _read_by(job, task)
         draw = job.objective.training_windows
         rows = draw(task, tokenizer, samples, seq_len, settings.seed, held_out.documents)
     check_ids(job, rows.tokens)
     return rows
+
+
+def _read_by(job: Job, task: "Task") -> tuple[Any, int]:
+    """The tokenizer that reads a task's rows, and the tokens a row has at most."""
+    from sp3llm.evaluation.task_scores import row_length
+    from sp3llm.text.tokenizer import load_row_tokenizer
+
+    tokenizer = load_row_tokenizer(job.dense.folder)
+    return tokenizer, row_length(task, job.dense.config, tokenizer, job.settings.seq_len)
 
 
 def _check(job: Job, rows: TaskRows) -> None:
