@@ -73,6 +73,9 @@ class Texts:
     """What is reported on."""
     note: str = ""
     """What a user is to know of them."""
+    stopping_is_fitted: bool = False
+    """The model was calibrated on what decides when to stop, so that, before any step, it looks
+    better there than it is."""
 
     def taught(self, objective: "Objective") -> "Tensor | Examples":
         """What the teacher is asked about: training windows or rows, then those for stopping."""
@@ -235,6 +238,12 @@ def say_texts(settings: RecoverConfig, texts: Texts, unit: str, console: "Consol
     )
     if texts.note:
         print_line(console, texts.note)
+    if texts.stopping_is_fitted:
+        print_line(
+            console,
+            "The model was calibrated on the text that decides when to stop, so its loss there "
+            "before the first step does not count; --stop-text names other text.",
+        )
 
 
 def identify(

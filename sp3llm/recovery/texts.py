@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sp3llm.models.checkpoint import Checkpoint
+    from sp3llm.text.windows import Windows
+
+# As few windows still tell one step from another: all are asked about the same text.
+_FEW = 4
 
 
 def window_length_of(settings: RecoverConfig, pair: Pair) -> int:
@@ -76,22 +80,50 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
         settings.seed,
         evaluation.documents,
     )
-    stopping = pair.objective.training_windows(
-        settings.stop_text or names,
-        tokenizer,
-        settings.stop_windows,
-        seq_len,
-        0,
-        evaluation.documents | training.documents,
-        stopping=settings.stop_text is None,
-    )
+    known = evaluation.documents | training.documents
+    stopping = _stopping_windows(settings, pair, tokenizer, names, seq_len, known, calibrated)
     for family, model, windows in (
         (pair.family, pair.small, (training, stopping)),
         (pair.dense_family, pair.dense, (evaluation,)),
     ):
         vocab_size = families.axis_sizes(family, model.config)[families.VOCAB]
         check_token_ids([some.tokens for some in windows], vocab_size, model.folder)
-    return Texts(training, stopping, held_out, note)
+    fitted = not stopping.documents.isdisjoint(calibrated)
+    return Texts(training, stopping, held_out, note, fitted)
+
+
+def _stopping_windows(
+    settings: RecoverConfig,
+    pair: Pair,
+    tokenizer: Any,
+    names: str,
+    seq_len: int,
+    known: frozenset[str],
+    calibrated: frozenset[str],
+) -> "Windows":
+    """Windows that decide when to stop, of no document in `known`, and of none in `calibrated`
+    where that leaves a few: the closed form was fitted to those, and looks better there than it is.
+    """
+
+    def draw(exclude: frozenset[str]) -> "Windows":
+        return pair.objective.training_windows(
+            settings.stop_text or names,
+            tokenizer,
+            settings.stop_windows,
+            seq_len,
+            0,
+            exclude,
+            stopping=settings.stop_text is None,
+        )
+
+    windows = draw(known)
+    if windows.documents.isdisjoint(calibrated):
+        return windows
+    try:
+        unseen = draw(known | calibrated)
+    except UserError:  # not a window
+        return windows
+    return unseen if len(unseen.tokens) >= min(_FEW, settings.stop_windows) else windows
 
 
 def _calibrated_documents(

@@ -141,7 +141,8 @@ def _held_out_loss(setup: TrainingSetup, rows: "Tensor") -> float:
 def _check(setup: TrainingSetup, state: "State", recent: "list[Tensor]") -> None:
     """Take the held-out loss, keep the weights if they are the best so far, decide to stop.
 
-    `recent` are this process's training losses of the steps since the last check.
+    `recent` are this process's training losses of the steps since the last check. A start that was
+    fitted to the very text is noted and no more: tuned weights are not to be measured by it.
     """
     import torch
 
@@ -163,6 +164,8 @@ def _check(setup: TrainingSetup, state: "State", recent: "list[Tensor]") -> None
     state.held_out.append([state.step, loss])
     if settings.track:
         accelerator.log(values, step=state.step)
+    if state.step == 0 and setup.run.texts.stopping_is_fitted:
+        return
     if state.best_loss is None or loss < state.best_loss:
         state.best_step, state.best_loss, state.worse = state.step, loss, 0
         save_best(accelerator, setup.model, setup.names, setup.run.work)

@@ -43,8 +43,10 @@ from sp3llm.recovery.training import _step
 from sp3llm.runtime import files
 from sp3llm.runtime.folders import RECORD
 from sp3llm.text.sources import read_documents, resolve_source
-from sp3llm.text.split import is_for_stopping, part_of
+from sp3llm.text.split import content_hash, is_for_stopping, part_of
 from sp3llm.text.stdlib import stdlib_documents
+from sp3llm.text.tokenizer import load_tokenizer
+from sp3llm.vocabulary import same_text
 from tests.conftest import (
     family_of_model,
     full_width_projection,
@@ -565,6 +567,50 @@ def test_documents_of_the_calibration_text_are_left_out_of_another_file_too(run,
     assert result.held_out.windows.dropped_documents > 0
     dropped = calibrated.held_out.windows.dropped_documents
     assert result.held_out.windows.dropped_documents == dropped
+
+
+def drawn(pairs, texts):
+    """The three texts of a recovery of the tiny Llama, and the documents it was calibrated on."""
+    dense, small = pairs("llama")
+    settings = RecoverConfig(str(small), str(dense), seq_len=16, **texts)
+    pair = open_pair(settings, QUIET)
+    windows = CAUSAL_LM.calibration_windows(
+        *(texts["train"], load_tokenizer(small), 8, 32, pair.compression.settings["seed"])
+    )
+    return draw_texts(resolved(settings, pair.objective), pair), windows.documents
+
+
+def calibrate_on_all(monkeypatch, texts) -> None:
+    """Make believe that every training document was calibrated on."""
+    documents = read_documents(resolve_source(texts["train"]), "train")
+    every = frozenset(map(content_hash, documents))
+    monkeypatch.setattr(same_text, "calibrated_documents", lambda *_, **__: every)
+
+
+def test_what_decides_when_to_stop_was_not_calibrated_on_where_there_is_enough(
+    pairs, texts, monkeypatch
+):
+    found, calibrated = drawn(pairs, texts)
+    stopping = found.stopping.documents
+    assert stopping.isdisjoint(calibrated)
+    assert not found.stopping_is_fitted
+    # Of a set whose every document was calibrated on there is nothing else.
+    calibrate_on_all(monkeypatch, texts)
+    fitted, _ = drawn(pairs, texts)
+    assert fitted.stopping_is_fitted
+    assert len(fitted.stopping.tokens) >= len(found.stopping.tokens)
+    assert fitted.stopping.documents.isdisjoint(fitted.training.documents)
+
+
+def test_a_start_that_was_fitted_to_the_text_is_not_the_best(run, texts, monkeypatch):
+    harmful = {"lr": 1.0, "patience": 9}
+    assert run(**harmful, out="fair").state.best_step == 0
+    calibrate_on_all(monkeypatch, texts)
+    state = run(**harmful).state
+    later = [loss for step, loss in state.held_out if step > 0]
+    assert state.held_out[0][0] == 0
+    assert state.held_out[0][1] < state.best_loss == min(later)
+    assert state.best_step > 0
 
 
 def test_a_calibration_text_that_is_gone_is_told(pairs, texts, tmp_path):
