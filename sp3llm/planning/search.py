@@ -13,7 +13,8 @@ from sp3llm.models.shapes import Shape
 # more than this beyond the best trial is worth one too.
 _MOST_TRIALS, _CLOSE, _AS_GOOD = 5, 1.3, 1.03
 # By which share of the best trial's loss one may lose more and be as good: trials of so little text
-# cannot tell, and what is fitted to little text flatters narrow streams.
+# cannot tell, and what is fitted to little text flatters narrow streams and narrow FFNs, whose
+# matrices have fewer inputs to fit.
 _TIE = 0.01
 # How strongly scales are drawn towards each other, against one trial, and how small a share of the
 # common one each is at least: errors of trials cannot make a part of a loss a gain.
@@ -126,14 +127,17 @@ def _first_tries(
 
 def choose(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> Shape:
     """The candidate that loses least, of those that were tried, if any was; of those whose trials
-    lose next to the same, one of the widest stream, which more text mends most.
+    lose next to the same, that of the widest stream, and then of the widest FFN, which more text
+    mends most.
     """
     if not tried:
         known = expected(predicted, tried)
         return min(known, key=known.__getitem__)
     least = min(tried.values())
     as_good = [shape for shape, loss in tried.items() if loss <= least + _TIE * abs(least)]
-    return min(as_good, key=lambda shape: (-shape.hidden_size, tried[shape]))
+    return min(
+        as_good, key=lambda shape: (-shape.hidden_size, -shape.intermediate_size, tried[shape])
+    )
 
 
 def expected(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> dict[Shape, float]:

@@ -290,6 +290,19 @@ def test_of_trials_that_cannot_tell_the_widest_stream_is_taken():
     assert choose({}, {narrow: 0.001, wide: -0.0004}) == wide
 
 
+def test_of_trials_that_cannot_tell_at_one_width_the_widest_ffn_is_taken():
+    whole, thin = (
+        replace(SHAPES[0], intermediate_size=120),
+        replace(SHAPES[0], intermediate_size=96),
+    )
+    shallow = replace(thin, num_hidden_layers=thin.num_hidden_layers - 1, intermediate_size=128)
+    tried = {whole: 0.5, thin: 0.499, shallow: 0.502}
+    assert choose({}, tried) == shallow
+    assert choose({}, {**tried, shallow: 0.52}) == whole
+    narrow = replace(shallow, hidden_size=SHAPES[0].hidden_size - 8)
+    assert choose({}, {**tried, narrow: 0.499}) == shallow
+
+
 def test_a_candidate_that_promises_to_be_as_good_as_the_best_trial_gets_one():
     first, second = candidates(FAMILIES["llama"], LLAMA_3_8B, Limits(0.7))[:2]
     predicted = {first: Losses(0.1, 0.1), second: Losses(0.1, 0.103)}
