@@ -1,5 +1,6 @@
 """What a decoder's recovery learns from and is judged by: text, and its perplexity."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from sp3llm.recovery.figures import Figures
 from sp3llm.recovery.inputs import Pair, Texts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.progress import Progress
     from torch import Tensor
 
@@ -80,8 +83,17 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
         settings.seed,
         evaluation.documents,
     )
+    draw = partial(
+        pair.objective.training_windows,
+        settings.stop_text or names,
+        tokenizer,
+        settings.stop_windows,
+        seq_len,
+        0,
+        stopping=settings.stop_text is None,
+    )
     known = evaluation.documents | training.documents
-    stopping = _stopping_windows(settings, pair, tokenizer, names, seq_len, known, calibrated)
+    stopping = _stopping_windows(draw, known, calibrated, min(_FEW, settings.stop_windows))
     for family, model, windows in (
         (pair.family, pair.small, (training, stopping)),
         (pair.dense_family, pair.dense, (evaluation,)),
@@ -93,37 +105,23 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
 
 
 def _stopping_windows(
-    settings: RecoverConfig,
-    pair: Pair,
-    tokenizer: Any,
-    names: str,
-    seq_len: int,
+    draw: "Callable[..., Windows]",
     known: frozenset[str],
     calibrated: frozenset[str],
+    enough: int,
 ) -> "Windows":
-    """Windows that decide when to stop, of no document in `known`, and of none in `calibrated`
-    where that leaves a few: the closed form was fitted to those, and looks better there than it is.
+    """Windows that decide when to stop, as `draw` has them with documents to exclude: of none in
+    `known`, and of none in `calibrated` where that leaves `enough`, since the closed form was
+    fitted to those and looks better there than it is.
     """
-
-    def draw(exclude: frozenset[str]) -> "Windows":
-        return pair.objective.training_windows(
-            settings.stop_text or names,
-            tokenizer,
-            settings.stop_windows,
-            seq_len,
-            0,
-            exclude,
-            stopping=settings.stop_text is None,
-        )
-
-    windows = draw(known)
+    windows = draw(exclude=known)
     if windows.documents.isdisjoint(calibrated):
         return windows
     try:
-        unseen = draw(known | calibrated)
+        unseen = draw(exclude=known | calibrated)
     except UserError:  # not a window
         return windows
-    return unseen if len(unseen.tokens) >= min(_FEW, settings.stop_windows) else windows
+    return unseen if len(unseen.tokens) >= enough else windows
 
 
 def _calibrated_documents(
