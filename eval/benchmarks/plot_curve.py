@@ -2,10 +2,11 @@
 
 python eval/benchmarks/plot_curve.py depth curve-plain curve-refit curve-search \
     --out eval/results/curve/curve.png
-python eval/benchmarks/plot_curve.py real/axes peers/smollm2 --title 'SmolLM2-135M, nothing tuned' \
-    --out eval/results/real/axes.png
+python eval/benchmarks/plot_curve.py real/axes real/axes-deep peers/smollm2 \
+    --title 'SmolLM2-135M, nothing tuned' --out eval/results/real/axes.png
 
-A file is the runs of one curve, or a table with a contestant a row, each of which is a curve.
+A file is the runs of one curve, or a table with a contestant a row, each of which is a curve;
+curves of one name in several files are one.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def curves_of(name: str, found: Any) -> dict[str, Points]:
         for run in found["runs"] if isinstance(found, dict) else found:
             point = 100 * run["plan"]["keep_params"], run["excess_log_perplexity"]["mean"]
             curves[LABELS.get(name, name)].append(point)
-    return {label: sorted(points) for label, points in curves.items()}
+    return curves
 
 
 def main() -> None:
@@ -62,12 +63,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    curves: dict[str, Points] = {}
+    curves: dict[str, Points] = defaultdict(list)
     for name in options.names:
-        curves |= curves_of(name, json.loads(Path(f"{place(name)}.json").read_text()))
+        found = curves_of(name, json.loads(Path(f"{place(name)}.json").read_text()))
+        for label, points in found.items():
+            curves[label] += points
     picture, axes = figure()
     for (label, points), marker in zip(curves.items(), "xso^dvP*+<>h", strict=False):
-        x, y = zip(*points, strict=True)
+        x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, marker=marker, markersize=4, label=label)
     axes.set(
         xlabel="parameters kept (%)",
