@@ -36,7 +36,7 @@ def is_file(name: str) -> bool:
 
 
 def read_file(path: Path, column: str | None, render: Render = plain_render) -> Iterator[str]:
-    """Yield the documents of a `.txt` (blocks between blank lines), `.jsonl` or `.parquet` file;
+    """Yield the documents of a `.txt` (blocks up to blank lines), `.jsonl` or `.parquet` file;
     `render` makes texts of conversations.
 
     Raises UserError, naming the line or row, if it cannot be read, or a row has no clear text.
@@ -98,13 +98,19 @@ def _parsed(line: str, origin: str) -> Any:
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[str]:
-    """Blocks of a text file, as separated by blank lines: the unit in which overlap is found."""
+    """Blocks of a text file, the unit in which overlap is found: lines up to blank ones, and these
+    with them, so that blocks in a row are the file as it stands. The last one gets a blank line
+    where it has none, since it may come to stand before another.
+    """
     block: list[str] = []
+    has_text = ends = False
     for line in lines:
-        if line.strip():
-            block.append(line)
-        elif block:
-            yield "".join(block).rstrip("\n")
-            block = []
-    if block:
-        yield "".join(block).rstrip("\n")
+        is_blank = not line.strip()
+        if ends and not is_blank:
+            yield "".join(block)
+            block, has_text = [], False
+        block.append(line)
+        has_text = has_text or not is_blank
+        ends = has_text and is_blank
+    if has_text:
+        yield "".join(block) if ends else "".join(block).removesuffix("\n") + "\n\n"

@@ -78,7 +78,7 @@ def resolve_source(name: str) -> TextSource:
                 f"Calibration or evaluation text '{file}' does not exist, or is no file: name a "
                 "file that does."
             )
-        join = "\n\n" if suffix == ".txt" else "eos"
+        join = "" if suffix == ".txt" else "eos"  # blocks of a text hold what stands between them
         return TextSource(name=name, licence="unknown", join=join, path=file, column=column)
     if is_file(name):
         raise UserError(

@@ -196,10 +196,10 @@ def evaluation_windows(
 def unbroken_windows(name: str, tokenizer: Any, seq_len: int) -> Windows:
     """All windows of a set's evaluation split, cut as papers on pruning cut them.
 
-    GPTQ, SparseGPT and SliceGPT join the rows of the split by blank lines, empty rows too,
-    tokenize that text at once (a BOS, where the tokenizer adds one, comes at its very beginning
-    only) and cut it into windows that do not overlap. `evaluation_windows` differs: it drops
-    duplicates, knows where documents end, and begins every window with the BOS.
+    GPTQ, SparseGPT and SliceGPT join the rows of the split by blank lines, empty rows too, tokenize
+    that text (a `.txt` as it stands) at once (a BOS, where the tokenizer adds one, comes at its
+    very beginning only) and cut it into windows that do not overlap. `evaluation_windows` differs:
+    it drops duplicates, knows where documents end, and begins every window with the BOS.
 
     Raises UserError if the set is unknown, unreadable or shorter than one window.
     """
@@ -208,7 +208,7 @@ def unbroken_windows(name: str, tokenizer: Any, seq_len: int) -> Windows:
         rows = list(read_hub(replace(source, document_start=None), source.evaluation_split, 0))
     else:
         rows = list(read_documents(source, "evaluation", render=chat_render(tokenizer)))
-    ids = tokenizer("\n\n".join(rows), verbose=False)["input_ids"]
+    ids = tokenizer(("\n\n" if source.join else "").join(rows), verbose=False)["input_ids"]
     windows = list(cut_windows([ids], seq_len, None))
     if not windows:
         raise UserError(

@@ -328,14 +328,37 @@ def test_every_file_format_gives_the_same_documents(tmp_path):
         plain = tmp_path / f"set{suffix}"
         zipped = tmp_path / f"set{suffix}.gz"
         zipped.write_bytes(gzip.compress(plain.read_bytes()))
-        assert documents_of(str(plain)) == documents
-        assert documents_of(str(zipped)) == documents
+        assert [document.strip() for document in documents_of(str(plain))] == documents
+        assert documents_of(str(zipped)) == documents_of(str(plain))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "one\n\ntwo\n\n",
+        "\n \n = Title = \n \n text , more\nof it \n\t\n\n\nlast\n \n",
+        "no blank line\nat all\n\n",
+    ],
+)
+def test_documents_of_a_text_file_in_a_row_are_the_file(text, tmp_path):
+    tokenizer, path = byte_tokenizer(bos=False), tmp_path / "set.txt"
+    path.write_text(text)
+    assert "".join(documents_of(str(path))) == text
+    windows = evaluation_windows(str(path), tokenizer, 100, 1).tokens
+    assert tokenizer.decode(windows.flatten()) == text
+
+
+def test_the_last_block_of_a_text_file_does_not_run_into_another(tmp_path):
+    path = tmp_path / "set.txt"
+    for ending in ("", "\n"):
+        path.write_text(f"one\n\n\ntwo{ending}")
+        assert documents_of(str(path)) == ["one\n\n\n", "two\n\n"]
 
 
 def test_file_with_windows_line_ends_and_byte_order_mark_reads_like_any_other(tmp_path):
     path = tmp_path / "set.txt"
     path.write_bytes("\ufeffone\r\nand more\r\n\r\ntwo\r\n".encode())
-    assert documents_of(str(path)) == ["one\nand more", "two"]
+    assert documents_of(str(path)) == ["one\nand more\n\n", "two\n\n"]
     path = tmp_path / "set.jsonl"
     path.write_bytes('\ufeff{"text": "one"}\r\n\r\n{"text": "two"}\r\n'.encode())
     assert documents_of(str(path)) == ["one", "two"]
@@ -464,7 +487,7 @@ def test_suffixes_may_be_capitals(tmp_path):
     write_jsonl(tmp_path / "set.JSONL", [{"text": "one"}])
     (tmp_path / "set.Txt.GZ").write_bytes(gzip.compress(b"one\n"))
     for name in ("set.JSONL", "set.Txt.GZ"):
-        assert documents_of(str(tmp_path / name)) == ["one"]
+        assert [document.strip() for document in documents_of(str(tmp_path / name))] == ["one"]
 
 
 def test_a_name_longer_than_any_files_is_of_none(tmp_path):
