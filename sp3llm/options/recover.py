@@ -70,7 +70,7 @@ class RecoverConfig:
     )
     seq_len: int | None = same_as(CompressConfig, "seq_len")
     lr: float | None = option(
-        "peak learning rate", default=None, shown="by the hidden size", above=0
+        "peak learning rate", default=None, shown="by the hidden size and the divergence", above=0
     )
     warmup: float = option(
         "fraction of the steps over which it rises; it then falls as a cosine to 0", default=0.05

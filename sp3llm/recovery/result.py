@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sp3llm.options import RecoverConfig
 from sp3llm.recovery.figures import Figures
 from sp3llm.recovery.inputs import Pair
-from sp3llm.recovery.student import default_lr, load_student
+from sp3llm.recovery.student import load_student, peak_lr
 from sp3llm.reporting.record import (
     Excess,
     Record,
@@ -143,7 +143,6 @@ def _entry(
     settings: RecoverConfig, pair: Pair, result: Recovery, device: str, processes: int
 ) -> RecoveryEntry:
     """What the record has of a recovery; options as they were resolved."""
-    from sp3llm.models import families
     from sp3llm.runtime.machine import machine, versions
 
     state, training, stopping = result.state, result.training, result.stopping
@@ -163,7 +162,6 @@ def _entry(
         }
         held_out = held_out.windows
     evaluation = from_json(TextSet, held_out.describe())
-    width = families.axis_sizes(pair.family, pair.small.config)[families.RESIDUAL]
     named = {"task": training, "train": training, "stop_text": stopping, "eval_text": evaluation}
     names = ("train", "stop_text", "eval_text") if of_text else ("task",)
     sources = {name: ",".join(named[name].sources) for name in names}
@@ -173,7 +171,7 @@ def _entry(
         teacher=pair.teacher,
         **sources,
         seq_len=training.tokens.shape[1],
-        lr=settings.lr or default_lr(pair.objective, width, settings.lora is not None),
+        lr=peak_lr(settings, pair, state.held_out[0][1]),
         check_every=settings.checked_every,
         checkpoint_every=settings.saved_every,
         device=device,

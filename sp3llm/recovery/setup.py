@@ -25,7 +25,7 @@ class TrainingSetup:
     run: Run
     model: "nn.Module"
     optimizer: "torch.optim.Optimizer"
-    schedule: "torch.optim.lr_scheduler.LRScheduler"
+    schedule: "torch.optim.lr_scheduler.LambdaLR"
     names: frozenset[str]
     """Of the weights that are trained."""
     teacher: "LiveTeacher | StoredTeacher"
@@ -54,7 +54,6 @@ def set_up(run: Run, progress: "Progress") -> TrainingSetup:
     import transformers
     from accelerate.utils import set_seed
 
-    from sp3llm.models import families
     from sp3llm.models.stock import run_layers_again
     from sp3llm.recovery.checkpoints import carry_only_trained
     from sp3llm.recovery.teacher import tap_of
@@ -78,8 +77,7 @@ def set_up(run: Run, progress: "Progress") -> TrainingSetup:
         stock = model.get_base_model() if settings.lora is not None else model
         tap = tap_of(stock, pair.objective, pair.family)
     model.train()
-    hidden_size = families.axis_sizes(pair.family, pair.small.config)[families.RESIDUAL]
-    optimizer, schedule = optimizer_of(settings, pair.objective, model, hidden_size)
+    optimizer, schedule = optimizer_of(settings, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     # Not prepared: accelerate would move it once for every process.
     accelerator.register_for_checkpointing(schedule)

@@ -12,22 +12,43 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from sp3llm.models.objectives.schema import Objective
 
 # Peak learning rate of adapters in a model one wide, five times that of all weights of a decoder;
 # not measured.
 _LR_OF_ADAPTERS = 5
+# Of the rate of a model that is far from its teacher, at least so much.
+_LEAST_SHARE = 0.1
 # Of AdamW: a second moment over some 20 steps, as language models are trained, since there are only
 # a few hundred; torch's 0.999 would average over a thousand.
 _BETAS = (0.9, 0.95)
 
 
-def default_lr(objective: "Objective", hidden_size: int, lora: bool) -> float:
-    """Peak learning rate by the width of the model.
+def peak_lr(settings: RecoverConfig, pair: Pair, start_loss: float) -> float:
+    """Peak learning rate: the one that is given; else by the width of the model, and by how far it
+    is from the teacher as the steps begin, `start_loss`, in nats a token.
 
-    The update that a step of Adam makes to what a matrix puts out grows with the width it reads.
+    The update that a step of Adam makes to what a matrix puts out grows with the width it reads;
+    and steps that suit a model that has much to learn take one that has little away from the
+    teacher. A loss that is more than the divergence says nothing of that distance.
     """
-    return objective.recipe.lr_of_weights * (_LR_OF_ADAPTERS if lora else 1) / hidden_size
+    from sp3llm.models import families
+
+    if settings.lr is not None:
+        return settings.lr
+    width = families.axis_sizes(pair.family, pair.small.config)[families.RESIDUAL]
+    recipe = pair.objective.recipe
+    lr = recipe.lr_of_weights * (1 if settings.lora is None else _LR_OF_ADAPTERS) / width
+    if recipe.far is None or settings.lm_weight or settings.hidden_weight:
+        return lr
+    return lr * min(1.0, max(_LEAST_SHARE, start_loss / (settings.kl_weight * recipe.far)))
+
+
+def set_peak_lr(schedule: "torch.optim.lr_scheduler.LambdaLR", lr: float) -> None:
+    """Let a schedule that has not been used yet rise to another rate."""
+    for group, before in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+        group["lr"] *= lr / before
+        group["initial_lr"] = lr
+    schedule.base_lrs = [lr] * len(schedule.base_lrs)
 
 
 def load_student(
@@ -75,10 +96,10 @@ def _with_adapters(
 
 
 def optimizer_of(
-    settings: RecoverConfig, objective: "Objective", model: "nn.Module", hidden_size: int
-) -> tuple["torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler"]:
+    settings: RecoverConfig, model: "nn.Module"
+) -> tuple["torch.optim.Optimizer", "torch.optim.lr_scheduler.LambdaLR"]:
     """AdamW over what is trained, with weight decay on matrices only, and its schedule: a linear
-    warm-up and a cosine to 0 over the run's steps.
+    warm-up and a cosine to 0 over the run's steps, of a peak that `set_peak_lr` sets.
     """
     import torch
     from transformers import get_cosine_schedule_with_warmup
@@ -90,8 +111,7 @@ def optimizer_of(
     ]
     # Adapters are matrices only, and not every engine takes a group of nothing.
     groups = [group for group in groups if group["params"]]
-    lr = settings.lr or default_lr(objective, hidden_size, settings.lora is not None)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=_BETAS)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=_BETAS)
     warmup = math.ceil(settings.warmup * settings.steps)
     # One further along than transformers has it, whose first step has a rate of 0.
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup + 1, settings.steps + 1)

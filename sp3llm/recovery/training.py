@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sp3llm.errors import UserError
 from sp3llm.options import RecoverConfig
 from sp3llm.recovery.setup import TrainingSetup
+from sp3llm.recovery.student import peak_lr, set_peak_lr
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,6 +33,7 @@ def train(setup: TrainingSetup, progress: "Progress") -> "State":
         print_line(progress.console, f"Continuing from step {state.step}.")
     else:
         _check(setup, state, [])
+        set_peak_lr(setup.schedule, peak_lr(settings, setup.run.pair, state.held_out[0][1]))
     bar = progress.add_task("recovery", total=settings.steps, completed=state.step)
     recent: list[Tensor] = []
     with _kept_time(state) as lap:
@@ -155,7 +157,7 @@ def _check(setup: TrainingSetup, state: "State", recent: "list[Tensor]") -> None
     if recent:
         mean = accelerator.reduce(torch.stack(recent).mean(), "mean").item()
         state.trained.append([state.step, mean])
-        values |= {"loss": mean, "lr": setup.schedule.get_last_lr()[0]}
+        values |= {"loss": mean, "lr": setup.optimizer.param_groups[0]["lr"]}
     if not math.isfinite(loss):
         raise UserError(
             f"Expected a finite loss at step {state.step}, found {loss}: use a smaller --lr, or "

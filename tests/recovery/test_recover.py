@@ -24,6 +24,7 @@ from sp3llm.errors import UserError
 from sp3llm.maths.basis import stream_scale
 from sp3llm.maths.losses import divergence, stream_error, top_divergence, top_logits
 from sp3llm.maths.shuffling import window_order
+from sp3llm.models import families
 from sp3llm.models.basis_file import BASIS, read_basis, write_basis
 from sp3llm.models.checkpoint import check_tensors, open_checkpoint
 from sp3llm.models.families import family_of
@@ -36,10 +37,11 @@ from sp3llm.recovery.checkpoints import locked, work_folder
 from sp3llm.recovery.inputs import Pair, open_pair, resolved
 from sp3llm.recovery.result import export
 from sp3llm.recovery.story import recover
-from sp3llm.recovery.student import default_lr, load_student
+from sp3llm.recovery.student import load_student, peak_lr
 from sp3llm.recovery.teacher import StreamTap, load_teacher, offloads_on_cpu
 from sp3llm.recovery.texts import draw_texts
 from sp3llm.recovery.training import _step
+from sp3llm.reporting.record import read_record
 from sp3llm.runtime import files
 from sp3llm.runtime.folders import RECORD
 from sp3llm.text.sources import read_documents, resolve_source
@@ -174,9 +176,13 @@ def assert_moved_alike(before, one, other) -> None:
 # --------------------------------------------------------------------------- exact
 
 
-@pytest.mark.parametrize("lora", [None, 4])
-def test_a_killed_run_continues_and_gives_the_same_bytes(lora, run, tmp_path, monkeypatch):
-    whole = run(out="whole", lora=lora)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lora": 4}, {"lr": None, "lm_weight": 0.0, "warmup": 0.5}],
+    ids=["all", "adapters", "default rate"],
+)
+def test_a_killed_run_continues_and_gives_the_same_bytes(changes, run, tmp_path, monkeypatch):
+    whole = run(out="whole", **changes)
     step = _step
 
     def killed(setup, number):
@@ -186,14 +192,14 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(lora, run, tmp_path, mo
 
     monkeypatch.setattr(training, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(out="killed", lora=lora)
+        run(out="killed", **changes)
     assert not (tmp_path / "killed").exists()
     work = work_folder(tmp_path / "killed")
     assert (work / "step-000004").is_dir()
     (work / "step-000006.partial").mkdir()  # as a kill while writing would leave it
     taken = []
     monkeypatch.setattr(training, "_step", lambda setup, n: taken.append(n) or step(setup, n))
-    again = run(out="killed", lora=lora)
+    again = run(out="killed", **changes)
     assert taken == [4, 5]
     assert not work.exists()
     name = "model.safetensors"
@@ -786,6 +792,38 @@ def test_options_of_a_recovery_without_one_are_refused(refused):
     assert "Expected --recover" in refused("plan", "--lora", "4")
 
 
-def test_the_learning_rate_falls_with_the_width():
-    assert default_lr(CAUSAL_LM, 4096, False) < default_lr(CAUSAL_LM, 256, False)
-    assert math.isfinite(default_lr(CAUSAL_LM, 256, True))
+@pytest.mark.parametrize(
+    ("changes", "start", "share"),
+    [
+        ({}, 0.5, 1.0),
+        ({}, 0.03, 0.1),
+        ({}, 0.15, 0.5),
+        ({"kl_weight": 2.0}, 0.3, 0.5),
+        ({}, 0.0, 0.1),
+        ({"lora": 2}, 0.15, 2.5),
+        ({"lm_weight": 0.1}, 0.03, 1.0),
+        ({"hidden_weight": 0.1}, 0.03, 1.0),
+    ],
+)
+def test_the_rate_follows_how_far_the_model_is_from_its_teacher(changes, start, share, pairs):
+    dense, small = pairs("llama")
+    config = RecoverConfig(str(small), str(dense), **changes)
+    pair, settings = open_pair(config, QUIET), resolved(config, CAUSAL_LM)
+    width = families.axis_sizes(pair.family, pair.small.config)[families.RESIDUAL]
+    assert peak_lr(settings, pair, start) == pytest.approx(share * 0.06 / width)
+    assert peak_lr(replace(settings, lr=0.07), pair, start) == 0.07
+
+
+def test_a_run_takes_the_rate_that_its_record_names(run, tmp_path, monkeypatch):
+    rates, step = [], _step
+
+    def taken(setup, number):
+        rates.append(setup.optimizer.param_groups[0]["lr"])
+        return step(setup, number)
+
+    monkeypatch.setattr(training, "_step", taken)
+    found = run(lr=None, lm_weight=0.0, warmup=0.5)
+    entry = read_record(tmp_path / "out").recoveries[-1]
+    assert max(rates) == rates[3] == entry.settings["lr"]
+    assert rates[0] == pytest.approx(entry.settings["lr"] / 4)
+    assert 0 < found.state.held_out[0][1] < 0.3

@@ -106,6 +106,7 @@ CAUSAL_LM = Objective(
         steps=300,
         epochs=1,
         lr_of_weights=0.06,  # measured at a width of 576 (eval/NOTES.md)
+        far=0.3,  # there, too
         temperature=1.0,
         kl_weight=1.0,
         hidden_weight=0.0,

@@ -17,6 +17,7 @@ ENCODER_RECIPE = Recipe(
     steps=None,
     epochs=5,
     lr_of_weights=0.015,  # measured at a width of 144 (eval/NOTES.md)
+    far=None,
     temperature=2.0,
     kl_weight=0.3,
     hidden_weight=0.7,

@@ -22,6 +22,8 @@ class Recipe:
     """How often training rows are gone through, where that says how many steps there are."""
     lr_of_weights: float
     """Peak learning rate of all weights of a model one wide."""
+    far: float | None
+    """Nats from the teacher below which the rate falls in proportion; None: it does not."""
     temperature: float
     """At which model and teacher are compared."""
     kl_weight: float
