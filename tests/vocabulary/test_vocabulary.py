@@ -296,6 +296,16 @@ def test_a_short_text_counts_as_much_as_a_long_one(tmp_path, pair):
         wanted_tokens(names, vocabulary.folder, ROWS)
 
 
+@pytest.mark.parametrize("hub_folder", ["bytes"], indirect=True)
+def test_whatever_stands_between_the_blocks_of_a_text_is_counted(tmp_path, hub_folder):
+    text = "\n \n\n\n".join(WORDS) + "\n\n"
+    (tmp_path / "text.txt").write_text(text)
+    wanted = wanted_tokens(str(tmp_path / "text.txt"), hub_folder, ROWS)
+    tokenizer = AutoTokenizer.from_pretrained(hub_folder)
+    used = set(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert used == set(wanted.counts.nonzero().flatten().tolist())
+
+
 def test_tokens_beyond_the_table_are_refused(pair):
     vocabulary, _ = pair
     last = max(vocabulary.tokens)
