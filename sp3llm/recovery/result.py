@@ -165,13 +165,14 @@ def _entry(
     named = {"task": training, "train": training, "stop_text": stopping, "eval_text": evaluation}
     names = ("train", "stop_text", "eval_text") if of_text else ("task",)
     sources = {name: ",".join(named[name].sources) for name in names}
+    length = training.tokens.shape[1]
     resolved = replace(
         settings,
         out=result.out,
         teacher=pair.teacher,
         **sources,
-        seq_len=training.tokens.shape[1],
-        lr=peak_lr(settings, pair, state.held_out[0][1]),
+        seq_len=length,
+        lr=peak_lr(settings, pair, state.held_out[0][1], settings.batch * length),
         check_every=settings.checked_every,
         checkpoint_every=settings.saved_every,
         device=device,

@@ -23,13 +23,14 @@ _LEAST_SHARE = 0.1
 _BETAS = (0.9, 0.95)
 
 
-def peak_lr(settings: RecoverConfig, pair: Pair, start_loss: float) -> float:
+def peak_lr(settings: RecoverConfig, pair: Pair, start_loss: float, step_tokens: int) -> float:
     """Peak learning rate: the one that is given; else by the width of the model, and by how far it
-    is from the teacher as the steps begin, `start_loss`, in nats a token.
+    is from the teacher as the steps begin, `start_loss`, in nats a token, for the `step_tokens`
+    that a step sees.
 
-    The update that a step of Adam makes to what a matrix puts out grows with the width it reads;
-    and steps that suit a model that has much to learn take one that has little away from the
-    teacher. A loss that is more than the divergence says nothing of that distance.
+    The update that a step of Adam makes to what a matrix puts out grows with the width it reads.
+    And of a step of few tokens most is noise, which takes a model that has little to learn away
+    from the teacher. A loss that is more than the divergence says nothing of that distance.
     """
     from sp3llm.models import families
 
@@ -40,7 +41,8 @@ def peak_lr(settings: RecoverConfig, pair: Pair, start_loss: float) -> float:
     lr = recipe.lr_of_weights * (1 if settings.lora is None else _LR_OF_ADAPTERS) / width
     if recipe.far is None or settings.lm_weight or settings.hidden_weight:
         return lr
-    return lr * min(1.0, max(_LEAST_SHARE, start_loss / (settings.kl_weight * recipe.far)))
+    share = (start_loss * step_tokens / (settings.kl_weight * recipe.far)) ** 2
+    return lr * min(1.0, max(_LEAST_SHARE, share))
 
 
 def set_peak_lr(schedule: "torch.optim.lr_scheduler.LambdaLR", lr: float) -> None:

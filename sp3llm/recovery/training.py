@@ -33,7 +33,9 @@ def train(setup: TrainingSetup, progress: "Progress") -> "State":
         print_line(progress.console, f"Continuing from step {state.step}.")
     else:
         _check(setup, state, [])
-        set_peak_lr(setup.schedule, peak_lr(settings, setup.run.pair, state.held_out[0][1]))
+        step_tokens = settings.batch * setup.run.texts.training.tokens.shape[1]
+        lr = peak_lr(settings, setup.run.pair, state.held_out[0][1], step_tokens)
+        set_peak_lr(setup.schedule, lr)
     bar = progress.add_task("recovery", total=settings.steps, completed=state.step)
     recent: list[Tensor] = []
     with _kept_time(state) as lap:

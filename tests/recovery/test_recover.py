@@ -797,10 +797,10 @@ def test_options_of_a_recovery_without_one_are_refused(refused):
     [
         ({}, 0.5, 1.0),
         ({}, 0.03, 0.1),
-        ({}, 0.15, 0.5),
-        ({"kl_weight": 2.0}, 0.3, 0.5),
+        ({}, 0.15, 0.25),
+        ({"kl_weight": 2.0}, 0.3, 0.25),
         ({}, 0.0, 0.1),
-        ({"lora": 2}, 0.15, 2.5),
+        ({"lora": 2}, 0.15, 1.25),
         ({"lm_weight": 0.1}, 0.03, 1.0),
         ({"hidden_weight": 0.1}, 0.03, 1.0),
     ],
@@ -810,8 +810,9 @@ def test_the_rate_follows_how_far_the_model_is_from_its_teacher(changes, start, 
     config = RecoverConfig(str(small), str(dense), **changes)
     pair, settings = open_pair(config, QUIET), resolved(config, CAUSAL_LM)
     width = families.axis_sizes(pair.family, pair.small.config)[families.RESIDUAL]
-    assert peak_lr(settings, pair, start) == pytest.approx(share * 0.06 / width)
-    assert peak_lr(replace(settings, lr=0.07), pair, start) == 0.07
+    assert peak_lr(settings, pair, start, 2048) == pytest.approx(share * 0.06 / width)
+    assert peak_lr(settings, pair, start / 16, 16 * 2048) == pytest.approx(share * 0.06 / width)
+    assert peak_lr(replace(settings, lr=0.07), pair, start, 2048) == 0.07
 
 
 def test_a_run_takes_the_rate_that_its_record_names(run, tmp_path, monkeypatch):

@@ -23,7 +23,9 @@ class Recipe:
     lr_of_weights: float
     """Peak learning rate of all weights of a model one wide."""
     far: float | None
-    """Nats from the teacher below which the rate falls in proportion; None: it does not."""
+    """Nats from the teacher times tokens a step below which the rate falls by the square; None: it
+    does not.
+    """
     temperature: float
     """At which model and teacher are compared."""
     kl_weight: float
