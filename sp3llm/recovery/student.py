@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # not measured.
 _LR_OF_ADAPTERS = 5
 # Of the rate of a model that is far from its teacher, at least so much.
-_LEAST_SHARE = 0.1
+_LEAST_SHARE = 0.15
 # Of AdamW: a second moment over some 20 steps, as language models are trained, since there are only
 # a few hundred; torch's 0.999 would average over a thousand.
 _BETAS = (0.9, 0.95)

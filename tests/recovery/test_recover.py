@@ -796,10 +796,10 @@ def test_options_of_a_recovery_without_one_are_refused(refused):
     ("changes", "start", "share"),
     [
         ({}, 0.5, 1.0),
-        ({}, 0.03, 0.1),
+        ({}, 0.03, 0.15),
         ({}, 0.15, 0.25),
         ({"kl_weight": 2.0}, 0.3, 0.25),
-        ({}, 0.0, 0.1),
+        ({}, 0.0, 0.15),
         ({"lora": 2}, 0.15, 1.25),
         ({"lm_weight": 0.1}, 0.03, 1.0),
         ({"hidden_weight": 0.1}, 0.03, 1.0),
