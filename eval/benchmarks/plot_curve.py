@@ -12,6 +12,7 @@ curves of one name in several files are one.
 import argparse
 import json
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ CONTESTANTS = {
     "before": "width, FFN and KV groups, searched",
     "shape": "and layers (default)",
     "all": "and the vocabulary",
+    "shape-float32": "and layers, in float32",
+    "kv-drop": "a third of the KV heads, others dropped",
+    "kv-merge": "a third of the KV heads, merged",
     "width": "width alone",
     "ffn": "FFN alone",
     "depth": "layers alone, bridged",
@@ -36,6 +40,8 @@ CONTESTANTS = {
     "torch-pruning-magnitude-ffn": "torch-pruning, FFN magnitudes",
 }
 
+# More curves than that have no room for their names between them.
+_FEW = 6
 
 Points = list[tuple[float, float]]
 
@@ -69,9 +75,12 @@ def main() -> None:
         for label, points in found.items():
             curves[label] += points
     picture, axes = figure()
-    for (label, points), marker in zip(curves.items(), "xso^dvP*+<>h", strict=False):
+    styles = product(("-", "--"), range(10))  # colours come ten at a time
+    for (label, points), marker, (line, colour) in zip(
+        curves.items(), "xso^dvP*+<>h", styles, strict=False
+    ):
         x, y = zip(*sorted(points), strict=True)
-        axes.plot(x, y, marker=marker, markersize=4, label=label)
+        axes.plot(x, y, line, color=f"C{colour}", marker=marker, markersize=4, label=label)
     axes.set(
         xlabel="parameters kept (%)",
         ylabel="excess log-perplexity (nats a token)",
@@ -80,8 +89,9 @@ def main() -> None:
     )
     axes.invert_xaxis()
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False, fontsize="small")
-    picture.savefig(options.out, dpi=120)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(curves) > _FEW else {}
+    axes.legend(frameon=False, fontsize="small", **beside)
+    picture.savefig(options.out, dpi=120, bbox_inches="tight")
 
 
 if __name__ == "__main__":
