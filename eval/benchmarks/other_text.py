@@ -11,7 +11,6 @@ Run it where the models were compressed: their records name the files they were 
 
 import argparse
 import sys
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +35,20 @@ from sp3llm.maths.paired import excess_log_perplexity
 from sp3llm.reporting.record import read_record
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.text.windows import calibration_windows, evaluation_windows
+from sp3llm.vocabulary.same_text import calibrated_documents
 
 _ROWS = 4
 
 
 def calibrated_on(folders: list[Path], tokenizer: Any) -> frozenset[str]:
     """Content hashes of all documents that the folders' records say were calibrated on."""
-    drawn = set()
-    for folder in folders:
-        settings = read_record(folder).settings
-        how = settings["samples"], settings["seq_len"], settings["seed"]
-        drawn.add((settings["calib"], *how))
-    windows = [calibration_windows(names, tokenizer, *how) for names, *how in drawn]
-    return frozenset(chain.from_iterable(one.documents for one in windows))
+    draws = {
+        tuple(settings[name] for name in ("calib", "samples", "seq_len", "seed"))
+        for settings in (read_record(folder).settings for folder in folders)
+    }
+    pair = tokenizer, tokenizer
+    found = (calibrated_documents(calibration_windows, names, pair, *how) for names, *how in draws)
+    return frozenset().union(*found)
 
 
 @torch.no_grad()
