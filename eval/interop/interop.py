@@ -2,11 +2,13 @@
 
 python eval/interop/interop.py [--only LOADER ...] [--models NAME ...]
 python eval/interop/interop.py --only vllm --timed    adds tokens a second
+python eval/interop/interop.py --folder dense=DIR --folder 75=DIR --windows 2 --name smollm2
 
-Both write eval/results/interop/*. Every tool gets a virtual environment of its own from the package
-registries, in .interop/, where the models and everything converted stay too. The first run takes a
-while: llama.cpp is compiled.
-Rows of tools and models that are not asked for stay as they are.
+They write eval/results/interop/interop.*, or NAME's. Every tool gets a virtual environment of its
+own from the package registries, in .interop/, where the models and everything converted stay too.
+The first run takes a while: llama.cpp is compiled. Rows of tools and models that are not asked for
+stay as they are. Folders are taken as they are, in place of the models that are made from what the
+repository carries; the first is the dense model that the others were made from.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from interop_environments import CACHE, REQUIREMENTS, environment, llama_cpp_source, versions
-from interop_models import MODELS, ROOT, compressed
+from interop_models import MODELS, ROOT, command_of, compressed, dense_of
 from interop_tables import table
 from outcomes import outcomes_of
 
@@ -29,7 +31,7 @@ from sp3llm.models.source import read_config
 
 RESULTS = ROOT / "eval" / "results" / "interop"
 
-WINDOWS, TOKENS = 8, 256
+TOKENS = 256
 # Texts that servers continue greedily, by so many tokens.
 PROMPTS = [
     "import os\nimport sys\n\n\ndef main(",
@@ -40,9 +42,9 @@ PROMPTS = [
 NEW_TOKENS = 32
 
 
-def reference(model: Path, path: Path) -> float:
-    """Logits of transformers in float32 on held-out text, into a file, and its answers, into one
-    beside it; the perplexity.
+def reference(model: Path, path: Path, windows: int) -> float:
+    """Logits of transformers in float32 on windows of held-out text, into a file, and its answers,
+    into one beside it; the perplexity.
     """
     import numpy as np
     import torch
@@ -57,7 +59,7 @@ def reference(model: Path, path: Path) -> float:
         with np.load(path) as stored:
             return perplexity(stored["logits"], stored["tokens"])
     tokenizer = load_tokenizer(model)
-    tokens = evaluation_windows("stdlib", tokenizer, WINDOWS, TOKENS).tokens
+    tokens = evaluation_windows("stdlib", tokenizer, windows, TOKENS).tokens
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         output = loaded(input_ids=tokens, labels=tokens)
@@ -83,17 +85,18 @@ def _greedy(model: Any, ids: list[int]) -> tuple[list[int], list[float]]:
 
 
 def measure(
-    loader: str, python: Path, name: str, model: Path, stored: Path, timed: bool
+    loader: str, python: Path, model: Path, dense: Path, stored: Path, timed: bool
 ) -> list[dict]:
-    """What one loader makes of one model, one row a format."""
-    if loader == "llama.cpp" and name.startswith("opt"):
+    """What one loader makes of one model, made from a dense one, one row a format."""
+    if loader == "llama.cpp" and read_config(model)["model_type"] == "opt":
         kinds = ("GGUF f16", "GGUF q8_0", "GGUF Q4_K_M")
         return [{"format": k, "loads": False, "note": "llama.cpp has no OPT"} for k in kinds]
-    work = CACHE / "work" / f"{loader}-{model.name}"
+    work = CACHE / "work" / f"{loader}-{stored.stem}"
     work.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).with_name("interop_loaders.py")
     source = llama_cpp_source() / "vendor" / "llama.cpp" if loader == "llama.cpp" else ""
-    variables = {"LLAMA_CPP": str(source), **({"INTEROP_TIMED": "1"} if timed else {})}
+    variables = {"LLAMA_CPP": str(source), "INTEROP_DENSE": str(dense)}
+    variables |= {"INTEROP_TIMED": "1"} if timed else {}
     words = [str(python), str(script), loader, str(model), str(stored), str(work)]
     return outcomes_of(words, work, (work, model, CACHE, ROOT), variables, timeout=1800)
 
@@ -102,63 +105,81 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=REQUIREMENTS, default=list(REQUIREMENTS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--folder", action="append", metavar="NAME=DIR", help="in place of models")
+    parser.add_argument("--windows", type=int, default=8, help="of held-out text")
+    parser.add_argument("--name", default="interop", help="of the files in eval/results/interop")
     parser.add_argument("--timed", action="store_true", help="speeds too, on a quiet machine")
     parser.add_argument("--torch", default="torch==2.13.0", help="what pip is asked for")
     options = parser.parse_args()
+    if options.folder and options.name == "interop":
+        parser.error("--folder writes to files of its own: give their --name")
+    given = {name: Path(path) for name, _, path in (f.partition("=") for f in options.folder or ())}
     for loader in options.only:
         python = environment(loader, [options.torch, *REQUIREMENTS[loader]])
         installed = versions(python)
-        for name in options.models:
-            folder, stored, model = prepared(name)
+        for name in given or options.models:
+            folder = given[name] if given else compressed(name, CACHE)
+            dense = next(iter(given.values())) if given else dense_of(name, CACHE)
+            stored, model = about(folder, options.windows)
+            model["command"] = None if given else command_of(name)
             print(f"{loader}: {name}", flush=True)
-            found = measure(loader, python, name, folder, stored, options.timed)
+            found = measure(loader, python, folder, dense, stored, options.timed)
             for row in found:
                 print("   ", json.dumps(row), flush=True)
             rows = [{"loader": loader, "model": name, **row} for row in found]
-            save(loader, installed, name, rows, model)
+            save(options, loader, installed, name, rows, model)
+
+
+def about(folder: Path, windows: int) -> tuple[Path, dict[str, Any]]:
+    """Where the reference of a model's folder is stored, made if need be, and what the model is."""
+    return _about(folder.resolve(), windows)
 
 
 @cache
-def prepared(name: str) -> tuple[Path, Path, dict[str, Any]]:
-    """A model's folder, made if need be, where its reference is stored, and what it is."""
-    folder = compressed(name, CACHE)
-    stored = CACHE / "work" / f"{folder.name}.npz"
+def _about(folder: Path, windows: int) -> tuple[Path, dict[str, Any]]:
+    stored = CACHE / "work" / f"{folder.parent.name}-{folder.name}-{windows}.npz"
     stored.parent.mkdir(exist_ok=True)
     config = read_config(folder)
     family = family_of(config)
-    words = MODELS[name] or ()
     return (
-        folder,
         stored,
         {
-            "command": " ".join(["sp3llm compress", *words]) if words else None,
             "architecture": config["architectures"][0],
             "parameters": count_parameters(family, config),
             **asdict(Shape.of(family, config)),
-            "perplexity": reference(folder, stored),
+            "perplexity": reference(folder, stored, windows),
         },
     )
 
 
 def save(
-    loader: str, found: dict[str, str], name: str, rows: list[dict[str, Any]], model: dict[str, Any]
+    options: argparse.Namespace,
+    loader: str,
+    found: dict[str, str],
+    name: str,
+    rows: list[dict[str, Any]],
+    model: dict[str, Any],
 ) -> None:
     """Put what one loader makes of one model into the results, in place of what was there."""
-    path = RESULTS / "interop.json"
+    path = RESULTS / f"{options.name}.json"
     earlier = {"versions": {}, "models": {}, "rows": []}
     if path.is_file():
         earlier = json.loads(path.read_text())
     for row in rows:
         row["expected_perplexity"] = model["perplexity"]
     others = [row for row in earlier["rows"] if (row["loader"], row["model"]) != (loader, name)]
-    places = {key: place for place, key in enumerate([*REQUIREMENTS, *MODELS])}
     models = {**earlier["models"], name: model}
+    known = [] if options.folder else MODELS
+    places = {key: place for place, key in enumerate([*REQUIREMENTS, *known, *models])}
+    words = [f"--folder {one.partition('=')[0]}=DIR" for one in options.folder or ()]
+    words += [f"--windows {options.windows} --name {options.name}"] if words else []
     record = {
-        "command": "python eval/interop/interop.py",
-        "tokens": f"{WINDOWS} windows of {TOKENS} tokens of held-out stdlib text",
+        "command": " ".join(["python eval/interop/interop.py", *words]),
+        "tokens": f"{options.windows} windows of {TOKENS} tokens of held-out stdlib text",
         "answers": f"{NEW_TOKENS} greedy tokens after each of {len(PROMPTS)} texts",
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "models": {key: models[key] for key in MODELS if key in models},
+        "carried": not options.folder,
+        "models": dict(sorted(models.items(), key=lambda entry: places[entry[0]])),
         "versions": dict(sorted({**earlier["versions"], loader: found}.items())),
         "rows": sorted(
             [*others, *rows], key=lambda row: (places[row["loader"]], places[row["model"]])

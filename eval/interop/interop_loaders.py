@@ -58,11 +58,12 @@ def compare(logits: np.ndarray, reference: np.ndarray, tokens: np.ndarray) -> Fo
 
 def llama_cpp(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[str, Callable]]:
     """GGUF by llama.cpp's own converter, and one K-quant by its quantizer."""
-    converter = Path(os.environ["LLAMA_CPP"]) / "convert_hf_to_gguf.py"
+    source, dense = os.environ["LLAMA_CPP"], os.environ["INTEROP_DENSE"]
+    converter = Path(__file__).with_name("convert_to_gguf.py")
 
     def converted(kind: str) -> Path:
         path = work / f"{kind}.gguf"
-        words = [sys.executable, str(converter), str(model), "--outtype", kind]
+        words = [sys.executable, str(converter), source, dense, str(model), "--outtype", kind]
         run = subprocess.run(
             [*words, "--outfile", str(path)], capture_output=True, text=True, check=False
         )
@@ -73,15 +74,15 @@ def llama_cpp(model: Path, tokens: np.ndarray, work: Path) -> Iterator[tuple[str
     def quantized(kind: str) -> Path:
         import llama_cpp
 
-        source, path = converted("f16"), work / f"{kind}.gguf"
+        whole, path = converted("f16"), work / f"{kind}.gguf"
         options = llama_cpp.llama_model_quantize_default_params()
         options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-        if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), options):
+        if llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), options):
             raise RuntimeError("llama_model_quantize failed")
         return path
 
     def run(path: Path) -> tuple[np.ndarray, str]:
-        sys.path.insert(1, str(converter.parent / "gguf-py"))
+        sys.path.insert(1, f"{source}/gguf-py")
         import gguf
         import llama_cpp
 

@@ -46,18 +46,28 @@ def compressed(name: str, cache: Path) -> Path:
     folder = cache / "models" / name.replace(", ", "-").replace(" %", "").replace(" ", "-")
     if not (folder / "sp3llm.json").is_file():
         print(f"{name}: compressing", flush=True)
-        words = [str(_dense(word, cache)) if not word.startswith("-") else word for word in options]
+        named = [] if options[0].startswith("-") else [str(dense_of(name, cache))]
+        words = [*named, *options[len(named) :]]
         run = [sys.executable, "-m", "sp3llm.compress", *words, "--no-report"]
         subprocess.run([*run, "--out", str(folder)], check=True)
     return folder
 
 
-def _dense(word: str, cache: Path) -> str | Path:
-    """A word of the command line, or the folder that it stands for."""
-    carried = ROOT / "eval" / "models" / word
-    if word in DERIVED:
-        return derived(word, cache)
-    return carried if carried.is_dir() else word
+def command_of(name: str) -> str | None:
+    """The command that makes a model of `MODELS`."""
+    words = MODELS[name]
+    return None if words is None else " ".join(["sp3llm compress", *words])
+
+
+def dense_of(name: str, cache: Path) -> Path:
+    """The folder of the model that one of `MODELS` is made from."""
+    first = (MODELS[name] or ["--"])[0]
+    return bundled_model() if first.startswith("-") else _dense(first, cache)
+
+
+def _dense(word: str, cache: Path) -> Path:
+    """The folder of a model, by its word in `MODELS`."""
+    return derived(word, cache) if word in DERIVED else ROOT / "eval" / "models" / word
 
 
 def derived(model_type: str, cache: Path) -> Path:

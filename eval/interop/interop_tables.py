@@ -6,6 +6,8 @@ from typing import Any
 SAME = 1e-4
 # Between log-probabilities of tools that give those of the text's own tokens only.
 SAME_LOGS = 1e-3
+CARRIED = """Models, all of them made from what the repository carries (8 M Llama, also as a Qwen2
+with seeded biases and as a Qwen3 with seeded norms of queries and keys; 4 M OPT):"""
 Row = dict[str, Any]
 
 
@@ -105,8 +107,7 @@ log-probability of these or of the windows {SAME_LOGS:g} away. Blank: not run.
 
 ## Models and tools
 
-Models, all of them made from what the repository carries (8 M Llama, also as a Qwen2 with seeded
-biases and as a Qwen3 with seeded norms of queries and keys; 4 M OPT):
+{CARRIED if record.get("carried", True) else "Models:"}
 
 {models}
 

@@ -34,29 +34,15 @@ from sp3llm.models.source import read_config
 
 _WORK = CACHE / "speed"
 _PROMPTS, _PROMPT_TOKENS = 5, 256
-# A vocabulary that was cut has other ids, by which the converter knows pre-tokenizers: it looks at
-# the dense model's (docs/deploy.md).
-_CONVERT = """
-import sys
-source, dense = sys.argv[1:3]
-del sys.argv[1:3]
-sys.path[:0] = [source, source + "/gguf-py"]
-import convert_hf_to_gguf
-from conversion.base import TextModel
-from transformers import AutoTokenizer
-
-tokenizer, recognised = AutoTokenizer.from_pretrained(dense), TextModel.get_vocab_base_pre
-TextModel.get_vocab_base_pre = lambda self, _: recognised(self, tokenizer)
-convert_hf_to_gguf.main()
-"""
 
 
 def converted(model: Path, name: str, outtype: str, dense: Path) -> Path:
     """A GGUF of a model, made anew."""
     file = _WORK / f"{name}-{outtype}.gguf"
     source = llama_cpp_source([sys.executable, "-m", "pip"]) / "vendor" / "llama.cpp"
+    script = Path(__file__).with_name("convert_to_gguf.py")
     words = [str(source), str(dense), str(model), "--outtype", outtype, "--outfile", str(file)]
-    subprocess.run([sys.executable, "-c", _CONVERT, *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, str(script), *words], check=True, capture_output=True)
     return file
 
 
