@@ -45,7 +45,7 @@ from sp3llm.compression.stages import (
     measure,
     whole_spectrum,
 )
-from sp3llm.compression.texts import draw_texts, read_mask_windows, read_texts
+from sp3llm.compression.texts import draw_texts, read_mask_windows
 from sp3llm.options import CompressConfig, command_line
 from sp3llm.reporting.record import (
     LearnedMask,
@@ -107,7 +107,7 @@ def _compress(
     result = None
     if ranks.from_first(lambda: is_being_recovered(job)):
         print_line(console, f"'{job.out}' is compressed; going on with its recovery.")
-        held_out = ranks.from_first(lambda: _held_out(job))
+        held_out = ranks.from_first(lambda: _held_out(job, out))
     else:
         result, record, job = compress_resumably(job, run_stages, console)
         held_out = result.held_out
@@ -128,11 +128,14 @@ def _compress(
     return result
 
 
-def _held_out(job: Job) -> "HeldOut | Reported":
-    """What the job's models are measured on, read anew."""
+def _held_out(job: Job, out: Path) -> "HeldOut | Reported":
+    """What the job's models are measured on, read anew, in the tokens that the run has chosen."""
     from sp3llm.compression.tasks import read_rows
+    from sp3llm.reporting.origins import held_out_text
 
-    return read_texts(job)[1] if job.settings.task is None else read_rows(job).held_out
+    if job.settings.task is not None:
+        return read_rows(job).held_out
+    return held_out_text(read_record(out), out, job.folder)
 
 
 def run_stages(
@@ -144,6 +147,7 @@ def run_stages(
     import torch
 
     from sp3llm.compression.depth import kept_layers
+    from sp3llm.compression.expected_tokens import with_expected_tokens
     from sp3llm.compression.figures import text_figures
     from sp3llm.compression.tasks import read_mask_rows, read_rows, task_answers
     from sp3llm.compression.vocabulary_losses import vocabulary_losses
@@ -167,6 +171,7 @@ def run_stages(
     from sp3llm.text.tokenizer import keep_tokenizer_class
     from sp3llm.vocabulary.restricting import instead_of
 
+    job = with_expected_tokens(job, journal, progress)
     settings, dense, family, execution = job.settings, job.dense, job.family, job.execution
     reading = progress.add_task("text, calibration and evaluation", total=1)
     task_rows = (

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # The stage, as the journal of a run knows it.
 _LOSSES = "vocabularies"
 # Tokens of text, in each vocabulary: the forward over all is to cost what the gradients do.
-_TOKENS = 2**13
+TOKENS = 2**13
 # In windows of so many at most: of more documents than long ones are of.
 _WINDOW = 512
 
@@ -79,16 +79,36 @@ def vocabulary_losses(job: Job, journal: "Journal", progress: "Progress") -> dic
     return {int(rows): loss for rows, loss in facts.items()}
 
 
+def little_text(
+    job: Job,
+    names: str,
+    tokens: int,
+    exclude: frozenset[str] = frozenset(),
+    words: bool = False,
+) -> Windows:
+    """A little of the text of some sets, in dense tokens, without documents whose content hash is
+    in `exclude`; with `words` it is noted where they begin.
+
+    Raises UserError if there is none.
+    """
+    length = min(_WINDOW, window_length(job.family, job.original.config, job.settings.seq_len))
+    tokenizer, count = load_tokenizer(job.original.folder), max(1, tokens // length)
+    draw = job.objective.training_windows
+    return draw(names, tokenizer, count, length, 0, exclude, words=words)
+
+
+def text_of_losses(job: Job) -> Windows:
+    """The text that tells what vocabularies lose."""
+    return little_text(job, calibration_sets(job.settings), TOKENS, words=True)
+
+
 def _readings(job: Job) -> list[_Reading]:
     """A little text as every vocabulary has it; the first process reads it for all."""
     family, config, folder = job.family, job.original.config, job.original.folder
     tokenizer, wanted = load_tokenizer(folder), job.vocabularies[0].wanted
-    length = min(_WINDOW, window_length(family, config, job.settings.seq_len))
 
     def read() -> tuple[Windows, Wanted]:
-        count, names = _TOKENS // length, calibration_sets(job.settings)
-        draw = job.objective.training_windows
-        windows = draw(names, tokenizer, count, length, 0, frozenset(), words=True)
+        windows = text_of_losses(job)
         return windows, without_documents(wanted, folder, windows.documents)
 
     windows, others = job.execution.ranks.from_first(read)
@@ -106,7 +126,7 @@ def _readings(job: Job) -> list[_Reading]:
 
 def _nats(job: Job, readings: list[_Reading], progress: "Progress") -> "list[Tensor]":
     """Nats a dense token, a row a window, of each reading."""
-    original, family, execution = job.original, job.family, job.execution
+    family, execution = job.family, job.execution
     longest = max(one.text.small_tokens.shape[1] for one in readings)
     windows = len(readings[0].text.tokens)
     shared = execution.local_windows(windows, longest)
@@ -115,13 +135,7 @@ def _nats(job: Job, readings: list[_Reading], progress: "Progress") -> "list[Ten
         torch.nn.functional.pad(one.rows[tokens], (0, longest - tokens.shape[1]))
         for one, tokens in zip(readings, own, strict=True)
     ]
-    model = LayeredModel.of(original.config, family, job.objective, execution)
-    embeddings, *layers, _ = families.groups(family, original.config)
-    stream = open_stream(model, original.read(embeddings.parameters), torch.cat(as_dense))
-    sources = prefetch(layers, lambda group: original.read(group.parameters), execution.device)
-    bar = tracked(progress, "dense model, fewer tokens", sources, 0, len(layers))
-    for index, (_, tensors) in enumerate(bar):
-        run_layer(model, index, tensors, [(stream, {})])
+    stream = through_layers(job, torch.cat(as_dense), "dense model, fewer tokens", progress)
     found = []
     for number, (one, tokens) in enumerate(zip(readings, own, strict=True)):
         model = LayeredModel.of(one.dense.config, family, job.objective, execution)
@@ -130,3 +144,17 @@ def _nats(job: Job, readings: list[_Reading], progress: "Progress") -> "list[Ten
         losses = job.objective.losses(model, head_tensors(one.dense, family), end, tokens)
         found.append(one.text.small_nats(execution.ranks.all_gather_rows(losses, shared, windows)))
     return found
+
+
+def through_layers(job: Job, tokens: "Tensor", what: str, progress: "Progress") -> Stream:
+    """The stream of the dense model of all tokens behind its last layer, of windows of its tokens
+    that this process has; `what` is shown meanwhile.
+    """
+    dense, family, execution = job.original, job.family, job.execution
+    model = LayeredModel.of(dense.config, family, job.objective, execution)
+    embeddings, *layers, _ = families.groups(family, dense.config)
+    stream = open_stream(model, dense.read(embeddings.parameters), tokens)
+    sources = prefetch(layers, lambda group: dense.read(group.parameters), execution.device)
+    for index, (_, tensors) in enumerate(tracked(progress, what, sources, 0, len(layers))):
+        run_layer(model, index, tensors, [(stream, {})])
+    return stream

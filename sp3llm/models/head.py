@@ -15,6 +15,7 @@ from sp3llm.maths.losses import (
     label_losses,
     tokens_at_once,
 )
+from sp3llm.maths.products import widen
 from sp3llm.models.hooks import (
     Injector,
     materialized,
@@ -88,6 +89,33 @@ def token_losses(
             "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
         )
     return losses
+
+
+@torch.no_grad()
+def next_tokens(model: LayeredModel, head: Mapping[str, Tensor], stream: Stream) -> Tensor:
+    """How often every token is to be expected next, summed over the places of each window:
+    `(windows, V)`, float64.
+
+    `head` and `stream` are those of `token_losses`, and the distributions the stock forward's.
+
+    Raises UserError if the logits hold NaN or infinity.
+    """
+    module, execution = model.module, model.execution
+    rows = module.config.vocab_size
+    expected = torch.zeros((len(stream.hidden), rows), dtype=torch.float64)
+    step = tokens_at_once(rows)
+    with materialized(module, _by_module(model, head), execution):
+        for row, hidden in enumerate(stream.hidden):
+            for start in range(0, len(hidden), step):
+                piece = fetch(hidden[None, start : start + step], execution.device)
+                with _from_layers_on(model, piece):
+                    logits = module(inputs_embeds=piece, use_cache=False).logits[0]
+                expected[row] += widen(logits).softmax(-1).sum(0).double().cpu()
+    if not torch.isfinite(expected).all():
+        raise UserError(
+            "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
+        )
+    return expected
 
 
 @dataclass(frozen=True)

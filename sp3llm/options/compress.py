@@ -145,7 +145,8 @@ class CompressConfig:
         metavar="SETS",
     )
     vocab_size: int | None = option(
-        "tokens that are kept of the vocabulary at most, those that --vocab-from uses most",
+        "tokens that are kept of the vocabulary, those that --vocab-from uses most and that the "
+        "model expects there",
         default=None,
         shown="all that the text uses",
         least=1,

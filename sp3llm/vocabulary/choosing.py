@@ -10,9 +10,11 @@ from sp3llm.vocabulary.kept import ROW_MULTIPLE, Kept
 from sp3llm.vocabulary.tokenizers import Vocabulary, closed, most_wanted, read_vocabulary
 from sp3llm.vocabulary.wanted import Wanted
 
-# Of the tokens that text uses and that need not stay, the shares that are tried beside all.
-_EIGHTHS = (7, 6, 5, 4, 3)
-MOST_VOCABULARIES = 1 + len(_EIGHTHS)
+# So many sixteenths as there are tokens that text uses and that need not stay are tried beside all.
+_SIXTEENTHS = (15, 13, 11, 9, 7)
+MOST_VOCABULARIES = 1 + len(_SIXTEENTHS)
+# A share that is less than any that was counted, of a token that nothing speaks for.
+_LEAST = 1e-18
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def choose_vocabularies(
     found = [chosen_by(vocabulary, wanted, size, multiple)]
     _ = found[0].files  # what cannot be rewritten is refused before any work
     least, whole = len(closed(vocabulary, ())), len(found[0].kept.old_ids)
-    for eighths in _EIGHTHS[: most - 1] if size is None else ():
-        fewer = least + (whole - least) * eighths // 8
+    for sixteenths in _SIXTEENTHS[: most - 1] if size is None else ():
+        fewer = least + (whole - least) * sixteenths // 16
         one = chosen_by(vocabulary, wanted, fewer, multiple)
         if one.kept.rows < found[-1].kept.rows:
             found.append(one)
@@ -73,9 +75,16 @@ def choose_vocabularies(
 def chosen_by(
     vocabulary: Vocabulary, wanted: Wanted, size: int | None, multiple: int = ROW_MULTIPLE
 ) -> ChosenVocabulary:
-    """The `size` tokens that are wanted most, in tables of a `multiple` of rows.
+    """The `size` tokens that are wanted most, in tables of a `multiple` of rows; None: all that the
+    text uses. Where there is room for more than is wanted, the tokenizer's first ones stay.
 
     Raises UserError as `choose_vocabularies` does.
     """
-    kept = most_wanted(vocabulary, wanted.shares, size, multiple)
+    uses_V = wanted.shares
+    if size is None:
+        uses_V = uses_V.where(wanted.counts > 0, 0)
+    else:
+        for token_id in vocabulary.tokens.keys() & set(range(len(uses_V))):
+            uses_V[token_id] += _LEAST * (1 - token_id / len(uses_V))
+    kept = most_wanted(vocabulary, uses_V, size, multiple)
     return ChosenVocabulary(vocabulary, wanted, size, kept)

@@ -28,6 +28,9 @@ class Wanted:
     """Names of the sets that were read."""
     counts_SV: "Tensor"
     """By set, in the order of `sources`, and by row of the dense table; int64."""
+    expected_V: "Tensor | None" = None
+    """Of a set's next tokens, as the dense model expects them, in the mean over the sets: `(V,)`,
+    float64; None: it was not asked."""
 
     @property
     def counts(self) -> "Tensor":
@@ -38,10 +41,12 @@ class Wanted:
     def shares(self) -> "Tensor":
         """Of a set's tokens, in the mean over the sets, by row of the dense table: `(V,)`, float64.
         Every set counts alike, as in calibration text: beside a library of books, a file of the
-        user's own would decide nothing.
+        user's own would decide nothing. Where the model was asked what it expects, that is half of
+        it: of the many tokens that text has once or never it alone knows which will be next.
         """
         counts_SV = self.counts_SV.double()
-        return (counts_SV / counts_SV.sum(1, keepdim=True).clamp_min(1)).mean(0)
+        shares_V = (counts_SV / counts_SV.sum(1, keepdim=True).clamp_min(1)).mean(0)
+        return shares_V if self.expected_V is None else (shares_V + self.expected_V) / 2
 
     @property
     def tokens(self) -> int:

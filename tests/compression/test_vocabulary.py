@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sp3llm.compression import story
 from sp3llm.compression import vocabulary_losses as vocabulary_losses_module
+from sp3llm.compression.expected_tokens import _next_tokens, _texts, with_expected_tokens
 from sp3llm.compression.job import Job
 from sp3llm.compression.preparing import prepare
 from sp3llm.compression.texts import read_texts, tokenizer_of
-from sp3llm.compression.vocabulary_losses import _readings, vocabulary_losses
+from sp3llm.compression.vocabulary_losses import _readings, text_of_losses, vocabulary_losses
 from sp3llm.evaluation import perplexity
 from sp3llm.evaluation.perplexity import measure_losses
 from sp3llm.models.checkpoint import open_model
@@ -28,6 +30,7 @@ from sp3llm.reporting.record import read_record
 from sp3llm.reporting.tables import vocabulary_share
 from sp3llm.runtime.journal import NOTHING_KEPT
 from sp3llm.runtime.processes import Ranks
+from sp3llm.runtime.progress import progress_bars
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.vocabulary.restricting import dense_rows, shared_rows
 from sp3llm.vocabulary.spelling import spelling_of
@@ -43,6 +46,13 @@ def texts(folder: Path) -> dict[str, str]:
         (folder / f"{name}.txt").write_text((DOCS / page).read_text())
     used, other = (str(folder / f"{name}.txt") for name in ("used", "held-out"))
     return {"vocab_from": used, "calib": used, "eval_text": other}
+
+
+def with_more_text(folder: Path) -> dict[str, str]:
+    """`texts`, and more that says which tokens stay than tells what they lose."""
+    options = texts(folder)
+    (folder / "more.txt").write_text((DOCS / "design.md").read_text())
+    return {**options, "vocab_from": f"{options['vocab_from']},{folder / 'more.txt'}"}
 
 
 def plain_losses(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -170,6 +180,71 @@ def test_what_fewer_tokens_lose_is_what_those_models_lose_of_other_text(tmp_path
         assert one.dense.config["vocab_size"] <= vocabulary.kept.rows
     assert len(readings[0].rows) < sizes[0]
     assert list(found.values()) == pytest.approx([loss - nats[0] for loss in nats], abs=1e-5)
+
+
+class Journal:
+    """A journal in memory."""
+
+    def __init__(self) -> None:
+        self.saved = {}
+
+    def latest(self, stage):
+        return self.saved.get(stage)
+
+    def save(self, stage, step, tensors=(), facts=()):
+        self.saved[stage] = SimpleNamespace(tensors=dict(tensors), facts=dict(facts))
+
+
+def shown_nowhere() -> SimpleNamespace:
+    """Of progress bars what a stage that needs no forward asks for."""
+    return SimpleNamespace(console=QUIET)
+
+
+def test_what_is_expected_next_is_what_plain_transformers_expects(tmp_path):
+    for variant in ("llama", "opt-projected", "gemma"):
+        folder = tmp_path / variant
+        save_model(tiny_model(variant, torch.float32, vocab_size=4096), folder, tokenizer=True)
+        job = settled(folder, tmp_path / "out", with_more_text(tmp_path))
+        (text,) = _texts(job, searched=True)
+        assert text.documents.isdisjoint(text_of_losses(job).documents)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            expected = model(input_ids=text.tokens).logits.double().softmax(-1).sum(1)
+        found = _next_tokens(job, text.tokens, None)
+        torch.testing.assert_close(found.float(), expected.float())
+
+
+def test_tokens_that_the_model_expects_stay_in_place_of_those_that_are_rare(tmp_path):
+    save_model(tiny_model("llama", torch.float32, vocab_size=4096), tmp_path / "dense", True)
+    job = settled(tmp_path / "dense", tmp_path / "out", with_more_text(tmp_path))
+    journal = Journal()
+    with progress_bars(QUIET) as progress:
+        asked = with_expected_tokens(job, journal, progress)
+    wanted, before = asked.vocabularies[0].wanted, job.vocabularies[0].wanted
+    assert torch.equal(wanted.shares, (before.shares + wanted.expected_V) / 2)
+    assert wanted.expected_V.sum().item() == pytest.approx(1)
+    assert asked.vocabularies[0].kept == job.vocabularies[0].kept  # all that the text uses
+    assert asked.vocabulary is asked.vocabularies[0]
+    for one, counted in zip(asked.vocabularies[1:], job.vocabularies[1:], strict=True):
+        assert one.kept.rows == counted.kept.rows
+        assert len(one.kept.old_ids) == len(counted.kept.old_ids)
+        ours, theirs = (wanted.shares[list(v.kept.old_ids)].sum() for v in (one, counted))
+        assert ours > theirs
+    again = with_expected_tokens(job, journal, shown_nowhere())
+    assert again.vocabularies == asked.vocabularies
+
+
+def test_a_text_that_fills_no_window_is_counted_alone(tmp_path):
+    save_model(tiny_model("llama", torch.float32, vocab_size=4096), tmp_path / "dense", True)
+    options = texts(tmp_path)
+    (tmp_path / "few.txt").write_text("Twenty words are not enough.")
+    few = {**options, "vocab_from": str(tmp_path / "few.txt"), "vocab_size": 600}
+    job = settled(tmp_path / "dense", tmp_path / "out", few)
+    assert with_expected_tokens(job, Journal(), shown_nowhere()) is job
+    both = {**few, "vocab_from": f"{few['vocab_from']},{options['vocab_from']}"}
+    job = settled(tmp_path / "dense", tmp_path / "out", both)
+    with progress_bars(QUIET) as progress:
+        assert with_expected_tokens(job, Journal(), progress).vocabulary.wanted.expected_V.any()
 
 
 def test_fewer_tokens_are_taken_where_they_lose_less(tmp_path, monkeypatch):

@@ -126,6 +126,18 @@ def test_processes_leave_out_the_layers_that_one_does(dense, tmp_path):  # noqa:
     assert close(shared.out, alone.out)
 
 
+def test_processes_keep_the_tokens_that_one_keeps(dense, tmp_path):  # noqa: F811
+    """Chosen by what the model expects of text, of which each has a share."""
+    page = tmp_path / "page.txt"
+    page.write_text((REPOSITORY / "docs" / "score.md").read_text())
+    changes = {"keep": 0.4, "allocate": "width", "vocab_from": str(page), "vocab_size": 560}
+    alone, shared = (options_for(dense, tmp_path / name, **changes) for name in ("alone", "shared"))
+    assert [together(1, alone), together(2, shared)] == [[0], [0, 0]]
+    kept = [(one.out / "tokenizer.json").read_bytes() for one in (alone, shared)]
+    assert kept[0] == kept[1]
+    assert close(shared.out, alone.out)
+
+
 def test_processes_learn_the_mask_that_one_learns(dense, tmp_path):  # noqa: F811
     alone, out = tmp_path / "alone" / "small", tmp_path / "small"
     changes = learned(tmp_path, mask_steps=4, mask_batch=6)

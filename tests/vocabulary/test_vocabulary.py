@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sp3llm.errors import UserError
+from sp3llm.vocabulary.choosing import chosen_by
 from sp3llm.vocabulary.counting import token_counts
 from sp3llm.vocabulary.files import check_restricted, restricted_files
 from sp3llm.vocabulary.ids import named_ids, restricted_ids
@@ -294,6 +295,21 @@ def test_a_short_text_counts_as_much_as_a_long_one(tmp_path, pair):
     (tmp_path / "long.txt").write_text("")
     with pytest.raises(UserError, match="long"):
         wanted_tokens(names, vocabulary.folder, ROWS)
+
+
+def test_room_for_more_than_a_text_uses_goes_to_the_tokenizers_first_tokens(tmp_path, pair):
+    vocabulary, _ = pair
+    (tmp_path / "text.txt").write_text(WORDS[0])
+    wanted = wanted_tokens(str(tmp_path / "text.txt"), vocabulary.folder, ROWS)
+    used = set(chosen_by(vocabulary, wanted, None).kept.old_ids)
+    assert used == closed(vocabulary, wanted.counts.nonzero().flatten().tolist())
+    size = (len(used) + len(vocabulary.tokens)) // 2
+    kept = set(chosen_by(vocabulary, wanted, size).kept.old_ids)
+    assert used < kept
+    assert len(kept) == size
+    for token in sorted(vocabulary.tokens.keys() - kept):  # no room for what it needs as well
+        earlier = closed(vocabulary, used | {t for t in vocabulary.tokens if t <= token})
+        assert len(earlier) > size
 
 
 @pytest.mark.parametrize("hub_folder", ["bytes"], indirect=True)
