@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -171,7 +172,8 @@ def save(
     models = {**earlier["models"], name: model}
     known = [] if options.folder else MODELS
     places = {key: place for place, key in enumerate([*REQUIREMENTS, *known, *models])}
-    words = [f"--folder {one.partition('=')[0]}=DIR" for one in options.folder or ()]
+    named = [f"{one.partition('=')[0]}=DIR" for one in options.folder or ()]
+    words = [f"--folder {shlex.quote(one)}" for one in named]
     words += [f"--windows {options.windows} --name {options.name}"] if words else []
     record = {
         "command": " ".join(["python eval/interop/interop.py", *words]),

@@ -93,7 +93,9 @@ def table(record: dict[str, Any]) -> str:
     )
     return f"""# Real loaders
 
-`{record["command"]}`, {record["tokens"]}, {record["machine"]}. Perplexity, mean KL divergence
+    {record["command"]}
+
+{record["tokens"]}, {record["machine"]}. Perplexity, mean KL divergence
 (nats a token) and the share of tokens with the same first choice are against the same folder in
 transformers, float32. \"Same\": a mean KL below {SAME:g}. Where a tool gives no logits it is
 {record["answers"]} that are transformers' own, and, of a server, no
