@@ -73,7 +73,7 @@ def prepare(
     dtype = _dtype(settings.dtype, dense_dtype)
     limits = limits_of(settings, dtype.itemsize)
     held_out = evaluation_sets(settings)
-    vocabularies = vocabularies_of(settings, dense, family, held_out, wanted, console)
+    vocabularies = vocabularies_of(settings, dense, family, limits, held_out, wanted, console)
     if vocabularies:
         dense = restricted_checkpoint(dense, family, vocabularies[0].kept)
         limits = replace(limits, vocab_rows=vocabularies[0].kept.rows)

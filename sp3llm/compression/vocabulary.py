@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
+    from sp3llm.planning.limits import Limits
     from sp3llm.vocabulary.choosing import ChosenVocabulary
     from sp3llm.vocabulary.wanted import Wanted
 
@@ -18,6 +19,7 @@ def vocabularies_of(
     settings: CompressConfig,
     dense: "Checkpoint",
     family: "Family",
+    limits: "Limits",
     evaluation: str,
     wanted: "Wanted | None",
     console: "Console",
@@ -31,6 +33,7 @@ def vocabularies_of(
     be rewritten, or more must stay than is asked for.
     """
     from sp3llm.models.families import VOCAB, axis_sizes
+    from sp3llm.planning.fewer_rows import rows_alone
     from sp3llm.runtime.progress import print_line
     from sp3llm.vocabulary.choosing import MOST_VOCABULARIES, choose_vocabularies
     from sp3llm.vocabulary.wanted import wanted_tokens
@@ -45,7 +48,8 @@ def vocabularies_of(
     predicts = settings.refit and settings.moments != "raw"
     most = MOST_VOCABULARIES if predicts and settings.allocation == "search" else 1
     size, devices = settings.vocab_size, settings.tensor_parallel
-    chosen = choose_vocabularies(dense.folder, wanted, size, devices, most)
+    room = rows_alone(family, dense.config, limits)
+    chosen = choose_vocabularies(dense.folder, wanted, size, devices, most, room)
     for line in chosen[0].lines():
         print_line(console, line)
     return chosen

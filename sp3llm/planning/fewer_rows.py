@@ -1,5 +1,6 @@
 """Candidates with fewer tokens than the text uses, in place of what else would be cut."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,6 +45,18 @@ def with_fewer_rows(
             of_rows = [shape for shape in spent if shape is not None]
         found += of_rows
     return found
+
+
+def rows_alone(family: Family, config: Mapping[str, Any], limits: Limits) -> int:
+    """Rows of the tables of the vocabulary that the budget has room for where nothing else is cut;
+    0: sizes are fixed by hand, or rows are not counted.
+    """
+    request = request_of(family, config, limits)
+    whole, rows = request.dense, request.dense.vocab_size
+    a_row = request.cost(whole) - request.cost(replace(whole, vocab_size=rows - 1))
+    if limits.by_hand or not a_row:
+        return 0
+    return max(0, rows - math.ceil((request.cost(whole) - request.budget) / a_row))
 
 
 def _with_widest_ffn(request: Request, start: Shape) -> Shape | None:

@@ -16,6 +16,7 @@ from sp3llm.models.source import read_config, resolve_config, resolve_tokenizer
 from sp3llm.options import PlanConfig
 from sp3llm.planning.candidates import candidates
 from sp3llm.planning.encoders import check_encoder
+from sp3llm.planning.fewer_rows import rows_alone
 from sp3llm.planning.limits import Limits, cost_within, limits_of
 from sp3llm.planning.needs import Needs, Workload, needs_of
 from sp3llm.planning.recovery_needs import RecoveryNeeds, recovery_needs_of
@@ -98,7 +99,7 @@ def overview_of(settings: PlanConfig) -> Overview:
     limits = limits_of(settings.compression, itemsize)
     vocabulary = None
     if settings.vocab_from is not None:
-        vocabulary = _vocabulary(settings, folder, family, config)
+        vocabulary = _vocabulary(settings, folder, family, config, limits)
         limits = replace(limits, vocab_rows=vocabulary.kept.rows)
     shapes = candidates(family, config, limits)
     seq_len = window_length(family, config, settings.seq_len)
@@ -132,7 +133,7 @@ def _pooler_line(family: Family, config: Mapping[str, Any]) -> str | None:
 
 
 def _vocabulary(
-    settings: PlanConfig, folder: Path, family: Family, config: Mapping[str, Any]
+    settings: PlanConfig, folder: Path, family: Family, config: Mapping[str, Any], limits: Limits
 ) -> "ChosenVocabulary":
     """The tokens that stay of the tokenizer in a model folder."""
     from sp3llm.vocabulary.choosing import choose_vocabularies
@@ -141,4 +142,5 @@ def _vocabulary(
     rows = families.axis_sizes(family, config)[families.VOCAB]
     wanted = wanted_tokens(settings.vocab_from, folder, rows)
     size, devices = settings.vocab_size, settings.tensor_parallel
-    return choose_vocabularies(folder, wanted, size, devices, most=1)[0]
+    room = rows_alone(family, config, limits)
+    return choose_vocabularies(folder, wanted, size, devices, most=1, room=room)[0]

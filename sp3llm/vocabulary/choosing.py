@@ -51,10 +51,16 @@ class ChosenVocabulary:
 
 
 def choose_vocabularies(
-    folder: Path, wanted: Wanted, size: int | None, tensor_parallel: int, most: int
+    folder: Path,
+    wanted: Wanted,
+    size: int | None,
+    tensor_parallel: int,
+    most: int,
+    room: int = 0,
 ) -> list[ChosenVocabulary]:
-    """The tokens that stay of a model folder's, `size` at most; None: all that are wanted, and then
-    ever fewer of them to choose from, `most` vocabularies in all. Their tables divide by
+    """The tokens that stay of a model folder's, `size` of them; None: all that the text uses, and
+    then ever fewer of them to choose from, `most` vocabularies in all. Where there is room for more
+    rows than these have with nothing else cut, `room`, as many stay. Their tables divide by
     `tensor_parallel` devices.
 
     Raises UserError if the tokenizer cannot be rewritten, or more tokens must stay.
@@ -62,6 +68,10 @@ def choose_vocabularies(
     vocabulary = read_vocabulary(folder)
     multiple = math.lcm(ROW_MULTIPLE, tensor_parallel)
     found = [chosen_by(vocabulary, wanted, size, multiple)]
+    room = min(room // multiple * multiple, len(vocabulary.tokens))
+    if size is None and room > len(found[0].kept.old_ids):
+        size = room
+        found = [chosen_by(vocabulary, wanted, size, multiple)]
     _ = found[0].files  # what cannot be rewritten is refused before any work
     least, whole = len(closed(vocabulary, ())), len(found[0].kept.old_ids)
     for sixteenths in _SIXTEENTHS[: most - 1] if size is None else ():
@@ -76,15 +86,20 @@ def chosen_by(
     vocabulary: Vocabulary, wanted: Wanted, size: int | None, multiple: int = ROW_MULTIPLE
 ) -> ChosenVocabulary:
     """The `size` tokens that are wanted most, in tables of a `multiple` of rows; None: all that the
-    text uses. Where there is room for more than is wanted, the tokenizer's first ones stay.
+    text uses, which stay wherever all of them do, before others. Where nothing speaks for any that
+    are left, the tokenizer's first ones stay.
 
     Raises UserError as `choose_vocabularies` does.
     """
-    uses_V = wanted.shares
+    import torch
+
+    shares_V, counted_V = wanted.shares, wanted.counts > 0
+    used = most_wanted(vocabulary, shares_V.where(counted_V, 0), None, multiple)
     if size is None:
-        uses_V = uses_V.where(wanted.counts > 0, 0)
-    else:
-        for token_id in vocabulary.tokens.keys() & set(range(len(uses_V))):
-            uses_V[token_id] += _LEAST * (1 - token_id / len(uses_V))
-    kept = most_wanted(vocabulary, uses_V, size, multiple)
+        return ChosenVocabulary(vocabulary, wanted, size, used)
+    if len(used.old_ids) <= size:
+        shares_V = shares_V + counted_V  # none is as much
+    ids = torch.tensor(list(vocabulary.tokens))
+    shares_V[ids] += _LEAST * (1 - ids / len(shares_V))
+    kept = most_wanted(vocabulary, shares_V, size, multiple)
     return ChosenVocabulary(vocabulary, wanted, size, kept)

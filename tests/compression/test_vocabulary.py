@@ -146,6 +146,24 @@ def test_tokens_that_are_all_kept_cost_what_renormalising_gains(variant, tmp_pat
     assert record.excess_log_perplexity.mean < 0
 
 
+def test_room_that_a_budget_has_is_for_tokens_that_the_text_might_have_used(tmp_path, capsys):
+    """All that it uses stay, so many more as there is room for, and nothing else is cut."""
+    from sp3llm.cli import main
+
+    compress_tiny("llama", tmp_path, keep=0.9, **texts(tmp_path))
+    record = read_record(tmp_path / "small")
+    assert record.vocabulary.covered == 1
+    assert record.vocabulary.tokens == record.plan.shape.vocab_size
+    a_row = 2 * record.plan.shape.hidden_size  # untied
+    room = 0.9 * record.plan.dense_parameters - record.plan.parameters
+    assert 0 <= room < 64 * a_row
+    assert not record.fits
+    options = texts(tmp_path)
+    main(["plan", str(tmp_path / "dense"), "--keep", "0.9", "--vocab-from", options["vocab_from"]])
+    tokens = f"{record.vocabulary.dense_tokens:,} -> {record.vocabulary.tokens:,} tokens"
+    assert tokens in " ".join(capsys.readouterr().out.split())
+
+
 def test_size_is_what_was_asked_for_and_more_text_becomes_more_tokens(tmp_path):
     compress_tiny("llama", tmp_path, keep=0.9, vocab_size=520, **texts(tmp_path))
     record = read_record(tmp_path / "small")
@@ -324,7 +342,13 @@ def test_a_teacher_gives_a_word_to_the_pieces_that_spell_it(tmp_path):
     one that never begins such a word.
     """
     settings = CompressConfig(
-        **texts(tmp_path), out=tmp_path / "out", keep=0.9, samples=4, seq_len=64, eval_samples=8
+        **texts(tmp_path),
+        out=tmp_path / "out",
+        keep=0.9,
+        samples=4,
+        seq_len=64,
+        eval_samples=8,
+        vocab_size=1000,
     )
     job = prepare(settings, Ranks(), "cpu", QUIET)
     _, held_out = read_texts(job)

@@ -18,7 +18,7 @@ from sp3llm.models.families import (
 )
 from sp3llm.models.shapes import Shape, cost_of, resized_config
 from sp3llm.planning.candidates import candidates
-from sp3llm.planning.fewer_rows import with_fewer_rows
+from sp3llm.planning.fewer_rows import rows_alone, with_fewer_rows
 from sp3llm.planning.limits import Limits, Plan, plan_of, width_multiple
 from sp3llm.planning.search import Losses, choose, expected, shapes_to_try
 from sp3llm.planning.windows import window_length
@@ -456,6 +456,20 @@ def test_nothing_else_is_cut_where_rows_are_enough():
     assert with_fewer_rows(family, LLAMA_3_8B, limits, found, [60_000]) == []
     by_hand = candidates(family, LLAMA_3_8B, replace(limits, hidden_size=3840))
     assert {shape.hidden_size for shape in by_hand} == {3840}
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("keep", [0.95, 0.999])
+def test_rows_alone_are_as_many_as_the_budget_has_room_for(tie, keep):
+    family, config = FAMILIES["llama"], {**LLAMA_3_8B, "tie_word_embeddings": tie}
+    dense = Shape.of(family, config)
+    rows = rows_alone(family, config, Limits(keep=keep))
+    counts = [
+        cost_of(family, config, replace(dense, vocab_size=count)).params
+        for count in (rows, rows + 1, dense.vocab_size)
+    ]
+    assert counts[0] <= keep * counts[2] < counts[1]
+    assert rows_alone(family, config, Limits(keep=keep, hidden_size=3840)) == 0
 
 
 def test_known_losses_of_tokens_are_added_as_they_are():
