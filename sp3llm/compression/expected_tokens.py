@@ -44,11 +44,11 @@ def with_expected_tokens(job: Job, journal: "Journal", progress: "Progress") -> 
     """The job with vocabularies of as many tokens as before, chosen by what the dense model expects
     of the text as well as by what was counted there.
 
-    The one of all tokens that the text uses stays that. What `journal` has from a run before is not
-    found out again.
+    The one of all tokens that the text uses stays that, unless there are others to choose from.
+    What `journal` has from a run before is not found out again.
     """
     searched = len(job.vocabularies) > 1
-    if all(one.size is None for one in job.vocabularies):
+    if not searched and all(one.size is None for one in job.vocabularies):
         return job
     if job.objective.evaluation_windows is None:  # no model of what comes next
         return job
@@ -65,17 +65,14 @@ def with_expected_tokens(job: Job, journal: "Journal", progress: "Progress") -> 
         )
         return job
     wanted = replace(job.vocabularies[0].wanted, expected_V=expected_V)
-    vocabularies = [
-        replace(one, wanted=wanted) if one.size is None else _chosen_anew(one, wanted)
-        for one in job.vocabularies
-    ]
+    vocabularies = [_chosen_anew(one, wanted) for one in job.vocabularies]
     return replace(job, vocabularies=vocabularies).with_vocabulary(vocabularies[0])
 
 
 def _chosen_anew(before: ChosenVocabulary, wanted: Wanted) -> ChosenVocabulary:
     """A vocabulary of as many tokens, in tables of as many rows."""
     count, rows = len(before.kept.old_ids), before.kept.rows
-    chosen = chosen_by(before.vocabulary, wanted, count)
+    chosen = chosen_by(before.vocabulary, wanted, count, keeps_used=before.keeps_used)
     return replace(chosen, kept=replace(chosen.kept, rows=rows))
 
 

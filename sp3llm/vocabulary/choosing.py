@@ -26,8 +26,10 @@ class ChosenVocabulary:
     wanted: Wanted
     """What they were chosen by."""
     size: int | None
-    """How many they are at most; None: all that are wanted."""
+    """How many they are at most; None: all that the text uses."""
     kept: Kept
+    keeps_used: bool = False
+    """All that the text uses are among them, others only beside these."""
 
     @cached_property
     def files(self) -> RestrictedFiles:
@@ -71,7 +73,7 @@ def choose_vocabularies(
     room = min(room // multiple * multiple, len(vocabulary.tokens))
     if size is None and room > len(found[0].kept.old_ids):
         size = room
-        found = [chosen_by(vocabulary, wanted, size, multiple)]
+        found = [chosen_by(vocabulary, wanted, size, multiple, keeps_used=True)]
     _ = found[0].files  # what cannot be rewritten is refused before any work
     least, whole = len(closed(vocabulary, ())), len(found[0].kept.old_ids)
     for sixteenths in _SIXTEENTHS[: most - 1] if size is None else ():
@@ -83,23 +85,27 @@ def choose_vocabularies(
 
 
 def chosen_by(
-    vocabulary: Vocabulary, wanted: Wanted, size: int | None, multiple: int = ROW_MULTIPLE
+    vocabulary: Vocabulary,
+    wanted: Wanted,
+    size: int | None,
+    multiple: int = ROW_MULTIPLE,
+    keeps_used: bool = False,
 ) -> ChosenVocabulary:
     """The `size` tokens that are wanted most, in tables of a `multiple` of rows; None: all that the
-    text uses, which stay wherever all of them do, before others. Where nothing speaks for any that
-    are left, the tokenizer's first ones stay.
+    text uses. With `keeps_used` these come before any others. Where nothing speaks for any that are
+    left, the tokenizer's first ones stay.
 
     Raises UserError as `choose_vocabularies` does.
     """
     import torch
 
     shares_V, counted_V = wanted.shares, wanted.counts > 0
-    used = most_wanted(vocabulary, shares_V.where(counted_V, 0), None, multiple)
     if size is None:
-        return ChosenVocabulary(vocabulary, wanted, size, used)
-    if len(used.old_ids) <= size:
-        shares_V = shares_V + counted_V  # none is as much
-    ids = torch.tensor(list(vocabulary.tokens))
-    shares_V[ids] += _LEAST * (1 - ids / len(shares_V))
+        shares_V = shares_V.where(counted_V, 0)
+    else:
+        if keeps_used:
+            shares_V = shares_V + counted_V  # no share is as much
+        ids = torch.tensor([token for token in vocabulary.tokens if token < len(shares_V)])
+        shares_V[ids] += _LEAST * (1 - ids / len(shares_V))
     kept = most_wanted(vocabulary, shares_V, size, multiple)
-    return ChosenVocabulary(vocabulary, wanted, size, kept)
+    return ChosenVocabulary(vocabulary, wanted, size, kept, keeps_used)

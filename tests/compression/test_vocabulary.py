@@ -241,9 +241,8 @@ def test_tokens_that_the_model_expects_stay_in_place_of_those_that_are_rare(tmp_
     wanted, before = asked.vocabularies[0].wanted, job.vocabularies[0].wanted
     assert torch.equal(wanted.shares, (before.shares + wanted.expected_V) / 2)
     assert wanted.expected_V.sum().item() == pytest.approx(1)
-    assert asked.vocabularies[0].kept == job.vocabularies[0].kept  # all that the text uses
     assert asked.vocabulary is asked.vocabularies[0]
-    for one, counted in zip(asked.vocabularies[1:], job.vocabularies[1:], strict=True):
+    for one, counted in zip(asked.vocabularies, job.vocabularies, strict=True):
         assert one.kept.rows == counted.kept.rows
         assert len(one.kept.old_ids) == len(counted.kept.old_ids)
         ours, theirs = (wanted.shares[list(v.kept.old_ids)].sum() for v in (one, counted))
