@@ -66,6 +66,14 @@ def with_expected_tokens(job: Job, journal: "Journal", progress: "Progress") -> 
         return job
     wanted = replace(job.vocabularies[0].wanted, expected_V=expected_V)
     vocabularies = [_chosen_anew(one, wanted) for one in job.vocabularies]
+    ids = vocabularies[0].kept.old_ids
+    others = len(set(ids).difference(job.vocabularies[0].kept.old_ids))
+    if others:
+        print_line(
+            progress.console,
+            f"{others:,} of these {len(ids):,} tokens make way for others that the dense model "
+            f"expects in such text; {100 * wanted.covered(ids):.2f} % of it stay one token.",
+        )
     return replace(job, vocabularies=vocabularies).with_vocabulary(vocabularies[0])
 
 
