@@ -33,7 +33,7 @@ def prepare(
     """
     from sp3llm.compression.refitter import held_back_from
     from sp3llm.compression.shape_search import FEWEST_WINDOWS
-    from sp3llm.compression.vocabulary import vocabularies_of
+    from sp3llm.compression.vocabulary import shapes_with, vocabularies_of
     from sp3llm.evaluation.harness import check_scoring
     from sp3llm.evaluation.task_metrics import check_installed
     from sp3llm.models import families
@@ -42,9 +42,8 @@ def prepare(
     from sp3llm.models.sentence_modules import check_modules
     from sp3llm.models.source import resolve_model
     from sp3llm.models.stock import empty_model
-    from sp3llm.planning.candidates import candidates, without_trials
+    from sp3llm.planning.candidates import without_trials
     from sp3llm.planning.encoders import check_encoder
-    from sp3llm.planning.fewer_rows import with_fewer_rows
     from sp3llm.planning.limits import limits_of, plan_of
     from sp3llm.planning.needs import Workload, needs_of
     from sp3llm.planning.windows import window_length
@@ -74,12 +73,10 @@ def prepare(
     limits = limits_of(settings, dtype.itemsize)
     held_out = evaluation_sets(settings)
     vocabularies = vocabularies_of(settings, dense, family, limits, held_out, wanted, console)
+    shapes, vocabularies = shapes_with(vocabularies, family, original.config, limits)
     if vocabularies:
         dense = restricted_checkpoint(dense, family, vocabularies[0].kept)
         limits = replace(limits, vocab_rows=vocabularies[0].kept.rows)
-    shapes = candidates(family, original.config, limits)
-    fewer = [vocabulary.kept.rows for vocabulary in vocabularies[1:]]
-    shapes += with_fewer_rows(family, original.config, limits, shapes, fewer)
     if settings.moments == "raw" and families.is_square(family, dense.config):
         raise UserError(
             f"Expected --moments normalised for a {family.model_type} model, whose heads are cut "

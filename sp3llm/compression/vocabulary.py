@@ -1,6 +1,8 @@
 """The first stage of a compression, before anything is measured: the tokens that stay."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from sp3llm.errors import UserError
 from sp3llm.options import CompressConfig
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
 
     from sp3llm.models.checkpoint import Checkpoint
     from sp3llm.models.families import Family
+    from sp3llm.models.shapes import Shape
     from sp3llm.planning.limits import Limits
     from sp3llm.vocabulary.choosing import ChosenVocabulary
     from sp3llm.vocabulary.wanted import Wanted
@@ -53,6 +56,33 @@ def vocabularies_of(
     for line in chosen[0].lines():
         print_line(console, line)
     return chosen
+
+
+def shapes_with(
+    vocabularies: "list[ChosenVocabulary]",
+    family: "Family",
+    config: "Mapping[str, Any]",
+    limits: "Limits",
+) -> "tuple[list[Shape], list[ChosenVocabulary]]":
+    """The shapes to choose from, with every vocabulary, and these, the largest first, without those
+    that are too much for any shape within the budget. `config` is the whole dense model's.
+
+    Raises UserError as `planning.candidates.candidates` does.
+    """
+    from sp3llm.planning.candidates import candidates
+    from sp3llm.planning.fewer_rows import with_fewer_rows
+
+    rows = [vocabulary.kept.rows for vocabulary in vocabularies]
+    for place in range(len(rows) - 1):
+        try:
+            of_rows = replace(limits, vocab_rows=rows[place])
+            shapes = candidates(family, config, of_rows)
+        except UserError:
+            continue
+        shapes += with_fewer_rows(family, config, of_rows, shapes, rows[place + 1 :])
+        return shapes, vocabularies[place:]
+    last = replace(limits, vocab_rows=rows[-1]) if rows else limits
+    return candidates(family, config, last), vocabularies[-1:]
 
 
 def _check_held_out(vocab_from: str, evaluation: str) -> None:

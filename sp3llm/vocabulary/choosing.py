@@ -10,9 +10,10 @@ from sp3llm.vocabulary.kept import ROW_MULTIPLE, Kept
 from sp3llm.vocabulary.tokenizers import Vocabulary, closed, most_wanted, read_vocabulary
 from sp3llm.vocabulary.wanted import Wanted
 
-# So many sixteenths as there are tokens that text uses and that need not stay are tried beside all.
-_SIXTEENTHS = (15, 13, 11, 9, 7)
-MOST_VOCABULARIES = 1 + len(_SIXTEENTHS)
+# Beside what stays in any case so many sixteenths of as many tokens as text uses are tried. More of
+# them too: what it might have used is worth more than some of what it used.
+_SIXTEENTHS = (20, 18, 16, 14, 12, 9)
+MOST_VOCABULARIES = len(_SIXTEENTHS)
 # A share that is less than any that was counted, of a token that nothing speaks for.
 _LEAST = 1e-18
 
@@ -60,10 +61,10 @@ def choose_vocabularies(
     most: int,
     room: int = 0,
 ) -> list[ChosenVocabulary]:
-    """The tokens that stay of a model folder's, `size` of them; None: all that the text uses, and
-    then ever fewer of them to choose from, `most` vocabularies in all. Where there is room for more
-    rows than these have with nothing else cut, `room`, as many stay. Their tables divide by
-    `tensor_parallel` devices.
+    """The tokens that stay of a model folder's, `size` of them; None: all that the text uses, or,
+    with `most` above one, so many vocabularies to choose from, ever smaller ones. Where there is
+    room for more rows than the text uses with nothing else cut, `room`, as many stay. Their tables
+    divide by `tensor_parallel` devices.
 
     Raises UserError if the tokenizer cannot be rewritten, or more tokens must stay.
     """
@@ -75,13 +76,14 @@ def choose_vocabularies(
         size = room
         found = [chosen_by(vocabulary, wanted, size, multiple, keeps_used=True)]
     _ = found[0].files  # what cannot be rewritten is refused before any work
-    least, whole = len(closed(vocabulary, ())), len(found[0].kept.old_ids)
-    for sixteenths in _SIXTEENTHS[: most - 1] if size is None else ():
-        fewer = least + (whole - least) * sixteenths // 16
-        one = chosen_by(vocabulary, wanted, fewer, multiple)
-        if one.kept.rows < found[-1].kept.rows:
-            found.append(one)
-    return found
+    if size is not None or most == 1:
+        return found
+    least, used = len(closed(vocabulary, ())), len(found[0].kept.old_ids)
+    sizes = [least + (used - least) * sixteenths // 16 for sixteenths in _SIXTEENTHS[:most]]
+    several = (
+        chosen_by(vocabulary, wanted, min(one, len(vocabulary.tokens)), multiple) for one in sizes
+    )
+    return list({one.kept.rows: one for one in several}.values())
 
 
 def chosen_by(
