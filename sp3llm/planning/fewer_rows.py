@@ -28,6 +28,7 @@ def with_fewer_rows(
     Raises UserError as `candidates` does.
     """
     found: list[Shape] = []
+    largest = max(shape.vocab_size for shape in shapes)
     if any(_is_whole(shape, family, config) for shape in shapes):
         return found
     for rows in fewer:
@@ -39,10 +40,12 @@ def with_fewer_rows(
         if _is_whole(of_rows[0], family, config):
             return [*found, *of_rows]
         if not request.keeps_ffn:
-            # Where that widens nothing too: fewer tokens that are chosen by what the model expects
-            # may lose less than all that the text uses.
             spent = (_with_widest_ffn(request, replace(one, vocab_size=rows)) for one in shapes)
-            of_rows = [shape for shape in spent if shape is not None]
+            of_rows = [
+                shape
+                for shape in spent
+                if shape is not None and replace(shape, vocab_size=largest) not in shapes
+            ]
         found += of_rows
     return found
 

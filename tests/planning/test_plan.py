@@ -437,10 +437,6 @@ def test_fewer_rows_are_spent_on_what_would_be_cut():
     for shape in fewer:  # of the same widths, so that bases are shared
         assert cost_of(family, LLAMA_3_8B, shape).params <= 0.6 * dense
         before = by_size[replace(shape, intermediate_size=0, vocab_size=0)]
-        assert shape.intermediate_size >= before.intermediate_size
-    wider = [s for s in fewer if s.intermediate_size < LLAMA_3_8B["intermediate_size"]]
-    for shape in wider:
-        before = by_size[replace(shape, intermediate_size=0, vocab_size=0)]
         assert shape.intermediate_size > before.intermediate_size
 
 
