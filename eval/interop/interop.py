@@ -121,8 +121,8 @@ def main() -> None:
         for name in given or options.models:
             folder = given[name] if given else compressed(name, CACHE)
             dense = next(iter(given.values())) if given else dense_of(name, CACHE)
-            stored, model = about(folder, options.windows)
-            model["command"] = None if given else command_of(name)
+            stored, described = about(folder.resolve(), options.windows)
+            model = {"command": None if given else command_of(name), **described}
             print(f"{loader}: {name}", flush=True)
             found = measure(loader, python, folder, dense, stored, options.timed)
             for row in found:
@@ -131,13 +131,9 @@ def main() -> None:
             save(options, loader, installed, name, rows, model)
 
 
+@cache
 def about(folder: Path, windows: int) -> tuple[Path, dict[str, Any]]:
     """Where the reference of a model's folder is stored, made if need be, and what the model is."""
-    return _about(folder.resolve(), windows)
-
-
-@cache
-def _about(folder: Path, windows: int) -> tuple[Path, dict[str, Any]]:
     stored = CACHE / "work" / f"{folder.parent.name}-{folder.name}-{windows}.npz"
     stored.parent.mkdir(exist_ok=True)
     config = read_config(folder)

@@ -1,4 +1,4 @@
-"""Candidates with fewer tokens than the text uses, in place of what else would be cut."""
+"""Candidates with fewer tokens than the largest vocabulary, in place of what else would be cut."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -71,19 +71,18 @@ def choose_vocabularies(
     vocabulary = read_vocabulary(folder)
     multiple = math.lcm(ROW_MULTIPLE, tensor_parallel)
     found = [chosen_by(vocabulary, wanted, size, multiple)]
-    room = min(room // multiple * multiple, len(vocabulary.tokens))
-    if size is None and room > len(found[0].kept.old_ids):
-        size = room
-        found = [chosen_by(vocabulary, wanted, size, multiple, keeps_used=True)]
+    used, tokens = len(found[0].kept.old_ids), len(vocabulary.tokens)
+    room = min(room // multiple * multiple, tokens)
+    if size is None and room > used:
+        found = [chosen_by(vocabulary, wanted, room, multiple, keeps_used=True)]
+    elif size is None and most > 1:
+        least = len(closed(vocabulary, ()))
+        sizes = [least + (used - least) * sixteenths // 16 for sixteenths in _SIXTEENTHS[:most]]
+        several = [chosen_by(vocabulary, wanted, min(one, tokens), multiple) for one in sizes]
+        # Of those that fill as many rows the one with most tokens.
+        found = list({one.kept.rows: one for one in reversed(several)}.values())[::-1]
     _ = found[0].files  # what cannot be rewritten is refused before any work
-    if size is not None or most == 1:
-        return found
-    least, used = len(closed(vocabulary, ())), len(found[0].kept.old_ids)
-    sizes = [least + (used - least) * sixteenths // 16 for sixteenths in _SIXTEENTHS[:most]]
-    several = (
-        chosen_by(vocabulary, wanted, min(one, len(vocabulary.tokens)), multiple) for one in sizes
-    )
-    return list({one.kept.rows: one for one in several}.values())
+    return found
 
 
 def chosen_by(
