@@ -161,10 +161,14 @@ def connect_or_not(number: int, home: Path, port: int, fails: int) -> None:
     be_host(number, port)
     os.dup2(os.open(home / f"said{number}", os.O_WRONLY | os.O_CREAT), 2)
     presence.watch = partial(presence.watch, beat=0.1)
+    begun = home / "begun"
     try:
         with presence.all_begun():
             if number == fails:
+                while not begun.exists():  # the other has yet to read that both are here
+                    time.sleep(0.02)
                 raise RuntimeError("[/a/place.cc:1] connection refused")
+            begun.touch()
             time.sleep(60)  # as torch would wait
     except UserError as error:
         sys.exit(str(error))
