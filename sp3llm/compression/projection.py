@@ -101,7 +101,7 @@ class Projection:
     basis_DK: Tensor
     """`T`, old to new, float64: orthonormal columns, or under LayerNorm `Z U^T`."""
     tied_scale_K: Tensor | None = None
-    """The `s` of `moments.tied_rotation`, where the head shares the embedding table."""
+    """The `s` of `maths.basis.tied_rotation`, where the head shares the embedding table."""
     embedding_EJ: Tensor | None = None
     """Old to new embedding coordinates, orthonormal columns, where the small model has
     projections between embeddings and stream."""
