@@ -2,7 +2,8 @@
 
 Dense and small streams run side by side over the calibration text. At each read site the readers
 are fitted to turn the small stream into what the dense readers see; at each writer the surviving
-inputs are chosen and the writer is fitted to bring the small stream back to the dense one. What
+inputs are chosen, unless they have been already, and the writer is fitted to bring the small stream
+back to the dense one. What
 has been fitted is rounded to the dtype of the export before the next fit sees its output.
 """
 
@@ -38,6 +39,7 @@ from sp3llm.compression.sequential import (
     token_scales,
 )
 from sp3llm.compression.task_head import fit_task_head
+from sp3llm.compression.units import cut_units
 from sp3llm.compression.writers import fit_embeddings, fit_parallel
 from sp3llm.models import families
 from sp3llm.models.families import Group
@@ -191,10 +193,25 @@ def _projected(
             cut = gate_and_cut(family, projection, device, group, whole)
             tensors = project_and_round(family, projection, refitter.dtype, device, group, cut)
             found[key] = cut, tensors
-        # Each has a dictionary of its own, where fitted tensors take the place of these.
         cut, tensors = found[key]
-        made.append((cut, dict(tensors)))
+        # Each has a dictionary of its own, where fitted tensors take the place of these.
+        made.append(
+            (_of_kept_neurons(refitter, group, cut), _of_kept_neurons(refitter, group, tensors))
+        )
     return made
+
+
+def _of_kept_neurons(
+    refitter: Refitter, group: Group, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A layer's tensors with the FFN neurons alone that stay, where that is known before it is
+    fitted.
+    """
+    if refitter.neurons_LF is None or not group.prefix or group.sparse:
+        return dict(tensors)
+    kept_U = refitter.neurons_LF[group.layer].nonzero()[:, 0]
+    sizes = families.axis_sizes(refitter.family, refitter.dense.config)
+    return cut_units(group, tensors, kept_U, {families.FFN: 1}, sizes)
 
 
 def _own_share(refitter: Refitter, tokens: Tensor) -> tuple[Refitter, Tensor]:
@@ -212,7 +229,9 @@ def _small_models(refitter: Refitter) -> list[LayeredModel]:
     """Small models whose first 0, 1, ... writers have their inputs cut already."""
     family, dense, shape = refitter.family, refitter.dense.config, refitter.shape
     whole = Shape.of(family, dense)
-    start = replace(shape, intermediate_size=whole.intermediate_size)
+    start = shape
+    if refitter.neurons_LF is None:
+        start = replace(shape, intermediate_size=whole.intermediate_size)
     # Else attention is cut before anything else.
     if not (families.is_square(family, dense) or merges(refitter)):
         start = start.with_axis_of(whole, families.QUERY)

@@ -1,10 +1,16 @@
-"""What writers lose with fewer inputs, in nats a token, measured in the pass over the dense model.
+"""Which inputs writers can do without, and what they lose without them, in nats a token: both
+measured in the pass over the dense model.
 
 A writer that some of its inputs are taken from is refitted on the others. What it then misses of
 its own output follows from the second moment of its inputs alone, and what that costs from the
 Fisher information of the stream behind it (`compression.gradients`): one greedy pass of
-`maths.unit_selection.drop_units` gives the whole curve of units against nats. Curves of all layers
-add up, since every layer keeps the same number.
+`maths.unit_selection.drop_units` says in which order units go, and gives the whole curve of units
+against nats. Curves of all layers add up, since every layer keeps the same number.
+
+Where the stream keeps its width, the FFN neurons that go are those, and all that is built
+afterwards is built without them. Chosen beside each layer's refit instead, on the small model's own
+inputs, they suit the text that is fitted to better and other text less (eval/NOTES.md), and
+everything runs with all of them until then.
 """
 
 from collections.abc import Mapping
@@ -33,9 +39,9 @@ from sp3llm.models.stream import OUTPUT, Stream
 from sp3llm.text.batches import real_tokens
 
 # Tokens that the second moment of a writer's inputs is taken on, for each of the inputs.
-_TOKENS_AN_INPUT = 8
-# Relative to the mean diagonal: of the inputs' second moment, as units are chosen by in the refit;
-# and of the Fisher information, which is of fewer tokens than a wide stream has channels.
+_TOKENS_AN_INPUT = 16
+# Relative to the mean diagonal: of the inputs' second moment, by which units are chosen; and of the
+# Fisher information, which is of fewer tokens than a wide stream has channels.
 _INPUT_RIDGE, _FISHER_RIDGE = 1e-4, 1e-6
 
 
@@ -118,14 +124,16 @@ def add_curves(
     inputs: WriterInputs,
     heads: list[HeadMoments],
     curves: dict[str, Tensor],
-) -> None:
+) -> Tensor | None:
     """Add what the writers of a layer lose, given by its number, group and weights, to the curves
     of all layers, by axis (`statistics.Moments.curves`). `heads` are its attention's moments, where
     the width is heads times head size.
+
+    Returns the FFN neurons that go, in the order in which they do, int64; None: none is to go.
     """
     (index, group, tensors), family, ranks = layer, run.family, run.execution.ranks
     multiplier = families.residual_multiplier(family, run.dense.config)
-    writers, fisher = gated_writers(family, group), run.fisher.finished()
+    writers, fisher, dropped_G = gated_writers(family, group), run.fisher.finished(), None
     for number, square_PP in inputs.squares_PP.items():
         if not torch.isfinite(square_PP).all():
             raise UserError(
@@ -137,19 +145,27 @@ def add_curves(
         ranks.all_reduce_(square_PP, tokens)
         square_PP /= tokens
         writer, axis = writers[number]
-        place = index * len(family.writers) + number
-        metric_DD = fisher.behind(place, len(family.writers) * len(run.layers))
-        weight_DP = multiplier * tensors[f"{group.prefix}{writer}.weight"].to(metric_DD)
-        weight_PS = _in_nats(metric_DD, weight_DP)
+        weight_DP = multiplier * tensors[f"{group.prefix}{writer}.weight"].to(square_PP)
+        weight_PS = None
+        if run.predicts:
+            place = index * len(family.writers) + number
+            metric_DD = fisher.behind(place, len(family.writers) * len(run.layers))
+            weight_PS = _in_nats(metric_DD, weight_DP)
         found = {}
         if axis in run.least_units:
-            found[axis] = _unit_curve(run, axis, square_PP, weight_PS)
+            gone_G, curve = _dropped(run, axis, square_PP, weight_DP.T, weight_PS)
+            if axis == families.FFN:
+                ranks.broadcast_(gone_G)
+                dropped_G = gone_G
+            if curve is not None:
+                found[axis] = curve
         if axis == families.QUERY and families.HEAD_DIM in run.least_units:
             found[families.HEAD_DIM] = _head_size_curve(run, square_PP, weight_PS, heads[0])
         for name, curve in found.items():
             ranks.broadcast_(curve)
             before = curves.get(name)
             curves[name] = curve if before is None else _sum(before, curve)
+    return dropped_G
 
 
 def _in_nats(metric_DD: Tensor, weight_DP: Tensor) -> Tensor:
@@ -182,15 +198,28 @@ def _head_size_curve(
     return torch.stack([left_E, lost_E], 1)
 
 
-def _unit_curve(run: DensePass, axis: str, square_PP: Tensor, weight_PS: Tensor) -> Tensor:
-    """Units and nats, `(points, 2)`, of one writer, from all of its units down."""
+def _dropped(
+    run: DensePass, axis: str, square_PP: Tensor, weight_PD: Tensor, weight_PS: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Units of a writer in the order in which they go, as the refit would have it, by the error of
+    all outputs alike; and, with its matrix in nats, `_in_nats`, units and nats from all of them
+    down, `(points, 2)`.
+    """
     unit = unit_sizes(run.shape, axis)[axis]
-    gram = gram_of_writer(square_PP, weight_PS)
-    dtype = solves_in(run.execution)
-    rounds = drop_units(gram, weight_PS, run.least_units[axis], unit, _INPUT_RIDGE, dtype)
-    points = [(len(square_PP) // unit, 0.0)]
-    points += [(len(kept_U), grown / 2) for kept_U, grown in rounds]
-    return square_PP.new_tensor(points)
+    judging = weight_PD.shape[1]
+    weight_PQ = weight_PD if weight_PS is None else torch.cat([weight_PD, weight_PS], 1)
+    gram = gram_of_writer(square_PP, weight_PQ)
+    settings = (run.least_units[axis], unit, _INPUT_RIDGE, solves_in(run.execution), judging)
+    rounds = list(drop_units(gram, weight_PQ, *settings))
+    gone_G = torch.cat([gone_U for gone_U, _ in rounds])
+    if weight_PS is None:
+        return gone_G, None
+    left = len(square_PP) // unit
+    points = [(left, 0.0)]
+    for gone_U, grown_Q in rounds:
+        left -= len(gone_U)
+        points.append((left, grown_Q[judging:].sum().item() / 2))
+    return gone_G, square_PP.new_tensor(points)
 
 
 def _sum(one: Tensor, two: Tensor) -> Tensor:

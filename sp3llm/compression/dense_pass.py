@@ -39,8 +39,8 @@ class DensePass:
     None: no layer goes. What layers are worth then takes gradients to measure."""
     least_units: Mapping[str, int]
     """By the axis that a writer reads: the fewest of its units, neurons or KV groups, that any
-    shape to choose from keeps, and by `HEAD_DIM` the smallest head; only of axes along which the
-    shapes differ."""
+    shape to choose from keeps, and by `HEAD_DIM` the smallest head; only of axes along which a
+    shape is cut, and where nothing is predicted, only FFN neurons."""
     execution: Execution
     progress: Progress | None
     journal: Journal

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from sp3llm.compression.projection import Projection
     from sp3llm.compression.refitter import Refitter
+    from sp3llm.compression.statistics import Moments
     from sp3llm.evaluation.task_scores import Reported
     from sp3llm.maths.paired import Excess
     from sp3llm.models.checkpoint import Checkpoint
@@ -241,15 +242,33 @@ def same_basis_for_all(job: Job, basis: "tuple[Tensor, Projection]") -> "tuple[T
     return basis
 
 
+def kept_neurons_of(
+    job: Job, moments: "Moments", shape: "Shape", projection: "Projection | None"
+) -> "Tensor | None":
+    """Which FFN neurons of the dense model stay in a shape, `(L, neurons)`, boolean; None: all, or
+    the refit chooses, as it does where the stream gets narrower: what neurons say is then something
+    else (eval/NOTES.md).
+    """
+    from sp3llm.compression.units import kept_neurons
+    from sp3llm.models.shapes import Shape
+
+    chooses = job.settings.unit_selection != "obs"
+    if chooses or projection is None or not projection.keeps_channels:
+        return None
+    neurons = Shape.of(job.family, job.dense.config).intermediate_size
+    return kept_neurons(moments, neurons, shape.intermediate_size)
+
+
 def refitter_of(
     job: Job,
     shape: "Shape",
     projection: "Projection",
     layers: tuple[int, ...] | None,
+    neurons_LF: "Tensor | None",
     held_from: int,
     unseen_from: int,
 ) -> "Refitter":
-    """What every fit of the second pass needs, of a job; see `Refitter` for the last three."""
+    """What every fit of the second pass needs, of a job; see `Refitter` for the last four."""
     from sp3llm.compression.refitter import Refitter
 
     return Refitter(
@@ -264,4 +283,5 @@ def refitter_of(
         unseen_from=unseen_from,
         log=[],
         layers=layers,
+        neurons_LF=neurons_LF,
     )

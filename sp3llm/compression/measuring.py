@@ -56,6 +56,7 @@ def measure_dense(
     progress: Progress | None = None,
     journal: Journal = NOTHING_KEPT,
     least_units: Mapping[str, int] | None = None,
+    predicts: bool = False,
     original: Checkpoint | None = None,
     gaps: str | None = None,
     runs: DenseRuns | None = None,
@@ -65,13 +66,14 @@ def measure_dense(
     `calibration` and `evaluation` are token ids, `(windows, tokens)`. `moments` is of which stream
     (`normalised` or `raw`). With `basis` other than `pca` what an error in the stream costs is
     measured too: `readers`, by the readers' weights, relative to all that they read; `gradient`,
-    by the second moments of loss gradients (`compression.gradients`). With `least_units` all that
-    predictions need is measured, and for the axes in it, along which shapes to choose from are cut,
-    what writers lose with no fewer units than given (`compression.curves`). With `gaps`, `bridged`
-    or `cut`, what layers are worth is (`compression.depth`). What `journal` has from a run before
-    is not done again. `original` is the checkpoint whose table and head the evaluation windows go
-    through, where `dense` has only some of its tokens. What the layers leave of the calibration
-    windows is kept in `runs`, unless that is None.
+    by the second moments of loss gradients (`compression.gradients`). For axes in `least_units`,
+    along which shapes are cut, it is found out which units of writers go, down to as few as given
+    (`compression.curves`); where it `predicts`, all that predictions need as well, among it what
+    writers lose without them. With `gaps`, `bridged` or `cut`, what layers are worth is
+    (`compression.depth`). What `journal` has from a run before is not done again. `original` is the
+    checkpoint whose table and head the evaluation windows go through, where `dense` has only some
+    of its tokens. What the layers leave of the calibration windows is kept in `runs`, unless that
+    is None.
 
     Returns the moments and the token losses on the evaluation windows, `(windows, tokens - 1)`,
     float64, in nats. Raises UserError where activations, moments or gradients hold NaN or
@@ -81,11 +83,11 @@ def measure_dense(
     width = Shape.of(family, dense.config).hidden_size
     sites, most = (
         len(family.sites) * depth + 1,
-        1 if basis == "pca" and least_units is None else _SITES,
+        1 if basis == "pca" and not predicts else _SITES,
     )
     run = DensePass(
         *(dense, family, calibration, evaluation, moments, basis),
-        *(least_units is not None, gaps, least_units or {}, execution, progress, journal),
+        *(predicts, gaps, least_units or {}, execution, progress, journal),
         slots=SiteSlots.of(sites, most, width, execution),
         fisher=FisherSums.of(sites, most, depth, width, execution),
         original=original or dense,
@@ -133,6 +135,7 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
         evaluated = open_stream(whole, all_rows, tokens, saved.get("evaluated"))
     so_far = unpack(saved, execution)
     heads, curves = list(so_far.heads), dict(so_far.curves)
+    dropped = [] if so_far.dropped_LG is None else list(so_far.dropped_LG)
     if saved:
         run.slots.restore(saved)
     sources = prefetch(
@@ -141,13 +144,16 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
 
     bar = tracked(run.progress, "dense model, second moments", sources, start, len(layers))
     for index, (group, tensors) in enumerate(bar, start):
-        heads += _measure_layer(run, model, (index, group, tensors), (stream, evaluated), curves)
+        layer, streams = (index, group, tensors), (stream, evaluated)
+        heads += _measure_layer(run, model, layer, streams, curves, dropped)
         if journal.due():
             streams_now = {"stream": stream.hidden}
             if evaluated is not None:
                 streams_now["evaluated"] = evaluated.hidden
             sums, metrics = tuple(run.slots.sums), tuple(run.slots.metrics)
-            state = Moments(sums, metrics, heads=tuple(heads), curves=curves)
+            state = Moments(
+                *(sums, metrics), heads=tuple(heads), curves=curves, dropped_LG=_by_layer(dropped)
+            )
             journal.save("dense", index + 1, {**pack(state), **streams_now})
     head = head_tensors(run.dense, family)
     head_DD = _measure_head(run, stream, head)
@@ -165,8 +171,14 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
         heads=tuple(heads),
         layers_L=run.fisher.layers_L if run.gaps is not None else None,
         curves=curves,
+        dropped_LG=_by_layer(dropped),
     )
     return measured, losses
+
+
+def _by_layer(dropped: list[Tensor]) -> Tensor | None:
+    """Neurons that go, of the layers so far; None: none do."""
+    return torch.stack(dropped) if dropped else None
 
 
 def _measure_layer(
@@ -175,9 +187,11 @@ def _measure_layer(
     layer: tuple[int, Group, Mapping[str, Tensor]],
     streams: tuple[Stream, Stream | None],
     curves: dict[str, Tensor],
+    dropped: list[Tensor],
 ) -> list[HeadMoments]:
     """Send both streams, of calibration and evaluation, through a layer, given by number, group and
-    weights; add the moments at its sites to the slots, and what its writers lose to the curves.
+    weights; add the moments at its sites to the slots, what its writers lose to the curves, and the
+    neurons that go to those of the layers before.
 
     Returns the moments of its attention, where the width is heads times head size; else nothing.
     """
@@ -208,7 +222,9 @@ def _measure_layer(
     if is_square:
         summed = outputs.over(execution.ranks)
         heads.append(_head_moments(family, group, tensors, at_sites[0], summed))
-    add_curves(run, layer, inputs, heads, curves)
+    dropped_G = add_curves(run, layer, inputs, heads, curves)
+    if dropped_G is not None:
+        dropped.append(dropped_G)
     for number, (site, total) in enumerate(zip(group.sites, at_sites, strict=True)):
         readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
         norm = f"{group.prefix}{site.norm}"

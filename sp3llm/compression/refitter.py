@@ -42,7 +42,7 @@ class Refitter:
     """Of the export: fitted tensors are rounded to it before their output is used."""
     execution: Execution
     unit_selection: str
-    """How neurons and groups are chosen: see `maths.unit_selection.select_units`."""
+    """How the refit chooses units, if not known before: `maths.unit_selection.select_units`."""
     held_from: int
     """First window that is held back to choose ridges."""
     unseen_from: int
@@ -51,6 +51,9 @@ class Refitter:
     """One entry a fit."""
     layers: tuple[int, ...] | None = None
     """Numbers of the dense model's layers that stay, rising; None: all."""
+    neurons_LF: Tensor | None = None
+    """Which FFN neurons of every layer of the dense model stay, boolean; None: all do, or the refit
+    chooses."""
 
     @property
     def objective(self) -> Objective:

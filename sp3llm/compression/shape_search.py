@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from sp3llm.compression.job import Job, refitter_of, same_basis_for_all
+from sp3llm.compression.job import Job, kept_neurons_of, refitter_of, same_basis_for_all
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -64,15 +64,22 @@ class _Search:
     """What the dense layers leave of the text of trials, for the rounds after the first."""
 
 
-def least_units(job: Job) -> dict[str, int] | None:
+def predicts(job: Job) -> bool:
+    """Whether there is a shape to choose, by what candidates are predicted to lose."""
+    return len(job.shapes) > 1 and job.settings.mask != "learned"
+
+
+def least_units(job: Job) -> dict[str, int]:
     """Along which axes candidates are cut, and how few units any of them keeps there, for
-    `measuring.measure_dense`; None where there is nothing to choose.
+    `measuring.measure_dense`; of a shape that is given, FFN neurons, unless a learned mask or the
+    refit chooses them.
     """
     from sp3llm.models import families
     from sp3llm.models.shapes import Shape
 
-    if len(job.shapes) == 1 or job.settings.mask == "learned":
-        return None
+    settings = job.settings
+    if settings.mask == "learned":
+        return {}
     dense = Shape.of(job.family, job.dense.config)
     fewest = {
         axis: min(getattr(shape, size) for shape in job.shapes)
@@ -87,7 +94,11 @@ def least_units(job: Job) -> dict[str, int] | None:
         fewest.pop(families.QUERY, None)  # what heads lose that are merged, trials tell
     if job.family.experts is not None:  # theirs are not cut
         fewest.pop(families.FFN, None)
-    return fewest
+    if predicts(job):
+        return fewest
+    keeps_width = all(shape.hidden_size == dense.hidden_size for shape in job.shapes)
+    is_measured = settings.refit and settings.unit_selection == "obs" and keeps_width
+    return {axis: few for axis, few in fewest.items() if axis == families.FFN and is_measured}
 
 
 def gaps(job: Job) -> str | None:
@@ -194,13 +205,12 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
     rows = Shape.of(job.family, job.dense.config).vocab_size
     found.trials.update(dict.fromkeys(shapes))
     cut = [shape for shape in shapes if not job.is_whole(shape)]
-    refitters = [
-        refitter_of(
-            *(job, replace(shape, vocab_size=rows), _projection(found, shape)),
-            *(kept_layers(found.moments, shape), fitted, fitted + held),
-        )
-        for shape in cut
-    ]
+    refitters = []
+    for shape in cut:
+        projection, layers = _projection(found, shape), kept_layers(found.moments, shape)
+        neurons_LF = kept_neurons_of(job, found.moments, shape, projection)
+        of_shape = (replace(shape, vocab_size=rows), projection, layers, neurons_LF)
+        refitters.append(refitter_of(job, *of_shape, fitted, fitted + held))
     runs = found.runs if job.execution.keeps_dense else None
     found.trials.update(zip(cut, trials_of(refitters, windows, runs) if cut else (), strict=True))
     kept = [

@@ -41,7 +41,7 @@ def measure(
     `runs`, unless that is None.
     """
     from sp3llm.compression.measuring import measure_dense
-    from sp3llm.compression.shape_search import gaps, least_units
+    from sp3llm.compression.shape_search import gaps, least_units, predicts
 
     settings = job.settings
     return measure_dense(
@@ -55,6 +55,7 @@ def measure(
         progress,
         journal,
         least_units(job),
+        predicts(job),
         job.original,
         gaps(job),
         runs,
@@ -143,6 +144,7 @@ def build(
     shape: "Shape",
     projection: "Projection | None",
     layers: tuple[int, ...] | None,
+    neurons_LF: "Tensor | None",
     tokens: "Tensor",
     export: "Export",
     model: Path,
@@ -151,7 +153,8 @@ def build(
     runs: "DenseRuns | None" = None,
 ) -> list[dict[str, Any]]:
     """Make the small model's groups in order, in the dense model's family, and write them as they
-    come, as `export` has them; a log of all fits. `layers` are those of the dense model that stay.
+    come, as `export` has them; a log of all fits. `layers` are those of the dense model that stay,
+    `neurons_LF` what `units.kept_neurons` says.
     Without a `projection` the groups are the dense ones. `runs` is what `measure` has kept.
     """
     from sp3llm.compression.projecting import plain_groups, whole_groups
@@ -170,7 +173,7 @@ def build(
         groups = whole_groups(job.dense, job.family, job.dtype, done)
     elif refits:
         what = "fold, rotate, cut, refit"
-        of_shape = (shape, projection, layers)
+        of_shape = (shape, projection, layers, neurons_LF)
         start, fits, groups = _refitted(job, *of_shape, tokens, journal, done, runs)
     else:
         what, start, fits = "fold, rotate, cut", done, []
@@ -201,6 +204,7 @@ def _refitted(
     shape: "Shape",
     projection: "Projection",
     layers: tuple[int, ...] | None,
+    neurons_LF: "Tensor | None",
     tokens: "Tensor",
     journal: "Journal",
     done: int,
@@ -218,7 +222,8 @@ def _refitted(
         start, fits = before.step, list(before.facts["fits"])
         streams = (before.tensors["dense"], before.tensors["small"])
     windows = len(tokens)
-    refitter = refitter_of(job, shape, projection, layers, held_back_from(windows), windows)
+    of_shape = (shape, projection, layers, neurons_LF)
+    refitter = refitter_of(job, *of_shape, held_back_from(windows), windows)
     groups = refitted_groups(replace(refitter, log=fits), tokens, start, streams, runs)
     return start, fits, groups
 

@@ -33,7 +33,7 @@ from sp3llm.compression.afterwards import (
     write_report,
 )
 from sp3llm.compression.attempts import compress_resumably
-from sp3llm.compression.job import Figures, Job, Result, with_dtype
+from sp3llm.compression.job import Figures, Job, Result, kept_neurons_of, with_dtype
 from sp3llm.compression.preparing import prepare
 from sp3llm.compression.recording import record_of
 from sp3llm.compression.shape_search import choose_shape
@@ -222,9 +222,10 @@ def run_stages(
         tokens = calibration.tokens
         eigenvalues, projection = final_basis(job, shape, moments, tokens, journal, mask)
         energy = energy_kept(moments, projection)
+    neurons_LF = kept_neurons_of(job, moments, shape, projection)
     del moments  # at large widths several matrices that nothing needs any more
     trim_memory()
-    of_shape = (shape, projection, layers)
+    of_shape = (shape, projection, layers, neurons_LF)
     fits = build(job, *of_shape, calibration.tokens, export, model, journal, progress, runs or None)
     del runs  # gigabytes, of streams that nothing chases any more
     small = execution.ranks.from_first(

@@ -1,4 +1,4 @@
-"""Neurons and KV groups: gating and cutting them, with everything that goes with them."""
+"""Neurons and KV groups: which stay, gating and cutting them and all that goes with them."""
 
 from collections.abc import Mapping
 
@@ -6,8 +6,20 @@ import torch
 from torch import Tensor
 
 from sp3llm.compression.projection import KeptUnits
+from sp3llm.compression.statistics import Moments
 from sp3llm.maths.unit_selection import unit_members
 from sp3llm.models.families import Axis, Family, Group
+
+
+def kept_neurons(moments: Moments, neurons: int, keep: int) -> Tensor | None:
+    """Which of the FFN's `neurons` stay where `keep` do, by the pass over the dense model,
+    `(L, neurons)`, boolean; None: all, or it was not asked.
+    """
+    if keep == neurons or moments.dropped_LG is None:
+        return None
+    dropped_LG = moments.dropped_LG[:, : neurons - keep]
+    stays_LF = dropped_LG.new_ones(len(dropped_LG), neurons, dtype=torch.bool)
+    return stays_LF.scatter_(1, dropped_LG, False)
 
 
 def gate_writers(

@@ -222,12 +222,14 @@ def _missing(
 
 def _units_of(refitter: Refitter, writer: str) -> tuple[int, dict[str, int]] | None:
     """How many units, neurons or KV groups, of a writer's inputs are kept, and the length of one
-    along every axis that is cut with them; None: all are kept.
+    along every axis that is cut with them; None: all that are left are kept.
     """
     family, shape = refitter.family, refitter.shape
     dense = Shape.of(family, refitter.dense.config)
     axis = family.layer[f"{writer}.weight"][1]
     if axis == families.FFN:
+        if refitter.neurons_LF is not None:  # the others are gone already
+            return None
         keep, total = shape.intermediate_size, dense.intermediate_size
     else:
         # Query heads say how many go: where key-value heads are merged, they all stay.

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sp3llm.maths.refit import Gram, float32_factor, ridged_factor, solve_towards
 
-# Rounds that units are dropped in: with the survivors brought up to date in between, a few are as
-# good as one unit at a time.
-_ROUNDS = 16
+# In a round at most one of so many of all units goes: with the survivors brought up to date in
+# between that is as good as one unit at a time, and who goes first does not hang on how many do.
+_ROUNDS = 64
 
 
 def select_units(
@@ -42,10 +42,10 @@ def select_units(
         score_P = gram.inputs_PP.diagonal() * weight_PQ.square().sum(1)
         kept_U = score_P.reshape(-1, unit).sum(1).topk(keep).indices.sort().values
         return unit_members(kept_U, unit)
-    kept_U = torch.arange(len(prior_PQ) // unit, device=prior_PQ.device)
-    for survivors_U, _ in drop_units(gram, prior_PQ, keep, unit, ridge, dtype):
-        kept_U = survivors_U
-    return unit_members(kept_U, unit)
+    stays_U = torch.ones(len(prior_PQ) // unit, dtype=torch.bool, device=prior_PQ.device)
+    for gone_U, _ in drop_units(gram, prior_PQ, keep, unit, ridge, dtype):
+        stays_U[gone_U] = False
+    return unit_members(stays_U.nonzero()[:, 0], unit)
 
 
 def drop_units(
@@ -55,35 +55,36 @@ def drop_units(
     unit: int,
     ridge: float,
     dtype: torch.dtype = torch.float64,
-) -> Iterator[tuple[Tensor, float]]:
+    judging: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Drop in rounds what costs the refitted writer least, `tr(W_u^T [G^-1]_uu^-1 W_u)` for unit
     `u` (Hassibi and Stork 1993; `w^2 / [G^-1]_jj` for single neurons), until `keep` units are left.
 
     Between rounds weights and inverse of the survivors are brought up to date. Arguments are those
-    of `select_units`.
+    of `select_units`; with `judging` the cost is that of the first so many outputs.
 
-    Yields, after every round, the numbers of the survivors, rising, and how much the squared error
-    of the writer, refitted on them, has grown since all were there. Raises NotFinite if the Gram
-    holds NaN or infinity.
+    Yields, for every round, the numbers of the units that go, those that cost least first, and how
+    much the squared error of each output of the writer, refitted on those left, has grown since
+    all were there, `(Q,)`. Raises NotFinite if the Gram holds NaN or infinity.
     """
     factor_PP, weight_PQ = _factor_and_writer(gram, prior_PQ, ridge, dtype)
     inverse_PP = torch.cholesky_inverse(factor_PP, out=factor_PP)  # in the factor's own place
     units = len(inverse_PP) // unit
     stays_U = torch.ones(units, dtype=torch.bool, device=inverse_PP.device)
-    a_round, grown = max(1, (units - keep) // _ROUNDS), 0.0
+    a_round, grown_Q = max(1, units // _ROUNDS), torch.zeros_like(weight_PQ[0])
     while (left := int(stays_U.sum())) > keep:
-        loss_U = _losses(inverse_PP, weight_PQ, unit).masked_fill(~stays_U, torch.inf)
+        loss_U = _losses(inverse_PP, weight_PQ[:, :judging], unit).masked_fill(~stays_U, torch.inf)
         gone_U = loss_U.argsort()[: min(left - keep, a_round)]
         gone_P = unit_members(gone_U, unit)
         # Rows and columns of those that go become zero: what is left is the inverse of the rest.
         rows_GP, weight_GQ = inverse_PP[gone_P], weight_PQ[gone_P]
         factor_GG = torch.linalg.cholesky(rows_GP[:, gone_P])
-        grown += (torch.cholesky_solve(weight_GQ, factor_GG) * weight_GQ).sum().item()
+        grown_Q = grown_Q + (torch.cholesky_solve(weight_GQ, factor_GG) * weight_GQ).sum(0)
         across_GP = torch.cholesky_solve(rows_GP, factor_GG)
         weight_PQ.addmm_(across_GP.T, weight_GQ, alpha=-1)
         inverse_PP.addmm_(rows_GP.T, across_GP, alpha=-1)
         stays_U[gone_U] = False
-        yield stays_U.nonzero()[:, 0], grown
+        yield gone_U, grown_Q
 
 
 def _factor_and_writer(

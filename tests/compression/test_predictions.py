@@ -28,7 +28,7 @@ def measured(tmp_path, tokens):
     def measure(model, least, execution=EXECUTION):
         checkpoint, family = save_model(model, tmp_path), family_of_model(model)
         arguments = (checkpoint, family, tokens, None, "normalised", "gradient", execution)
-        moments, _ = measure_dense(*arguments, least_units=least)
+        moments, _ = measure_dense(*arguments, least_units=least, predicts=True)
 
         def predict(shape):
             _, projection = choose_basis(checkpoint, family, moments, shape, tokens)

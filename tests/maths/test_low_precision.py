@@ -158,14 +158,28 @@ def test_what_dropped_units_cost_is_what_a_refit_without_them_misses(unit):
     a, y = normal(500, 24), normal(500, 6, seed=1)
     gram, prior = gram_of(a, y), torch.zeros(24, 6, dtype=torch.float64)
     whole = torch.linalg.lstsq(a, y).solution
-    missed = (y - a @ whole).square().sum().item()
+    missed = (y - a @ whole).square().sum(0)
     rounds = list(drop_units(gram, prior, 2, unit, 0.0))
-    for survivors, grown in rounds:
-        kept = (survivors[:, None] * unit + torch.arange(unit)).reshape(-1)
+    stays = torch.ones(24 // unit, dtype=torch.bool)
+    for gone, grown in rounds:
+        assert stays[gone].all()
+        stays[gone] = False
+        kept = (stays.nonzero() * unit + torch.arange(unit)).reshape(-1)
         part = torch.linalg.lstsq(a[:, kept], y).solution
-        expected = (y - a[:, kept] @ part).square().sum().item() - missed
-        assert grown == pytest.approx(expected, rel=1e-9)
-    assert [len(survivors) for survivors, _ in rounds][-1] == 2
+        expected = (y - a[:, kept] @ part).square().sum(0) - missed
+        assert torch.allclose(grown, expected, rtol=1e-9)
+    assert stays.sum() == 2
+
+
+def test_units_are_judged_by_some_outputs_and_told_of_all():
+    a, y = normal(500, 24), normal(500, 6, seed=1)
+    prior = torch.zeros(24, 6, dtype=torch.float64)
+    by_some = list(drop_units(gram_of(a, y), prior, 2, 1, 0.0, judging=4))
+    alone = list(drop_units(gram_of(a, y[:, :4]), prior[:, :4], 2, 1, 0.0))
+    for (gone, grown), (expected, four) in zip(by_some, alone, strict=True):
+        assert torch.equal(gone, expected)
+        assert torch.allclose(grown[:4], four)
+        assert (grown[4:] > 0).all()
 
 
 def test_units_are_chosen_in_float32_as_in_float64():
