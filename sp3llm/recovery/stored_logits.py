@@ -5,6 +5,7 @@ they are. It is filled under another name, which becomes its own when it is whol
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -68,32 +69,80 @@ def stored_logits(
             f"Expected a teacher's logits in '{folder}', found something else "
             f"({reason(error)}): choose another --teacher-logits."
         ) from error
+    if not isinstance(index, dict):
+        raise UserError(
+            f"Expected a teacher's logits in '{folder}', found something else: choose another "
+            "--teacher-logits."
+        )
     for key, value in identity.items():
         if index.get(key) != value:
             raise UserError(
                 f"The logits in '{folder}' are of another run ({key} {index.get(key)} there, "
                 f"{value} here): choose another --teacher-logits, or remove that folder."
             )
-    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+    try:
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"The logits in '{folder}' are damaged ({reason(error)}): remove that folder, and they "
+            "are computed again."
+        ) from error
     return StoredTeacher(*arrays, device)
 
 
 def create_store(folder: Path, identity: dict[str, Any], windows: int, seq_len: int) -> Path:
-    """Empty arrays for the logits of so many windows, in a folder beside `folder`."""
+    """Empty arrays for the logits of so many windows, in a folder beside `folder`, on a disk that
+    has room for them.
+
+    Raises UserError where it has not, or something else is in the place of that folder.
+    """
     partial = _partial(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    _clear(partial)
     shape = (windows, seq_len - 1, identity["top_k"])
     try:
         partial.mkdir(parents=True)
         for name, dtype in _ARRAYS.items():
             sizes = shape[:2] if name == "log_rest" else shape
-            np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, sizes).flush()
+            path = partial / f"{name}.npy"
+            np.lib.format.open_memmap(path, "w+", dtype, sizes).flush()
+            _reserve(path)
         write_json(partial / _INDEX, identity)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"Cannot write to '{partial}' ({error.strerror}): choose another --teacher-logits."
         ) from error
     return partial
+
+
+def _clear(partial: Path) -> None:
+    """Remove what a run before has left of a store.
+
+    Raises UserError where that is something else.
+    """
+    if not os.path.lexists(partial):
+        return
+    ours = {f"{name}.npy" for name in _ARRAYS}
+    is_folder = partial.is_dir() and not partial.is_symlink()
+    if not is_folder or any(
+        path.name not in ours and not path.name.startswith(_INDEX) for path in partial.iterdir()
+    ):
+        raise UserError(
+            f"Expected nothing in '{partial}', where the logits are written first, or what a run "
+            "before has left of them, found something else: move it away, or choose another "
+            "--teacher-logits."
+        )
+    shutil.rmtree(partial)
+
+
+def _reserve(path: Path) -> None:
+    """Take the room of a file that is mapped, whose holes a full disk would end the process for.
+
+    Raises OSError where there is not enough.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def fill_store(

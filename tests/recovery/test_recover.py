@@ -36,6 +36,7 @@ from sp3llm.recovery import training
 from sp3llm.recovery.checkpoints import locked, work_folder
 from sp3llm.recovery.inputs import Pair, open_pair, resolved
 from sp3llm.recovery.result import export
+from sp3llm.recovery.stored_logits import create_store
 from sp3llm.recovery.story import recover
 from sp3llm.recovery.student import load_student, peak_lr
 from sp3llm.recovery.teacher import StreamTap, load_teacher, offloads_on_cpu
@@ -488,6 +489,31 @@ def test_stored_logits_of_all_tokens_train_like_the_teacher(run, pairs, tmp_path
     assert all(tensor.equal(stored[name]) for name, tensor in again.items())
     with pytest.raises(UserError, match="of another run"):
         run(out="other", teacher_logits=tmp_path / "logits", top_k=8)
+    (tmp_path / "logits" / "ids.npy").write_bytes(b"torn")
+    with pytest.raises(UserError, match="are damaged"):
+        run(out="torn", teacher_logits=tmp_path / "logits", top_k=4096)
+
+
+def test_where_stored_logits_go_first_nothing_else_is_removed(tmp_path):
+    folder = tmp_path / "logits.partial"
+    folder.mkdir()
+    (folder / "precious").touch()
+    with pytest.raises(UserError, match="found something else"):
+        create_store(tmp_path / "logits", {"top_k": 2}, 3, 8)
+    assert (folder / "precious").exists()
+    (folder / "precious").rename(folder / "ids.npy")  # as a run before has left it
+    create_store(tmp_path / "logits", {"top_k": 2}, 3, 8)
+    assert (folder / "log_rest.npy").exists()
+
+
+def test_a_disk_without_room_for_stored_logits_is_told_at_once(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"Cannot write to .*No space left"):
+        create_store(tmp_path / "logits", {"top_k": 2}, 3, 8)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "nf4"])
@@ -722,6 +748,10 @@ def recovery_refused(pairs, texts, tmp_path, refused):
     [
         (["--steps", "0"], "--steps of at least 1"),
         (["--lr", "-1"], "--lr above 0"),
+        (["--lr", "1e300"], "--lr of at most 1000"),
+        (["--temperature", "1e300"], "--temperature of at most 10000"),
+        (["--teacher-memory", "1e300"], "--teacher-memory of at most 1000000"),
+        (["--seed", "-1"], "--seed of at least 0"),
         (["--warmup", "1"], "--warmup between 0 and 1"),
         (["--teacher-dtype", "int3"], "--teacher-dtype to be one of auto"),
         (["--kl-weight", "0", "--lm-weight", "0"], "something to learn from"),
