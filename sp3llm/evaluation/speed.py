@@ -7,6 +7,8 @@ over what is promised is the share of the speed-up that the machine has realised
 """
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sp3llm.errors import UserError
+from sp3llm.errors import UserError, reason
 from sp3llm.evaluation.speed_figures import Cell, Measured, Pass, SpeedUp, Spread
 from sp3llm.evaluation.speed_run import Subject, load, peak_memory, run_pass, runner_of
 from sp3llm.evaluation.speed_table import markdown, table
@@ -243,18 +245,46 @@ def _write(output: Path | None, record: dict[str, Any], cells: list[Cell]) -> st
     """Writes the record, and the table beside it; what to tell the user."""
     if output is None:
         return "Nothing was written: --output FILE.json keeps the figures."
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     page = output.with_suffix(".md")
-    page.write_text(markdown(record, cells), encoding="utf-8")
+    try:
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        page.write_text(markdown(record, cells), encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(output, error) from error
     return f"Written to {output} and {page.name}."
 
 
 def _check_output(output: Path | None) -> None:
-    if output is not None and output.parent.exists() and not output.parent.is_dir():
+    """Raise UserError, before anything is measured, where figures cannot be written to, or would
+    take the place of something else.
+    """
+    if output is None:
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+        taken = [path for path in (output, output.with_suffix(".md")) if os.path.lexists(path)]
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    if taken and not _holds_figures(output):
         raise UserError(
-            f"Expected --output in a folder, found the file '{output.parent}': name another place."
+            f"Expected --output to name a new file, or one that sp3llm bench wrote, found "
+            f"'{taken[0]}': name another."
         )
+
+
+def _holds_figures(output: Path) -> bool:
+    """Whether a file is of figures that were written before."""
+    try:
+        record = json.loads(output.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"against", "cells"} <= record.keys()
+
+
+def _unwritable(output: Path, error: OSError) -> UserError:
+    return UserError(f"Cannot write to '{output}' ({reason(error)}): name another --output.")
 
 
 def _check_positions(settings: BenchConfig, pair: Pair) -> None:

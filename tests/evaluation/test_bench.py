@@ -154,6 +154,17 @@ def test_bad_input_gets_one_sentence(words, pair, refused):
     refused("bench", pair[0], "--against", pair[1], *words)
 
 
+@pytest.mark.parametrize("name", ["config.json", "README.json", "folder.json", "x" * 300 + ".json"])
+def test_figures_take_the_place_of_no_other_file(name, pair, refused, tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "config.json").write_text("{}")
+    before = {path.name for path in tmp_path.iterdir()}
+    refused("bench", pair[0], "--against", pair[1], "--output", tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
 @pytest.mark.slow
 def test_compiled_models_generate_the_same(pair, monkeypatch):
     subject = load(pair[0], "float32", CPU)
