@@ -1,5 +1,6 @@
 """Read a checkpoint on disk, never more of it than the tensors asked for."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -124,6 +125,7 @@ def open_model(folder: Path) -> tuple[Checkpoint, Family]:
     """
     config = read_config(folder)
     _check_no_adapter(folder)
+    _check_generation(folder)
     _check_left_over_quantization(folder, config)
     family = families.family_of(config)
     checkpoint = with_tied_table(with_prefix(open_checkpoint(folder), family), family)
@@ -140,6 +142,20 @@ def _check_no_adapter(folder: Path) -> None:
             f"({ADAPTER}): merge it first (`merge_and_unload` and `save_pretrained` of peft), and "
             "name the merged model."
         )
+
+
+def _check_generation(folder: Path) -> None:
+    """Raise UserError where `generation_config.json` is JSON and no object: no class loads beside
+    that. What is no JSON they leave alone.
+    """
+    path = folder / "generation_config.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise UserError(
+                f"Expected an object in '{path}', found {type(content).__name__}: get an undamaged "
+                "copy of it, or remove it."
+            )
 
 
 def _check_left_over_quantization(folder: Path, config: Mapping[str, Any]) -> None:
@@ -248,8 +264,9 @@ def _named_weights(folder: Path, config: Mapping[str, Any]) -> str | None:
     named = config.get("transformers_weights")
     if named is None:
         return None
-    inside = isinstance(named, str) and folder.resolve() in (folder / named).resolve().parents
-    if not inside:
+    # By name: in a hub cache all files are links to what lies elsewhere.
+    inside = isinstance(named, str) and os.path.normpath(named).split(os.sep)[0] not in ("..", "")
+    if not inside or not (folder / named).is_file():
         raise UserError(
             f"Expected transformers_weights in config.json to name a file in '{folder}', found "
             f"{named!r}: mend it, or take it out."
@@ -276,7 +293,8 @@ _ELSEWHERE = (
 def _other_weights(folder: Path) -> str:
     """What a folder without a stock model's weights holds in their place, and what to do."""
     for name in _WEIGHTS:
-        if (folder / name).is_symlink():  # as in a hub cache whose blobs are gone
+        path = folder / name
+        if path.is_symlink() and not path.exists():  # as in a hub cache whose blobs are gone
             return f"'{name}', a link that leads nowhere: download the model again"
     for pattern, what, remedy in _ELSEWHERE:
         found = sorted(path for path in folder.glob(pattern) if path.name not in _WEIGHTS)
@@ -289,7 +307,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): os.fspath(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"'{index}' is no index of shards ({type(error).__name__}: {reason(error)}): get an "
             "undamaged copy of it."
@@ -344,6 +362,12 @@ def _load_bin(shard: Path) -> dict[str, Tensor]:
             f"Expected a dictionary of tensors in shard '{shard}', found something else: get the "
             "model's own pytorch_model.bin, or its safetensors."
         )
+    for name, value in tensors.items():
+        if value.is_meta or value.layout != torch.strided:
+            what = "without its numbers" if value.is_meta else "that is sparse"
+            raise UserError(
+                f"Shard '{shard}' holds a tensor {what}, '{name}': get the model as safetensors."
+            )
     return tensors
 
 

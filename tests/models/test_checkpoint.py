@@ -327,6 +327,35 @@ def test_weights_that_a_config_names_elsewhere_are_refused(name, folder):
         open_model(folder)
 
 
+def test_generation_settings_that_nothing_loads_beside_are_refused(folder):
+    (folder / "generation_config.json").write_text("[1]")
+    with pytest.raises(UserError, match="Expected an object in"):
+        open_model(folder)
+    (folder / "generation_config.json").write_text("[1")  # which stock classes leave alone
+    open_model(folder)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.empty(4, device="meta"), torch.eye(4).to_sparse()], ids=["meta", "sparse"]
+)
+def test_tensors_of_no_numbers_are_refused(tensor, folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**tensors, next(iter(tensors)): tensor}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="holds a tensor"):
+        disk_tensors(*open_model(folder))
+
+
+def test_weights_that_a_config_names_may_be_a_link_as_in_a_hub_cache(folder, tmp_path):
+    edit_config(folder, transformers_weights="model.safetensors")
+    blob = (folder / "model.safetensors").rename(tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to(blob)
+    assert open_model(folder)[0].config["transformers_weights"] == "model.safetensors"
+    edit_config(folder, transformers_weights="other.safetensors")
+    with pytest.raises(UserError, match=r"found 'other\.safetensors'"):
+        open_model(folder)
+
+
 def test_companions_are_what_stock_classes_read(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
