@@ -83,7 +83,12 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
 def _parquet_rows(file: IO[bytes]) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+    table = pyarrow.parquet.ParquetFile(file)
+    # Times are no text, and not all of them are Python's too.
+    columns = [
+        field.name for field in table.schema_arrow if not pyarrow.types.is_temporal(field.type)
+    ]
+    for batch in table.iter_batches(columns=columns):
         yield from batch.to_pylist()
 
 

@@ -402,6 +402,14 @@ def test_row_whose_text_is_null_is_no_document_and_lends_no_other_column(tmp_pat
     assert documents_of(path) == ["one"]
 
 
+def test_times_beside_the_text_need_not_be_any_that_python_knows(tmp_path):
+    import pyarrow
+
+    far = pyarrow.array([2**62]).cast(pyarrow.timestamp("us", tz="Mars/Phobos"))
+    path = write_parquet(tmp_path / "set.parquet", text=["one"], seen=far)
+    assert documents_of(path) == ["one"]
+
+
 def test_text_that_is_no_valid_unicode_still_tokenizes(tokenizer, tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_text('{"text": "half a pair \\ud83d, and then much more text"}\n')
