@@ -57,15 +57,29 @@ def main(argv: list[str] | None = None, prefix: list[str] | None = None) -> None
     _check_working_folder()
     _print_what_the_terminal_can()
     arguments = [*(prefix or []), *(sys.argv[1:] if argv is None else argv)]
-    rank = int(os.environ.get("RANK", "0"))
-    speaks = int(os.environ.get("LOCAL_RANK", rank)) == 0
+    rank = _from_launcher("RANK", 0)
+    speaks = _from_launcher("LOCAL_RANK", rank) == 0
+    processes = _from_launcher("WORLD_SIZE", 1)
     try:
         _run(arguments, speaks, rank)
     finally:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # others may be waiting for this process
+        if processes > 1:  # others may be waiting for this process
             from sp3llm.runtime.presence import leave
 
             leave()
+
+
+def _from_launcher(name: str, default: int) -> int:
+    """A number that a launcher sets in the environment; exits with 2 where it is none."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        print(
+            f"sp3llm: Expected a number in the environment's {name}, which launchers of several "
+            f"processes set, found '{value}': unset it.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    return int(value)
 
 
 def _run(arguments: list[str], speaks: bool, rank: int) -> None:

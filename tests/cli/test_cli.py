@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sp3llm import cli, options
 from sp3llm.cli import main
 from sp3llm.errors import UserError
+from sp3llm.models.source import bundled_model
 from sp3llm.options import (
     BenchConfig,
     CompressConfig,
@@ -88,6 +89,26 @@ def test_plan_prints_json_for_machines(capsys):
     assert len(plan["shapes"]) > 3
     assert all(shape["params"] <= 0.6 * dense for shape in plan["shapes"])
     assert plan["needs"]["disk"] == 2 * plan["shapes"][0]["params"]
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["abc", "", "-1"])
+def test_what_no_launcher_sets_is_refused(name, value, capsys, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--keep", "0.6"])
+    assert end.value.code == 2
+    assert f"Expected a number in the environment's {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_hidden_layers"])
+def test_sizes_that_no_model_has_are_refused_at_once(key, capsys, tmp_path):
+    config = json.loads((bundled_model() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: 10**30}))
+    with pytest.raises(SystemExit) as end:
+        main(["plan", str(tmp_path), "--keep", "0.6"])
+    assert end.value.code == 2
+    assert f"Expected {key} in config.json" in capsys.readouterr().err
 
 
 def test_plan_shows_what_shapes_weigh_in_each_format(capsys):

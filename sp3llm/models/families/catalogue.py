@@ -62,6 +62,8 @@ _MAY_BE_NONE = {
     *("num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step"),
     *("moe_intermediate_size", "shared_expert_intermediate_size"),
 }
+# No size is larger in a model that anything loads, and more layers take minutes to be listed alone.
+_MOST_OF_ANY, _MOST = 2**31 - 1, {"num_hidden_layers": 10_000, "n_layers": 10_000}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -84,6 +86,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     family = _encoder_of(config) if model_type in ENCODERS else _decoder_of(config)
     _check_sizes(family, config)
+    if config.get("return_dict") is False:
+        raise UserError(
+            "Expected no return_dict in config.json, found false, with which transformers' own "
+            "classes do not run: take it out."
+        )
     for key, (value, why) in family.unsupported.items():
         present = setting(family, config, key)
         if present != value:
@@ -177,9 +184,11 @@ def _check_sizes(family: Family, config: Mapping[str, Any]) -> None:
         stated = config.get(key)
         if not is_size or stated is None:
             continue
-        least = 0 if key in _MAY_BE_NONE else 1
-        if isinstance(stated, bool) or not isinstance(stated, int) or stated < least:
+        least, most = int(key not in _MAY_BE_NONE), _MOST.get(key, _MOST_OF_ANY)
+        whole = isinstance(stated, int) and not isinstance(stated, bool)
+        if not whole or not least <= stated <= most:
+            bound = f"at most {most}" if whole and stated > most else f"at least {least}"
             raise UserError(
-                f"Expected {key} in config.json to be a whole number of at least {least}, found "
+                f"Expected {key} in config.json to be a whole number of {bound}, found "
                 f"{json.dumps(stated)}: get an undamaged copy of the checkpoint, or mend it."
             )
