@@ -7,7 +7,7 @@ from typing import ClassVar
 from sp3llm.errors import UserError
 from sp3llm.options.checks import check_fields
 from sp3llm.options.compress import CompressConfig
-from sp3llm.options.field import option, same_as
+from sp3llm.options.field import MOST_SEED, option, same_as
 from sp3llm.options.score import ScoreConfig
 
 
@@ -33,7 +33,7 @@ class BenchConfig:
         shown="only printed",
         metavar="FILE",
     )
-    seed: int = option("chooses the prompts' tokens", default=0)
+    seed: int = option("chooses the prompts' tokens", default=0, least=0, most=MOST_SEED)
 
     def __post_init__(self) -> None:
         check_fields(self)

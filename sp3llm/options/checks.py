@@ -1,7 +1,9 @@
 """Checks that several commands share. Each raises `UserError` in one sentence."""
 
 import math
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from sp3llm.errors import UserError
@@ -24,7 +26,7 @@ def check_fields(settings: Any) -> None:
 
 
 def _check_bounds(name: str, option: Option, value: Any) -> None:
-    if option.least is None and option.above is None:
+    if (option.least, option.above, option.most) == (None, None, None):
         return
     values = value if isinstance(value, tuple) else (value,)
     finite = all(map(math.isfinite, values))
@@ -38,6 +40,10 @@ def _check_bounds(name: str, option: Option, value: Any) -> None:
         raise UserError(
             f"Expected {name} of at least {option.least}, found {found or 'none'}: {instead}."
         )
+    if option.most is not None and max(values) > option.most:
+        raise UserError(
+            f"Expected {name} of at most {option.most}, found {found}: give a smaller number."
+        )
 
 
 def check_bits(name: str, bits: str) -> None:
@@ -46,6 +52,12 @@ def check_bits(name: str, bits: str) -> None:
         raise UserError(
             f"Expected {flag(name)} to be {' or '.join(BITS)}, found '{bits}': choose one of them."
         )
+
+
+def check_out(out: Path | None) -> None:
+    """Refuses the root folder, beside which nothing can be written."""
+    if out is not None and not Path(os.path.abspath(out)).name:
+        raise UserError(f"Expected --out to name a folder of its own, found '{out}': name another.")
 
 
 def check_recovery_device(device: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sp3llm.errors import UserError
-from sp3llm.options.checks import check_bits, check_fields, check_recovery_device
+from sp3llm.options.checks import check_bits, check_fields, check_out, check_recovery_device
 from sp3llm.options.choices import (
     ALLOCATIONS,
     BASES,
@@ -23,7 +23,7 @@ from sp3llm.options.choices import (
     TURNS,
     UNIT_SELECTIONS,
 )
-from sp3llm.options.field import flag, option
+from sp3llm.options.field import MOST_SEED, flag, option
 
 # Settings that change where the weights are computed and put and what is done with them afterwards,
 # but not what they are: a killed run may be continued with others.
@@ -220,7 +220,10 @@ class CompressConfig:
         "write report.html into the output folder, with samples of both models", default=True
     )
     seed: int = option(
-        "chooses the calibration windows; everything else is deterministic", default=0
+        "chooses the calibration windows; everything else is deterministic",
+        default=0,
+        least=0,
+        most=MOST_SEED,
     )
     streams: str = option(
         "where the streams of all windows lie; auto takes the first of the others with room",
@@ -279,6 +282,7 @@ class CompressConfig:
         if self.quantize is not None:
             check_bits("quantize", self.quantize)
         check_fields(self)
+        check_out(self.out)
         self._check_task()
         if self.vocab_size is not None and self.vocab_from is None:
             raise UserError(

@@ -4,6 +4,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 _KEY = "option"
+# The largest seed that all generators of random numbers take, numpy's among them.
+MOST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Option:
     """The smallest number it takes."""
     above: int | None = None
     """The number that its value must be larger than."""
+    most: int | None = None
+    """The largest number it takes."""
     positional: bool = False
     """Whether the value is given without the option's name."""
     recorded: Literal["changed", "always", "never"] = "changed"
@@ -37,11 +41,13 @@ def option(
     choices: tuple[str, ...] = (),
     least: int | None = None,
     above: int | None = None,
+    most: int | None = None,
     positional: bool = False,
     recorded: Literal["changed", "always", "never"] = "changed",
 ) -> Any:
     """A dataclass field that is an option; without a default it must be given. See `Option`."""
-    description = Option(help, shown, metavar, choices, least, above, positional, recorded)
+    bounds = (least, above, most)
+    description = Option(help, shown, metavar, choices, *bounds, positional, recorded)
     return field(default=default, metadata={_KEY: description})
 
 

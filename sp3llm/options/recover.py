@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from sp3llm.errors import UserError
-from sp3llm.options.checks import check_fields, check_recovery_device
+from sp3llm.options.checks import check_fields, check_out, check_recovery_device
 from sp3llm.options.choices import PRECISIONS, TEACHER_DTYPES, TRACKERS
 from sp3llm.options.compress import CompressConfig
-from sp3llm.options.field import flag, option, same_as
+from sp3llm.options.field import MOST_SEED, flag, option, same_as
 
 # What names text, of which a task has its own.
 _OF_TEXT = ("train", "stop_text", "eval_text", "teacher_logits")
@@ -70,7 +70,11 @@ class RecoverConfig:
     )
     seq_len: int | None = same_as(CompressConfig, "seq_len")
     lr: float | None = option(
-        "peak learning rate", default=None, shown="by the hidden size and the divergence", above=0
+        "peak learning rate",
+        default=None,
+        shown="by the hidden size and the divergence",
+        above=0,
+        most=1_000,
     )
     warmup: float = option(
         "fraction of the steps over which it rises; it then falls as a cosine to 0", default=0.05
@@ -82,6 +86,7 @@ class RecoverConfig:
         default=None,
         shown="1, of an encoder 2",
         above=0,
+        most=10_000,
     )
     kl_weight: float | None = option(
         "weight of the divergence from the teacher",
@@ -124,6 +129,7 @@ class RecoverConfig:
         shown="no limit",
         metavar="GB",
         above=0,
+        most=1_000_000,
     )
     teacher_logits: Path | None = option(
         "compute the teacher's largest logits once into this folder, or use those in it",
@@ -161,10 +167,13 @@ class RecoverConfig:
     )
     track: str | None = option("follow the run in a tracker", default=None, choices=TRACKERS)
     device: str = option("auto, which is what accelerate finds, cuda or cpu", default="auto")
-    seed: int = option("orders the training windows and starts the adapters", default=0)
+    seed: int = option(
+        "orders the training windows and starts the adapters", default=0, least=0, most=MOST_SEED
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_out(self.out)
         if not 0 <= self.warmup < 1:
             raise UserError(
                 f"Expected --warmup between 0 and 1, the fraction of steps, found {self.warmup:g}: "

@@ -9,7 +9,7 @@ from sp3llm.errors import UserError
 from sp3llm.options.checks import check_fields
 from sp3llm.options.choices import DTYPES
 from sp3llm.options.compress import CompressConfig
-from sp3llm.options.field import flag, option, same_as
+from sp3llm.options.field import MOST_SEED, flag, option, same_as
 
 # What lm-eval alone knows.
 _NOT_OF_TASK = (
@@ -77,7 +77,9 @@ class ScoreConfig:
     output: Path | None = option(
         "folder for results and samples", default=None, shown="./<model>-score", metavar="DIR"
     )
-    seed: int | None = option("seeds all that lm-eval draws", default=None, shown="its own")
+    seed: int | None = option(
+        "seeds all that lm-eval draws", default=None, shown="its own", least=0, most=MOST_SEED
+    )
     confirm_run_unsafe_code: bool = option(
         "run tasks that execute code which the model writes", default=False
     )

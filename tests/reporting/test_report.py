@@ -1,6 +1,7 @@
 """The report, the model card and the hub: what they say is what the record says, to anybody."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -259,6 +260,24 @@ def test_what_bench_found_becomes_a_table(made, tmp_path):
         path.write_text(json.dumps(wrong))
         with pytest.raises(UserError):
             measured(path, made)
+
+
+def test_measurements_that_are_no_numbers_are_refused(made, tmp_path):
+    row = {"task": "t", "metric": "acc,none", "samples": 1, "small": math.nan, "dense": 1.0}
+    side = {"peak_memory_bytes": 0, "first_token_seconds": {"median": 0}}
+    side |= {f"{name}_tokens_per_second": {"median": 1} for name in ("prefill", "decode")}
+    ratio = {"measured": {"median": 1}, "promised": None, "realised": None}
+    cell = {"batch_size": 1, "prompt_length": 1, "dense": side, "small": side}
+    cell |= {"prefill": ratio, "decode": ratio}
+    worded = {**cell, "decode": {**ratio, "measured": {"median": "fast"}}}
+    path = tmp_path / "measured.json"
+    for wrong in ({"rows": [row]}, {"cells": [cell]}, {"cells": [worded]}):
+        path.write_text(json.dumps({"model": "small", **wrong}))
+        with pytest.raises(UserError, match="found something else"):
+            measured(path, made)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="found something else"):
+        measured(path, made)
 
 
 @pytest.mark.parametrize(
