@@ -17,7 +17,7 @@ def measured(path: Path, folder: Path) -> dict[str, Any]:
     Raises UserError if it is neither, or of another model.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         model = str(content["model"])
         entry = (
             {
@@ -30,7 +30,7 @@ def measured(path: Path, folder: Path) -> dict[str, Any]:
         )
     except OSError as error:
         raise UserError(f"Cannot read '{path}' ({error.strerror}): name a file that is.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"Expected the JSON that sp3llm score or sp3llm bench writes in '{path}', found "
             f"something else ({type(error).__name__}: {reason(error)}): name one of their files."
@@ -41,6 +41,17 @@ def measured(path: Path, folder: Path) -> dict[str, Any]:
             "file about this model."
         )
     return entry
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no figure")
+
+
+def _median(figure: Mapping[str, Any]) -> float:
+    median = figure["median"]
+    if isinstance(median, bool) or not isinstance(median, int | float):
+        raise TypeError(f"a median is {median!r}")
+    return median
 
 
 def _speed_rows(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -56,14 +67,14 @@ def _speed_rows(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
             {
                 **where,
                 "": f"{name}, tokens/s",
-                "dense": dense[key]["median"],
-                "compressed": small[key]["median"],
-                "ratio": cell[name]["measured"]["median"],
+                "dense": _median(dense[key]),
+                "compressed": _median(small[key]),
+                "ratio": _median(cell[name]["measured"]),
                 "promised": cell[name]["promised"],
                 "realised": cell[name]["realised"],
             }
         )
-    first = [side["first_token_seconds"]["median"] for side in (dense, small)]
+    first = [_median(side["first_token_seconds"]) for side in (dense, small)]
     peaks = [side["peak_memory_bytes"] for side in (dense, small)]
     for what, scale, (before, after) in (
         ("first token, ms", 1e3, first),
