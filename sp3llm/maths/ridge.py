@@ -34,7 +34,8 @@ class Fit:
     ridge: float
     """Chosen ridge, relative to the (mean) diagonal; infinity: the plain projection was kept."""
     error: float
-    """Relative squared error of the choice on the held-back tokens."""
+    """Relative squared error of the choice on the held-back tokens, before these are taken in; of
+    many outputs by random combinations of them."""
     plain_error: float
     """The plain projection's."""
     raised: bool
@@ -138,7 +139,7 @@ def ridge_fit(
 
     A fixed ridge is not safe: with few tokens a small one doubles the error of the plain
     projection, with many a large one loses the gain. The grid ends in infinity, the prior itself,
-    so the fit never does worse on the held-back tokens than plain projection. An intercept is
+    so no fit is chosen that does worse on held-back tokens than plain projection. An intercept is
     fitted where `prior_intercept_Q` is given. `tried` is what `search_ridge` found, where several
     processes shared that out; `dtype` and `by_input` are those of `ridge_solution`.
 

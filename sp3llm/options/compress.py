@@ -140,7 +140,7 @@ class CompressConfig:
     )
     vocab_from: str | None = option(
         "text like what the model will be used for, named like --calib; all of it but an "
-        "evaluation split is read, and tokens that it does not use leave vocabulary and tokenizer",
+        "evaluation split is read, and says which tokens stay of vocabulary and tokenizer",
         default=None,
         metavar="SETS",
     )
@@ -148,7 +148,7 @@ class CompressConfig:
         "tokens that are kept of the vocabulary, those that --vocab-from uses most and that the "
         "model expects there",
         default=None,
-        shown="all that the text uses",
+        shown="by the search, or all that the text uses",
         least=1,
     )
     allocate: str | None = option(
