@@ -3,8 +3,8 @@
 Dense and small streams run side by side over the calibration text. At each read site the readers
 are fitted to turn the small stream into what the dense readers see; at each writer the surviving
 inputs are chosen, unless they have been already, and the writer is fitted to bring the small stream
-back to the dense one. What
-has been fitted is rounded to the dtype of the export before the next fit sees its output.
+back to the dense one. What has been fitted is rounded to the dtype of the export before the next
+fit sees its output.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
