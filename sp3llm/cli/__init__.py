@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from sp3llm import __version__
 from sp3llm.cli import bench, compress, plan, quantize, recover, report, score
@@ -73,13 +73,17 @@ def _from_launcher(name: str, default: int) -> int:
     """A number that a launcher sets in the environment; exits with 2 where it is none."""
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
-        print(
-            f"sp3llm: Expected a number in the environment's {name}, which launchers of several "
-            f"processes set, found '{value}': unset it.",
-            file=sys.stderr,
+        _refuse(
+            f"Expected a number in the environment's {name}, which launchers of several processes "
+            f"set, found '{value}': unset it."
         )
-        sys.exit(2)
     return int(value)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Exit with one sentence, before it is known whether this process speaks."""
+    print(f"sp3llm: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _run(arguments: list[str], speaks: bool, rank: int) -> None:
@@ -133,12 +137,10 @@ def _terminate(number: int, _: object) -> None:
 def _check_system(name: str) -> None:
     """Exit with one sentence where file locks and the like are not POSIX's."""
     if name != "posix":
-        print(
-            f"sp3llm: expected Linux, macOS or another POSIX system, found '{name}': on Windows "
-            "run it in WSL.",
-            file=sys.stderr,
+        _refuse(
+            f"expected Linux, macOS or another POSIX system, found '{name}': on Windows run it in "
+            "WSL."
         )
-        sys.exit(2)
 
 
 def _check_working_folder() -> None:
@@ -148,12 +150,10 @@ def _check_working_folder() -> None:
     try:
         os.getcwd()
     except FileNotFoundError:
-        print(
-            "sp3llm: expected a folder to work in, found that the current one was removed: change "
-            "to another.",
-            file=sys.stderr,
+        _refuse(
+            "expected a folder to work in, found that the current one was removed: change to "
+            "another."
         )
-        sys.exit(2)
 
 
 def _print_what_the_terminal_can() -> None:
