@@ -91,6 +91,7 @@ def draw_texts(settings: RecoverConfig, pair: Pair) -> Texts:
         seq_len,
         0,
         stopping=settings.stop_text is None,
+        to_stop_by=settings.stop_text is not None,
     )
     known = evaluation.documents | training.documents
     stopping = _stopping_windows(draw, known, calibrated, min(_FEW, settings.stop_windows))

@@ -234,13 +234,15 @@ def training_windows(
     exclude: frozenset[str],
     stopping: bool = False,
     words: bool = False,
+    to_stop_by: bool = False,
 ) -> Windows:
     """At most `samples` windows to train on from the comma-separated sets `names`, or, with
     `stopping`, of what is kept apart from that to decide when to stop.
 
     Sets give equal shares, or all they have. Documents whose content hash is in `exclude` (those
     of the evaluation) are dropped and counted; the others come in an order drawn from `seed`.
-    `words` is that of `evaluation_windows`.
+    `words` is that of `evaluation_windows`; `to_stop_by` says that the sets were named for deciding
+    when to stop.
 
     Raises UserError if a set is unknown or unreadable, or not one window is left.
     """
@@ -251,20 +253,17 @@ def training_windows(
         documents = (text for text in training if is_for_stopping(text) == stopping)
         parts.append(_draw(documents, source, share, recipe))
     if not any(part.rows for part in parts):
-        text, apart, advice = (
-            "the training text",
-            " and a sixteenth kept apart to decide when to stop recovery",
-            "choose text of more documents",
-        )
-        if stopping:
-            text, apart, advice = (
-                "a sixteenth of the training text, kept to decide when to stop,",
-                "",
-                "name text for it with --stop-text",
-            )
+        text, others = "the training text", "the evaluation"
+        apart = " and a sixteenth kept apart to decide when to stop recovery"
+        advice = "choose text of more documents"
+        if to_stop_by:
+            text, others = "the text of --stop-text", "the evaluation and the training text"
+        elif stopping:
+            text = "a sixteenth of the training text, kept to decide when to stop,"
+            apart, advice = "", "name text for it with --stop-text"
         raise UserError(
             f"Expected at least one window of {seq_len} tokens in {text} "
-            f"'{names}' after {sum(part.dropped for part in parts)} documents of the evaluation "
+            f"'{names}' after {sum(part.dropped for part in parts)} documents of {others} "
             f"were dropped{apart}, found none: {advice}, or lower --seq-len."
         )
     return _joined(parts, recipe)

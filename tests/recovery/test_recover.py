@@ -810,6 +810,14 @@ def test_text_too_short_to_stop_by_is_refused(recovery_refused, tmp_path):
     assert "--stop-text" in recovery_refused("--train", text)
 
 
+def test_too_short_a_text_to_stop_by_is_the_one_that_is_named(recovery_refused, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("a few words")
+    said = recovery_refused("--stop-text", text)
+    assert f"in the text of --stop-text '{text}'" in said
+    assert "of the evaluation and the training text were dropped" in said
+
+
 def test_an_output_that_is_not_ours_is_left_alone(pairs, texts, tmp_path, run):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
