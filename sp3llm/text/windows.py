@@ -13,7 +13,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,8 +134,9 @@ def calibration_windows(
 ) -> Windows:
     """Exactly `samples` windows of `seq_len` tokens from the comma-separated sets `names`.
 
-    Several sets give equal shares (the first ones one window more where it does not divide).
-    Documents are taken in an order drawn from `seed`.
+    Several sets give equal shares (the first ones one window more where it does not divide) and
+    take turns, so that the first windows, which gradients and trials see, and the last, which
+    choose ridges, are of all of them. Documents are taken in an order drawn from `seed`.
 
     Raises UserError if a set is unknown, unreadable, empty or too small.
     """
@@ -155,7 +156,7 @@ def calibration_windows(
                 "--calib."
             )
         parts.append(part)
-    return _joined(parts, recipe)
+    return _joined(parts, recipe, in_turns=True)
 
 
 def evaluation_windows(
@@ -350,11 +351,14 @@ def _draw(documents: Iterable[str], source: TextSource, samples: int, recipe: _R
     return _Drawn(source.name, rows, drawn, len(dropped))
 
 
-def _joined(parts: list[_Drawn], recipe: _Recipe) -> Windows:
-    """The windows of all sets, one set after the other."""
+def _joined(parts: list[_Drawn], recipe: _Recipe, in_turns: bool = False) -> Windows:
+    """The windows of all sets, one set after the other, or a window of each in turn."""
     import torch
 
-    tokens = torch.tensor([row for part in parts for row in part.rows], dtype=torch.int64)
+    rows = [row for part in parts for row in part.rows]
+    if in_turns:
+        rows = [row for turn in zip_longest(*(part.rows for part in parts)) for row in turn if row]
+    tokens = torch.tensor(rows, dtype=torch.int64)
     return Windows(
         tokens=tokens % _BEGINS_WORD,
         sources=tuple(part.source for part in parts),

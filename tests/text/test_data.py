@@ -243,6 +243,16 @@ def test_mixtures_share_equally_with_the_remainder_to_the_first(
         assert len(rows) == samples
 
 
+def test_sets_of_a_calibration_take_turns(tokenizer, tmp_path):
+    names = [
+        write_documents(tmp_path / f"{letter}.jsonl", [letter * (600 + i) for i in range(3)])
+        for letter in "abc"
+    ]
+    windows = calibration_windows(",".join(names), tokenizer, 8, 16, seed=0)
+    rows = [tokenizer.decode(row[1:]) for row in windows.tokens.tolist()]
+    assert [next(letter for letter in "abc" if letter in row) for row in rows] == list("abcabcab")
+
+
 def test_mixture_names_the_set_that_is_too_small(tokenizer, tmp_path):
     large = write_documents(tmp_path / "large.jsonl", sentences(50))
     small = write_documents(tmp_path / "small.jsonl", ["x" * 40])
