@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sp3llm.compression.dense_runs import DenseRuns
+from sp3llm.compression.logit_scale import fit_logit_scale, scaled_norm
 from sp3llm.compression.merging import merges, read_moment, with_merged_heads
 from sp3llm.compression.norms import fit_norm, opened_without_norm
 from sp3llm.compression.projecting import (
@@ -136,8 +137,11 @@ def refitted_side_by_side(
                 for side, (_, tensors) in zip(here, made, strict=True):
                     fit = fit_head if family.task_head is None else fit_task_head
                     fit(side.refitter, source, tensors, dense_stream, side.stream)
-                    last = len(side.groups) - 1
-                    side.finish = partial(_finished, side, last, group, tensors, dense_stream)
+                    last, scale = len(side.groups) - 1, None
+                    if side.refitter.scales_logits:
+                        scale = _scale_logits(side, tensors, dense_stream)
+                    of_group = (group, tensors, dense_stream, scale)
+                    side.finish = partial(_finished, side, last, *of_group)
             else:
                 layer = DenseLayer(number - 1, group, source, dense_model, dense_stream, summed)
                 _fit_layers(here, layer, made, dense.config, runs)
@@ -165,11 +169,30 @@ def _embedded(
     return stream
 
 
+def _scale_logits(side: _Side, tensors: dict[str, Tensor], dense: Stream) -> float:
+    """Give the final norm of a fitted head, in place, the factor that suits text no fit saw."""
+    refitter, table = side.refitter, None
+    if refitter.shape.tie_word_embeddings:
+        # Of an embedding table that is the head too nothing was fitted.
+        embeddings = families.groups(refitter.family, refitter.dense.config)[0]
+        source = refitter.dense.read(embeddings.parameters)
+        ((_, projected),) = _projected([refitter], embeddings, source)
+        table = projected[refitter.family.embedding]
+    scale = fit_logit_scale(refitter, tensors, table, dense, side.stream)
+    tensors |= scaled_norm(refitter, tensors, scale)
+    return scale
+
+
 def _finished(
-    side: _Side, index: int, group: Group, tensors: Mapping[str, Tensor], dense: Stream
+    side: _Side,
+    index: int,
+    group: Group,
+    tensors: Mapping[str, Tensor],
+    dense: Stream,
+    logit_scale: float | None = None,
 ) -> FinishedGroup:
     """A group of a side that nothing is left to fit in."""
-    return FinishedGroup(index, group, tensors, dense, side.stream)
+    return FinishedGroup(index, group, tensors, dense, side.stream, logit_scale)
 
 
 def _projected(

@@ -57,6 +57,8 @@ class Result:
     layers: tuple[int, ...]
     """Of the dense model, those that stay; none: all do."""
     fits: list[dict[str, Any]]
+    logit_scale: float | None
+    """What the final norm was multiplied by; None: no such factor was looked for."""
     eigenvalues: "Tensor"
     energy_kept: float
     """Share of the energy of the dense stream, as its second moments have it, inside the basis."""

@@ -70,6 +70,7 @@ def record_of(job: Job, result: Result, parameters: PartCounts, mask: LearnedMas
             for shape, loss in result.findings.predicted.items()
         ),
         fits=tuple(from_json(Fit, fit) for fit in result.fits),
+        logit_scale=result.logit_scale,
         eigenvalues=tuple(result.eigenvalues.tolist()),
         energy_kept=result.energy_kept,
         dtype=dtype,

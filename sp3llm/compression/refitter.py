@@ -46,7 +46,8 @@ class Refitter:
     held_from: int
     """First window that is held back to choose ridges."""
     unseen_from: int
-    """First window that no fit sees at all, for trials to be scored on."""
+    """First window that no fit sees at all, for trials to be scored on, or the factor on the logits
+    to be found."""
     log: list[dict[str, Any]]
     """One entry a fit."""
     layers: tuple[int, ...] | None = None
@@ -54,6 +55,9 @@ class Refitter:
     neurons_LF: Tensor | None = None
     """Which FFN neurons of every layer of the dense model stay, boolean; None: all do, or the refit
     chooses."""
+    scales_logits: bool = False
+    """Whether the final norm takes a factor from the windows that no fit sees (docs/design.md
+    3.16)."""
 
     @property
     def objective(self) -> Objective:
@@ -86,6 +90,8 @@ class FinishedGroup:
     where nothing was refitted."""
     small: Stream | None = None
     """The small model's."""
+    logit_scale: float | None = None
+    """Of the head: the factor that its norm has been given; None: none was looked for."""
 
 
 @dataclass(frozen=True)

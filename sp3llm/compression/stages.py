@@ -146,16 +146,20 @@ def build(
     layers: tuple[int, ...] | None,
     neurons_LF: "Tensor | None",
     tokens: "Tensor",
+    fitted: int,
     export: "Export",
     model: Path,
     journal: "Journal",
     progress: "Progress",
     runs: "DenseRuns | None" = None,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], float | None]:
     """Make the small model's groups in order, in the dense model's family, and write them as they
-    come, as `export` has them; a log of all fits. `layers` are those of the dense model that stay,
-    `neurons_LF` what `units.kept_neurons` says.
-    Without a `projection` the groups are the dense ones. `runs` is what `measure` has kept.
+    come, as `export` has them; a log of all fits, and the factor on the logits, None where none
+    was looked for.
+
+    `layers` are those of the dense model that stay, `neurons_LF` what `units.kept_neurons` says.
+    Of `tokens` the first `fitted` windows are fitted to, and the others tell how sure the model may
+    be. Without a `projection` the groups are the dense ones. `runs` is what `measure` has kept.
     """
     from sp3llm.compression.projecting import plain_groups, whole_groups
     from sp3llm.compression.refitter import FinishedGroup
@@ -174,7 +178,7 @@ def build(
     elif refits:
         what = "fold, rotate, cut, refit"
         of_shape = (shape, projection, layers, neurons_LF)
-        start, fits, groups = _refitted(job, *of_shape, tokens, journal, done, runs)
+        start, fits, groups = _refitted(job, *of_shape, tokens, fitted, journal, done, runs)
     else:
         what, start, fits = "fold, rotate, cut", done, []
         of_export = (job.dtype, job.execution, done)
@@ -196,7 +200,7 @@ def build(
             wait()
             streams = {"dense": latest.dense.hidden, "small": latest.small.hidden}
             journal.save(_REFIT, index + 1, streams, {"fits": fits})
-    return fits
+    return fits, None if latest is None else latest.logit_scale
 
 
 def _refitted(
@@ -206,6 +210,7 @@ def _refitted(
     layers: tuple[int, ...] | None,
     neurons_LF: "Tensor | None",
     tokens: "Tensor",
+    fitted: int,
     journal: "Journal",
     done: int,
     runs: "DenseRuns | None",
@@ -221,10 +226,10 @@ def _refitted(
     if before is not None:
         start, fits = before.step, list(before.facts["fits"])
         streams = (before.tensors["dense"], before.tensors["small"])
-    windows = len(tokens)
     of_shape = (shape, projection, layers, neurons_LF)
-    refitter = refitter_of(job, *of_shape, held_back_from(windows), windows)
-    groups = refitted_groups(replace(refitter, log=fits), tokens, start, streams, runs)
+    refitter = refitter_of(job, *of_shape, held_back_from(fitted), fitted)
+    refitter = replace(refitter, log=fits, scales_logits=fitted < len(tokens))
+    groups = refitted_groups(refitter, tokens, start, streams, runs)
     return start, fits, groups
 
 

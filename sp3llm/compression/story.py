@@ -45,7 +45,7 @@ from sp3llm.compression.stages import (
     measure,
     whole_spectrum,
 )
-from sp3llm.compression.texts import draw_texts, read_mask_windows
+from sp3llm.compression.texts import draw_texts, read_mask_windows, with_windows_that_tell
 from sp3llm.options import CompressConfig, command_line
 from sp3llm.reporting.record import (
     LearnedMask,
@@ -190,22 +190,23 @@ def run_stages(
         )
     evaluated = None if task_rows is not None else held_out.tokens
     refits = settings.refit and not all(map(job.is_whole, job.shapes))
+    tokens = with_windows_that_tell(job, calibration, held_out)
     # A mask is learned on the whole model, which needs the memory itself.
     keeps = execution.keeps_dense and refits and mask_windows is None
     runs = {} if keeps else None
-    moments, dense_losses = measure(job, calibration.tokens, evaluated, journal, progress, runs)
+    moments, dense_losses = measure(job, tokens, evaluated, journal, progress, runs)
     if mask_windows is not None:
         mask = learn_mask(job, moments, mask_windows, journal, progress)
         shape, findings = mask.shape, Findings()
     else:
         mask = None
         fewer = vocabulary_losses(job, journal, progress)
-        tokens = calibration.tokens
         shape, findings = choose_shape(job, moments, tokens, journal, progress, fewer)
         job = job.with_vocabulary_of(shape)
         if job.dense is not dense:
             dense, runs = job.dense, None
             calibration, held_out = draw_texts(job, journal)
+            tokens = with_windows_that_tell(job, calibration, held_out)
     plan = plan_of(family, job.original.config, job.limits, shape)
     print_line(progress.console, plan_line(job.name, plan))
     blocks = blocks_line(family, job.original.config, job.limits, plan)
@@ -219,14 +220,14 @@ def run_stages(
     if job.is_whole(shape):
         eigenvalues, projection, energy = whole_spectrum(moments), None, 1.0
     else:
-        tokens = calibration.tokens
         eigenvalues, projection = final_basis(job, shape, moments, tokens, journal, mask)
         energy = energy_kept(moments, projection)
     neurons_LF = kept_neurons_of(job, moments, shape, projection)
     del moments  # at large widths several matrices that nothing needs any more
     trim_memory()
     of_shape = (shape, projection, layers, neurons_LF)
-    fits = build(job, *of_shape, calibration.tokens, export, model, journal, progress, runs or None)
+    of_build = (tokens, len(calibration.tokens), export, model, journal, progress, runs or None)
+    fits, logit_scale = build(job, *of_shape, *of_build)
     del runs  # gigabytes, of streams that nothing chases any more
     small = execution.ranks.from_first(
         lambda: written(export.family, export.config, job.dtype, model)
@@ -248,6 +249,7 @@ def run_stages(
         findings=findings,
         layers=layers or (),
         fits=fits,
+        logit_scale=logit_scale,
         eigenvalues=eigenvalues,
         energy_kept=energy,
         dense_bytes=job.original.stored_bytes(

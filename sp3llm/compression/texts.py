@@ -1,12 +1,17 @@
-"""The text of a compression: calibration, evaluation and a mask's training windows."""
+"""The text of a compression: calibration, evaluation and what else it learns from."""
 
 from typing import TYPE_CHECKING, Any
 
 from sp3llm.compression.job import Job, calibration_sets, evaluation_sets
+from sp3llm.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sp3llm.evaluation.task_scores import Reported
     from sp3llm.runtime.journal import Journal
     from sp3llm.text.batches import Batch
+    from sp3llm.text.task_sets import TaskSet
     from sp3llm.text.windows import Windows
     from sp3llm.vocabulary.choosing import ChosenVocabulary
     from sp3llm.vocabulary.same_text import HeldOut
@@ -104,6 +109,37 @@ def tokenizer_of(job: Job, vocabulary: "ChosenVocabulary | None") -> Any:
     if vocabulary is None:
         return load_tokenizer(job.dense.folder)
     return restricted_tokenizer(vocabulary, job.dense.config)
+
+
+def with_windows_that_tell(
+    job: Job, calibration: "Windows | TaskSet", held_out: "HeldOut | Reported"
+) -> "Batch":
+    """The calibration windows, and behind them those that no fit is to see and that tell how sure
+    the model may be (`compression.logit_scale`): of the same sets, of documents that are neither
+    calibrated nor reported on. None of these where no such text is left, or nothing asks for them.
+    """
+    import torch
+
+    from sp3llm.compression.logit_scale import is_scaled
+    from sp3llm.planning.windows import windows_that_tell
+
+    tokens = calibration.tokens
+    if not job.settings.refit or not is_scaled(job.family, job.objective):
+        return tokens
+    count = windows_that_tell(*tokens.shape)
+
+    def draw() -> "Tensor":
+        known = calibration.documents | held_out.windows.documents
+        tokenizer = tokenizer_of(job, job.vocabulary)
+        of_sets = (calibration_sets(job.settings), tokenizer, count, tokens.shape[1], 0, known)
+        try:
+            told_by = job.objective.training_windows(*of_sets).tokens
+        except UserError:  # not a window is left
+            return tokens[:0]
+        check_ids(job, told_by)
+        return told_by
+
+    return torch.cat([tokens, job.execution.ranks.from_first(draw)]) if count else tokens
 
 
 def read_mask_windows(job: Job, held_out: "HeldOut") -> "Windows":

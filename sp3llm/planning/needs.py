@@ -1,7 +1,7 @@
 """What a compression will need of memory and disk, from `config.json` alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sp3llm.models.families import (
@@ -17,6 +17,7 @@ from sp3llm.models.families import (
 )
 from sp3llm.models.served import export_of
 from sp3llm.models.shapes import Shape, resized_config
+from sp3llm.planning.windows import windows_that_tell
 
 GRADIENT_TOKENS = 8192
 """Calibration tokens that the loss gradients behind the basis are taken on, in whole windows, one
@@ -137,6 +138,9 @@ def needs_of(
     """Estimate the memory and disk of `sp3llm compress` for a model that is cut to `shape` and
     written as `export_as` says (`models.served.export_of`).
     """
+    if family.task_head is None:
+        telling = windows_that_tell(workload.samples, workload.seq_len)
+        workload = replace(workload, samples=workload.samples + telling)
     dense = Shape.of(family, config)
     widths = _Widths(
         dense=dense.hidden_size,

@@ -1,4 +1,4 @@
-"""How long a window of tokens is."""
+"""How long a window of tokens is, and how many there are."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +9,8 @@ from sp3llm.text.tasks import CLASSES, SPAN, usual_length
 
 # Papers on pruning calibrate and evaluate on windows of this many tokens.
 _USUAL_LENGTH = 2048
+# So many tokens tell how sure a model may be, in no more than one window for so many fitted ones.
+_TOKENS_THAT_TELL, _FITTED_A_WINDOW = 2048, 16
 
 
 def window_length(family: Family, config: Mapping[str, Any], asked: int | None) -> int:
@@ -24,6 +26,13 @@ def window_length(family: Family, config: Mapping[str, Any], asked: int | None) 
             "give a smaller one."
         )
     return asked or min(_usual(family), positions)
+
+
+def windows_that_tell(windows: int, seq_len: int) -> int:
+    """How many windows of a length tell how sure a model may be (docs/design.md 3.16), beside those
+    that it is fitted to.
+    """
+    return min(-(-_TOKENS_THAT_TELL // seq_len), windows // _FITTED_A_WINDOW)
 
 
 def _usual(family: Family) -> int:

@@ -415,6 +415,9 @@ class Record:
     """In the order of the search; none where there was nothing to choose."""
     fits: tuple[Fit, ...]
     """In the order of the model; none without a refit."""
+    logit_scale: float | None = field(default=None, metadata={LATER: True})
+    """What the final norm was multiplied by, as windows that no fit saw ask for; None: no such
+    factor was looked for."""
     eigenvalues: tuple[float, ...]
     """Of the summed second moments of the dense model's residual stream, falling."""
     energy_kept: float

@@ -1,0 +1,108 @@
+"""How sure the refitted model may be: one factor on all its logits, from windows that no fit saw.
+
+Least squares suits the text it is fitted to better than any other, and what comes of it is too
+sure of itself on other text (docs/design.md 3.16). The factor goes into the final norm, where every
+stock model has a place for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sp3llm.compression.refitter import Refitter
+from sp3llm.models.checkpoint import head_tensors
+from sp3llm.models.families import Family
+from sp3llm.models.head import End
+from sp3llm.models.objectives.schema import Objective
+from sp3llm.models.shapes import resized_config
+from sp3llm.models.stream import LayeredModel, Stream
+
+# Divergences at these lie on a parabola well enough: the least of those measured was at 0.9.
+_TRIED = (1.0, 0.95, 0.9)
+_LEAST = 0.8
+
+
+def is_scaled(family: Family, objective: Objective) -> bool:
+    """Whether what a model says is logits behind a norm that nothing else reads."""
+    return objective.evaluation_windows is not None and not family.post_norm
+
+
+def scaled_norm(refitter: Refitter, head: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The final norm's tensors of a head's group with its output times a factor."""
+    norm, offset = refitter.family.final_norm, refitter.family.norm_offset
+    scaled = {f"{norm}.weight": (head[f"{norm}.weight"].double() + offset) * factor - offset}
+    if (bias := head.get(f"{norm}.bias")) is not None:
+        scaled[f"{norm}.bias"] = bias.double() * factor
+    return {name: tensor.to(head[name].dtype) for name, tensor in scaled.items()}
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Both models behind their last layers, on the windows that no fit saw."""
+
+    refitter: Refitter
+    small: End
+    dense: End
+
+    def divergence(self, factor: float) -> float:
+        """Mean over tokens of all processes of how far the small model is from the dense one with
+        its logits times a factor, nats.
+        """
+        execution, objective = self.refitter.execution, self.refitter.objective
+        head = {**self.small.head, **scaled_norm(self.refitter, self.small.head, factor)}
+        small = End(self.small.model, head, self.small.stream)
+        total = torch.zeros(2, dtype=torch.float64)
+        if len(self.small.stream.hidden):  # a process may have none of them
+            found = objective.divergences(small, self.dense)
+            total = torch.tensor([found.sum(), found.numel()], dtype=torch.float64)
+        execution.ranks.all_reduce_(total)
+        return (total[0] / total[1]).item()
+
+
+def fit_logit_scale(
+    refitter: Refitter,
+    tensors: Mapping[str, Tensor],
+    table: Tensor | None,
+    dense_stream: Stream,
+    small_stream: Stream,
+) -> float:
+    """The factor on the small model's logits, 1 at most, that brings what it says nearest to what
+    the dense model does on the windows from `refitter.unseen_from` on; 1 where none does better.
+
+    `tensors` are the small head's group, `table` the small model's embeddings where they are its
+    head too. The streams, `(windows, tokens, width)`, stand behind the last layers. The same on
+    every process.
+    """
+    family, config = refitter.family, refitter.dense.config
+    head = dict(tensors) if table is None else {**tensors, f"{family.head}.weight": table}
+    small_config = resized_config(family, config, refitter.shape, refitter.layers)
+    ends = _Ends(
+        refitter,
+        _end(refitter, small_config, head, small_stream),
+        _end(refitter, config, head_tensors(refitter.dense, family), dense_stream),
+    )
+    plain, *others = [ends.divergence(factor) for factor in _TRIED]
+    factor = least_of_parabola(_TRIED, (plain, *others))
+    return factor if factor < 1 and ends.divergence(factor) < plain else 1.0
+
+
+def _end(
+    refitter: Refitter, config: Mapping[str, Any], head: Mapping[str, Tensor], stream: Stream
+) -> End:
+    """A model behind its last layer, on the windows that no fit saw."""
+    model = LayeredModel.of(config, refitter.family, refitter.objective, refitter.execution)
+    return End(model, head, replace(stream, hidden=stream.hidden[refitter.unseen_from :]))
+
+
+def least_of_parabola(places: Sequence[float], values: Sequence[float]) -> float:
+    """Where the parabola through three values at evenly spaced places is least, between `_LEAST`
+    and the first place; the first place if it has no least value.
+    """
+    step = places[0] - places[1]
+    slope, bend = (values[0] - values[2]) / (2 * step), (values[0] - 2 * values[1] + values[2])
+    if not bend > 0:  # NaN too
+        return places[0]
+    return min(max(places[1] - slope * step**2 / bend, _LEAST), places[0])
