@@ -21,6 +21,7 @@ def run(settings: ReportConfig) -> None:
     from sp3llm.reporting.page import write_page
     from sp3llm.reporting.record import add_to_record, read_record
     from sp3llm.reporting.samples import with_samples
+    from sp3llm.runtime.folders import unwritable_told
     from sp3llm.runtime.progress import print_line
 
     folder, push_to_hub = settings.folder, settings.push_to_hub
@@ -32,8 +33,9 @@ def run(settings: ReportConfig) -> None:
     if entries:
         record = add_to_record(folder, **entries)
     record, no_samples = with_samples(folder, record, console, settings.device, settings.dense)
-    write_card(folder, record, dense_folder(record, settings.dense))
-    written = write_page(folder, record, no_samples)
+    with unwritable_told(folder):
+        write_card(folder, record, dense_folder(record, settings.dense))
+        written = write_page(folder, record, no_samples)
     if no_samples:
         print_line(console, f"No samples: {no_samples}")
     print_line(console, f"Written: {written}, {folder / 'README.md'}")

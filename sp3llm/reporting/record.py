@@ -19,7 +19,7 @@ from sp3llm.errors import UserError
 from sp3llm.models.shapes import Shape
 from sp3llm.planning.limits import Plan
 from sp3llm.reporting.typed_json import LATER, MismatchError, from_json, to_json
-from sp3llm.runtime.folders import RECORD
+from sp3llm.runtime.folders import RECORD, unwritable_told
 from sp3llm.runtime.json_files import read_object
 
 SCHEMA_VERSION = 2
@@ -569,11 +569,6 @@ def add_to_record(folder: Path, **entries: Any) -> Record:
     Raises UserError as `read_record` does, or if the folder cannot be written.
     """
     record = replace(read_record(folder), **entries)
-    try:
+    with unwritable_told(folder):
         write_record(folder, record)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to '{folder}' ({error.strerror}): make it writable, or copy it to where "
-            "it is."
-        ) from error
     return record

@@ -186,6 +186,20 @@ def full_disk_told(what: str, then: str, kinds: tuple[type[Exception], ...] = ()
         raise ResumableError(f"{what} ({why}): {remedy}{then}") from error
 
 
+@contextlib.contextmanager
+def unwritable_told(folder: Path) -> Iterator[None]:
+    """Raise UserError in place of the OSError of a block that writes a few files into a folder."""
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or reason(error)
+        if error.filename is not None:
+            found = f"{Path(error.filename).name}: {found}"
+        raise UserError(
+            f"Cannot write to '{folder}' ({found}): make it writable, or copy it to where it is."
+        ) from error
+
+
 # --------------------------------------------------------------------------- before any work
 
 

@@ -449,3 +449,11 @@ def test_the_page_opens_in_chromium_without_complaint(made, tmp_path):
     if not any(map(shutil.which, BROWSERS)):
         pytest.skip("no chromium here")
     assert check(made / PAGE, tmp_path / "shots") == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.html"])
+def test_a_folder_where_a_page_is_to_be_is_told_of(name, made, refused):
+    (made / name).unlink(missing_ok=True)
+    (made / name).mkdir()
+    said = refused("report", made)
+    assert f"Cannot write to '{made}' ({name}: Is a directory)" in said
