@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import socket
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -67,8 +69,15 @@ def close(found: Path, expected: Path) -> bool:
 
 
 def options_for(dense: Path, out: Path, **changes: Any) -> CompressConfig:  # noqa: F811
-    """Twelve windows in batches of two, so that three processes have something to do."""
-    changes = {"samples": 12, "batch_tokens": 64, "device": "cpu"} | changes
+    """Sixteen windows in batches of two, so that three processes have something to do, and one that
+    tells how sure the model may be.
+    """
+    text = dense.with_name("fit.jsonl")
+    drawn = random.Random(0)
+    words = [drawn.choice(string.ascii_lowercase) * 3 for _ in range(2000)]
+    documents = [" ".join(words[start : start + 100]) for start in range(0, 2000, 90)]
+    text.write_text("".join(json.dumps({"text": words}) + "\n" for words in documents))
+    changes = {"samples": 16, "batch_tokens": 64, "device": "cpu", "calib": str(text)} | changes
     return settings(dense, out, **changes)
 
 
@@ -93,6 +102,7 @@ def test_processes_make_what_one_makes(count, dense, alone, tmp_path):  # noqa: 
     for local_windows, other in zip(found["trials"], expected["trials"], strict=True):
         assert local_windows.pop("trial_loss") == pytest.approx(other.pop("trial_loss"), rel=1e-9)
         assert local_windows == other
+    assert found["logit_scale"] == pytest.approx(expected["logit_scale"], rel=1e-6)
     assert found["eigenvalues"] == pytest.approx(expected["eigenvalues"], rel=1e-9)
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
     assert [fit["ridge"] for fit in found["fits"]] == [fit["ridge"] for fit in expected["fits"]]
