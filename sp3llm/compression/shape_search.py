@@ -37,8 +37,8 @@ _TRIAL_TOKENS = 512
 _TOKENS_AN_INPUT, _FEWEST_FITTED = 4, 12
 _HELD_BACK, _UNSEEN = 2, 6
 _LITTLE = 2**30
-# What the journal knows trials as; "trials" were losses alone, which a run of before may have left.
-_TRIALS = "trials by window"
+# What the journal knows trials as; a run of before may have left others, "trials by window".
+_TRIALS = "trials on both sides"
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,12 @@ def _of_tokens(found: _Search, shape: "Shape") -> float:
 def _losses(found: _Search) -> "dict[Shape, float]":
     """Nats a token, by shape that was tried, what fewer tokens lose included."""
     from sp3llm.compression.trials import losses_of
+    from sp3llm.text.batches import real_tokens, rows_of
 
     cut = {shape: trial for shape, trial in found.trials.items() if trial is not None}
-    losses = dict(zip(cut, losses_of(list(cut.values())) if cut else (), strict=True))
+    windows, _, unseen_from = _trial_windows(found)
+    share = real_tokens(rows_of(windows, slice(0, unseen_from))) / real_tokens(found.calibration)
+    losses = dict(zip(cut, losses_of(list(cut.values()), share) if cut else (), strict=True))
     return {shape: losses.get(shape, 0.0) + _of_tokens(found, shape) for shape in found.trials}
 
 
@@ -197,11 +200,8 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
     from sp3llm.compression.depth import kept_layers
     from sp3llm.compression.trials import trials_of
     from sp3llm.models.shapes import Shape
-    from sp3llm.text.batches import first_tokens_of, rows_of
 
-    job, windows = found.job, first_tokens_of(found.calibration, _TRIAL_TOKENS)
-    fitted, held, unseen = _shares(job, windows)
-    windows = rows_of(windows, slice(0, fitted + held + unseen))
+    job, (windows, held_from, unseen_from) = found.job, _trial_windows(found)
     rows = Shape.of(job.family, job.dense.config).vocab_size
     found.trials.update(dict.fromkeys(shapes))
     cut = [shape for shape in shapes if not job.is_whole(shape)]
@@ -210,7 +210,7 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
         projection, layers = _projection(found, shape), kept_layers(found.moments, shape)
         neurons_LF = kept_neurons_of(job, found.moments, shape, projection)
         of_shape = (replace(shape, vocab_size=rows), projection, layers, neurons_LF)
-        refitters.append(refitter_of(job, *of_shape, fitted, fitted + held))
+        refitters.append(refitter_of(job, *of_shape, held_from, unseen_from))
     runs = found.runs if job.execution.keeps_dense else None
     found.trials.update(zip(cut, trials_of(refitters, windows, runs) if cut else (), strict=True))
     kept = [
@@ -218,6 +218,17 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
         for shape, trial in found.trials.items()
     ]
     found.journal.save(_TRIALS, len(kept), facts={"trials": kept})
+
+
+def _trial_windows(found: _Search) -> "tuple[Tensor | Examples, int, int]":
+    """The text of trials, which of its windows is the first that chooses ridges, and which the
+    first that no fit sees.
+    """
+    from sp3llm.text.batches import first_tokens_of, rows_of
+
+    windows = first_tokens_of(found.calibration, _TRIAL_TOKENS)
+    fitted, held, unseen = _shares(found.job, windows)
+    return rows_of(windows, slice(0, fitted + held + unseen)), fitted, fitted + held
 
 
 def _shares(job: Job, windows: "Tensor | Examples") -> tuple[int, int, int]:

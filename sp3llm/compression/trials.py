@@ -1,6 +1,6 @@
 """Trials of shapes: whole refits on a little text, and how far from the dense model they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from sp3llm.models.stream import LayeredModel, Stream
 
 # On fewer windows losses on text say more of the windows than of the models.
 _ENOUGH_TEXT = 16
+# What a model loses is so much of its divergence at least.
+_LEAST_SHARE = 0.1
 
 
 def refitted_ends(
@@ -28,6 +30,15 @@ def refitted_ends(
     fitted. For `runs` see `building.refitted_groups`.
     """
     first = refitters[0]
+    unseen = first.execution.local_windows(*tokens.shape) >= first.unseen_from
+    return _ends(refitters, tokens, runs)(unseen)
+
+
+def _ends(
+    refitters: Sequence[Refitter], tokens: Tensor, runs: DenseRuns | None
+) -> Callable[[Tensor], tuple[list[End], End]]:
+    """`refitted_ends` of whichever of this process's windows a boolean tensor says."""
+    first = refitters[0]
     family, config, execution = first.family, first.dense.config, first.execution
     tables, heads = {}, {}
     for side, finished in refitted_side_by_side(refitters, tokens, runs=runs):
@@ -35,12 +46,10 @@ def refitted_ends(
             tables[side] = finished.tensors[family.embedding]
         elif finished.group.name == "head":
             heads[side] = finished
-    unseen = execution.local_windows(*tokens.shape) >= first.unseen_from
 
     def end_of(model_config: Mapping[str, Any], head: Mapping[str, Tensor], stream: Stream) -> End:
         model = LayeredModel.of(model_config, family, first.objective, execution)
-        real = None if stream.real is None else stream.real[unseen]
-        return End(model, head, replace(stream, hidden=stream.hidden[unseen], real=real))
+        return End(model, head, stream)
 
     small = []
     for side, refitter in enumerate(refitters):
@@ -49,16 +58,30 @@ def refitted_ends(
             head = {**head, f"{family.head}.weight": tables[side]}
         small_config = resized_config(family, config, refitter.shape, refitter.layers)
         small.append(end_of(small_config, head, heads[side].small))
-    return small, end_of(config, head_tensors(first.dense, family), heads[0].dense)
+    dense = end_of(config, head_tensors(first.dense, family), heads[0].dense)
+
+    def of_windows(chosen: Tensor) -> tuple[list[End], End]:
+        def cut(end: End) -> End:
+            stream = end.stream
+            real = None if stream.real is None else stream.real[chosen]
+            return replace(end, stream=replace(stream, hidden=stream.hidden[chosen], real=real))
+
+        return [cut(end) for end in small], cut(dense)
+
+    return of_windows
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a refitted model loses on windows that no fit of it saw, a number a window."""
+    """What a refitted model loses, a number a window; if not said otherwise, of windows that no fit
+    of it saw.
+    """
 
     divergences: tuple[float, ...]
     """Mean divergence of what it predicts from what the dense model does, nats a token: what a loss
     on text grows by where the dense model is right about text."""
+    fitted: tuple[float, ...]
+    """The same of windows that were fitted to."""
     excess: tuple[float, ...] | None
     """By how much it loses more on the text than the dense model, nats a token, which varies much
     more; None where there is too little text to tell, or none."""
@@ -71,36 +94,52 @@ def trials_of(
     process. For `runs` see `building.refitted_groups`.
     """
     first = refitters[0]
-    objective, execution, unseen_from = first.objective, first.execution, first.unseen_from
-    ends, dense = refitted_ends(refitters, tokens, runs)
+    objective, execution = first.objective, first.execution
     local_windows = execution.local_windows(*tokens.shape)
-    unseen = local_windows[local_windows >= unseen_from]
-    count = len(tokens) - unseen_from
+    ends_on = _ends(refitters, tokens, runs)
+    count = len(tokens) - first.unseen_from
+    unseen = range(first.unseen_from, len(tokens))
+    fitted = range(max(0, first.held_from - count), first.held_from)  # as many, if there are
 
-    def of_all(found: Tensor) -> tuple[float, ...]:
+    def own(windows: range) -> Tensor:
+        return (local_windows >= windows.start) & (local_windows < windows.stop)
+
+    def of_all(found: Tensor, windows: range) -> tuple[float, ...]:
         means = found.mean(1) if found.ndim > 1 else found  # a process may have none of them
-        return tuple(execution.ranks.all_gather_rows(means, unseen - unseen_from, count).tolist())
+        places = local_windows[own(windows)] - windows.start
+        return tuple(execution.ranks.all_gather_rows(means, places, len(windows)).tolist())
 
     def losses(end: End) -> Tensor:
-        return objective.losses(end.model, end.head, end.stream, tokens[unseen])
+        return objective.losses(end.model, end.head, end.stream, tokens[local_windows[own(unseen)]])
 
+    (ends, dense), (ends_fitted, dense_fitted) = ends_on(own(unseen)), ends_on(own(fitted))
     by_text = objective.evaluation_windows is not None and count >= _ENOUGH_TEXT
     of_dense = losses(dense) if by_text else None
     return [
         Trial(
-            of_all(objective.divergences(small, dense)),
-            of_all(losses(small) - of_dense) if by_text else None,
+            divergences=of_all(objective.divergences(end, dense), unseen),
+            fitted=of_all(objective.divergences(end_fitted, dense_fitted), fitted),
+            excess=of_all(losses(end) - of_dense, unseen) if by_text else None,
         )
-        for small in ends
+        for end, end_fitted in zip(ends, ends_fitted, strict=True)
     ]
 
 
-def losses_of(trials: Sequence[Trial]) -> list[float]:
-    """What the models of trials on the same windows lose, nats a token
-    (`maths.paired.weighed_losses`).
+def losses_of(trials: Sequence[Trial], share: float = 1.0) -> list[float]:
+    """What the models of trials on the same windows would lose, nats a token, fitted to as much
+    text as the trials' is a `share` of.
+
+    That is what they lose on text that no fit saw (`maths.paired.weighed_losses`), less what more
+    text will mend: least squares of `P` inputs on `N` tokens misses about `P / N` more than it must
+    on other text, and as much less on its own, so that half of the difference goes with `1 / N`
+    (Mallows 1973).
     """
     divergences = torch.tensor([trial.divergences for trial in trials], dtype=torch.float64)
+    fitted = torch.tensor([trial.fitted for trial in trials], dtype=torch.float64)
+    mended = (1 - share) / 2 * (divergences.mean(1) - fitted.mean(1))
     if any(trial.excess is None for trial in trials):
-        return divergences.mean(1).tolist()
+        return (divergences.mean(1) - mended).tolist()
     excess = torch.tensor([trial.excess for trial in trials], dtype=torch.float64)
-    return weighed_losses(divergences, excess).tolist()
+    # Never less than nothing: by text a trial may lose less than by its divergence.
+    least = _LEAST_SHARE * divergences.mean(1)
+    return torch.maximum(weighed_losses(divergences, excess) - mended, least).tolist()
