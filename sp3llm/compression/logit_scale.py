@@ -6,19 +6,17 @@ stock model has a place for it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sp3llm.compression.ends import dense_end, on_windows, small_end
 from sp3llm.compression.refitter import Refitter
-from sp3llm.models.checkpoint import head_tensors
 from sp3llm.models.families import Family
 from sp3llm.models.head import End
 from sp3llm.models.objectives.schema import Objective
-from sp3llm.models.shapes import resized_config
-from sp3llm.models.stream import LayeredModel, Stream
+from sp3llm.models.stream import Stream
 
 # Divergences at these lie on a parabola well enough: the least of those measured was at 0.9.
 _TRIED = (1.0, 0.95, 0.9)
@@ -76,25 +74,15 @@ def fit_logit_scale(
     head too. The streams, `(windows, tokens, width)`, stand behind the last layers. The same on
     every process.
     """
-    family, config = refitter.family, refitter.dense.config
-    head = dict(tensors) if table is None else {**tensors, f"{family.head}.weight": table}
-    small_config = resized_config(family, config, refitter.shape, refitter.layers)
+    windows = slice(refitter.unseen_from, None)
     ends = _Ends(
         refitter,
-        _end(refitter, small_config, head, small_stream),
-        _end(refitter, config, head_tensors(refitter.dense, family), dense_stream),
+        on_windows(small_end(refitter, tensors, table, small_stream), windows),
+        on_windows(dense_end(refitter, dense_stream), windows),
     )
     plain, *others = [ends.divergence(factor) for factor in _TRIED]
     factor = least_of_parabola(_TRIED, (plain, *others))
     return factor if factor < 1 and ends.divergence(factor) < plain else 1.0
-
-
-def _end(
-    refitter: Refitter, config: Mapping[str, Any], head: Mapping[str, Tensor], stream: Stream
-) -> End:
-    """A model behind its last layer, on the windows that no fit saw."""
-    model = LayeredModel.of(config, refitter.family, refitter.objective, refitter.execution)
-    return End(model, head, replace(stream, hidden=stream.hidden[refitter.unseen_from :]))
 
 
 def least_of_parabola(places: Sequence[float], values: Sequence[float]) -> float:

@@ -1,25 +1,20 @@
 """Trials of shapes: whole refits on a little text, and how far from the dense model they are."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sp3llm.compression.building import refitted_side_by_side
 from sp3llm.compression.dense_runs import DenseRuns
+from sp3llm.compression.ends import dense_end, on_windows, small_end
 from sp3llm.compression.refitter import Refitter
 from sp3llm.maths.paired import weighed_losses
-from sp3llm.models.checkpoint import head_tensors
 from sp3llm.models.head import End
-from sp3llm.models.shapes import resized_config
-from sp3llm.models.stream import LayeredModel, Stream
 
 # On fewer windows losses on text say more of the windows than of the models.
 _ENOUGH_TEXT = 16
-# What a model loses is so much of its divergence at least.
-_LEAST_SHARE = 0.1
 
 
 def refitted_ends(
@@ -38,35 +33,20 @@ def _ends(
     refitters: Sequence[Refitter], tokens: Tensor, runs: DenseRuns | None
 ) -> Callable[[Tensor], tuple[list[End], End]]:
     """`refitted_ends` of whichever of this process's windows a boolean tensor says."""
-    first = refitters[0]
-    family, config, execution = first.family, first.dense.config, first.execution
     tables, heads = {}, {}
     for side, finished in refitted_side_by_side(refitters, tokens, runs=runs):
         if finished.group.name == "embeddings":
-            tables[side] = finished.tensors[family.embedding]
+            tables[side] = finished.tensors[refitters[0].family.embedding]
         elif finished.group.name == "head":
             heads[side] = finished
-
-    def end_of(model_config: Mapping[str, Any], head: Mapping[str, Tensor], stream: Stream) -> End:
-        model = LayeredModel.of(model_config, family, first.objective, execution)
-        return End(model, head, stream)
-
-    small = []
-    for side, refitter in enumerate(refitters):
-        head = heads[side].tensors
-        if refitter.shape.tie_word_embeddings:
-            head = {**head, f"{family.head}.weight": tables[side]}
-        small_config = resized_config(family, config, refitter.shape, refitter.layers)
-        small.append(end_of(small_config, head, heads[side].small))
-    dense = end_of(config, head_tensors(first.dense, family), heads[0].dense)
+    small = [
+        small_end(refitter, heads[side].tensors, tables[side], heads[side].small)
+        for side, refitter in enumerate(refitters)
+    ]
+    dense = dense_end(refitters[0], heads[0].dense)
 
     def of_windows(chosen: Tensor) -> tuple[list[End], End]:
-        def cut(end: End) -> End:
-            stream = end.stream
-            real = None if stream.real is None else stream.real[chosen]
-            return replace(end, stream=replace(stream, hidden=stream.hidden[chosen], real=real))
-
-        return [cut(end) for end in small], cut(dense)
+        return [on_windows(end, chosen) for end in small], on_windows(dense, chosen)
 
     return of_windows
 
@@ -140,6 +120,4 @@ def losses_of(trials: Sequence[Trial], share: float = 1.0) -> list[float]:
     if any(trial.excess is None for trial in trials):
         return (divergences.mean(1) - mended).tolist()
     excess = torch.tensor([trial.excess for trial in trials], dtype=torch.float64)
-    # Never less than nothing: by text a trial may lose less than by its divergence.
-    least = _LEAST_SHARE * divergences.mean(1)
-    return torch.maximum(weighed_losses(divergences, excess) - mended, least).tolist()
+    return weighed_losses(divergences, excess, mended).tolist()

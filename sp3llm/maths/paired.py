@@ -52,22 +52,25 @@ def excess_log_perplexity(losses: Tensor, baseline: Tensor) -> Excess:
     return Excess(differences.mean().item(), spread / math.sqrt(count))
 
 
-def weighed_losses(divergences_CW: Tensor, excess_CW: Tensor) -> Tensor:
+def weighed_losses(
+    divergences_CW: Tensor, excess_CW: Tensor, mended_C: Tensor | float = 0.0
+) -> Tensor:
     """What candidates lose, `(C,)`, nats a token, from their mean divergences from a dense model,
     `(candidates, windows)`, and from what they lose on the text of these windows, likewise.
 
     A divergence varies little from text to text, but is what text loses only where the dense model
     is right about text. So divergences count, and by how much text loses more than that, over the
     same of the candidate that diverges least, shrunk by its paired standard error as James and
-    Stein do: by `1 - (error / difference)^2`, to nothing where it is within one error.
+    Stein do: by `1 - (error / difference)^2`, to nothing where it is within one error. What more
+    text mends, `mended_C`, is taken off.
     """
     means_C = divergences_CW.mean(1)
     if excess_CW.shape[1] == 1:  # how much text tells is not known
-        return means_C
+        return means_C - mended_C
     more_CW = excess_CW - divergences_CW
     more_CW = more_CW - more_CW[means_C.argmin()]
     more_C, error_C = more_CW.mean(1), more_CW.std(1) / math.sqrt(more_CW.shape[1])
     share_C = 1 - (error_C / more_C) ** 2
     # Of the candidate itself there is no share: NaN.
     weighed_C = means_C + share_C.nan_to_num(0.0).clamp_min(0) * more_C
-    return torch.maximum(weighed_C, _LEAST_SHARE * means_C)
+    return torch.maximum(weighed_C - mended_C, _LEAST_SHARE * means_C)

@@ -1,0 +1,45 @@
+"""Both models of a refit behind their last layers, where what they say can be compared."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from sp3llm.compression.refitter import Refitter
+from sp3llm.models.checkpoint import head_tensors
+from sp3llm.models.head import End
+from sp3llm.models.shapes import resized_config
+from sp3llm.models.stream import LayeredModel, Stream
+
+
+def small_end(
+    refitter: Refitter, head: Mapping[str, Tensor], table: Tensor | None, stream: Stream
+) -> End:
+    """The small model, from its head's group; `table` are its embeddings, which are its head too
+    where these are tied.
+    """
+    if refitter.shape.tie_word_embeddings:
+        head = {**head, f"{refitter.family.head}.weight": table}
+    config = resized_config(refitter.family, refitter.dense.config, refitter.shape, refitter.layers)
+    return _end(refitter, config, head, stream)
+
+
+def dense_end(refitter: Refitter, stream: Stream) -> End:
+    """The dense model."""
+    head = head_tensors(refitter.dense, refitter.family)
+    return _end(refitter, refitter.dense.config, head, stream)
+
+
+def on_windows(end: End, windows: Tensor | slice) -> End:
+    """The same on some of the windows of its stream."""
+    stream = end.stream
+    real = None if stream.real is None else stream.real[windows]
+    return replace(end, stream=replace(stream, hidden=stream.hidden[windows], real=real))
+
+
+def _end(
+    refitter: Refitter, config: Mapping[str, Any], head: Mapping[str, Tensor], stream: Stream
+) -> End:
+    model = LayeredModel.of(config, refitter.family, refitter.objective, refitter.execution)
+    return End(model, head, stream)
