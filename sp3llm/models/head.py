@@ -18,6 +18,7 @@ from sp3llm.maths.losses import (
 from sp3llm.maths.products import widen
 from sp3llm.models.hooks import (
     Injector,
+    inputs_of,
     materialized,
     outputs_of,
     replaced,
@@ -129,31 +130,52 @@ class End:
     """After the last layer."""
 
 
+@dataclass(frozen=True)
+class Logits:
+    """What two models say at a few tokens of a window, and what the small one's head reads there;
+    `(tokens, V)` and `(tokens, E)`.
+    """
+
+    small: Tensor
+    dense: Tensor
+    read: Tensor
+
+
 @torch.no_grad()
-def token_divergences(small: End, dense: End) -> Tensor:
-    """Kullback-Leibler divergence, at every token of the windows that both streams are of, of the
-    small model's distribution over the next one from the dense model's, `(windows, tokens)`,
-    float64, in nats.
+def logits_of_both(small: End, dense: End) -> Iterator[tuple[int, slice, Logits]]:
+    """Logits of two models, by the stock forwards, at the tokens of the windows that both streams
+    are of: a window's number, which of its tokens, and the logits.
     """
     execution = dense.model.execution
     windows, tokens = dense.stream.hidden.shape[:2]
-    found = torch.empty((windows, tokens), dtype=torch.float64)
     step = tokens_at_once(dense.model.module.config.vocab_size)
     with ExitStack() as stack:
         for end in (small, dense):
             by_module = _by_module(end.model, end.head)
             stack.enter_context(materialized(end.model.module, by_module, execution))
+        read = stack.enter_context(inputs_of(small.model.module.get_output_embeddings()))
         for row in range(windows):
             for start in range(0, tokens, step):
+                part = slice(start, min(start + step, tokens))
                 logits = []
                 for end in (small, dense):
-                    piece = end.stream.hidden[row : row + 1, start : start + step]
-                    piece = fetch(piece, execution.device)
+                    piece = fetch(end.stream.hidden[row : row + 1, part], execution.device)
                     with _from_layers_on(end.model, piece):
                         output = end.model.module(inputs_embeds=piece, use_cache=False)
                     logits.append(output.logits[0])
-                divergences = distribution_divergences(*logits).cpu()
-                found[row, start : start + len(divergences)] = divergences
+                yield row, part, Logits(*logits, read=read.pop()[0])
+
+
+def token_divergences(small: End, dense: End) -> Tensor:
+    """Kullback-Leibler divergence, at every token of the windows that both streams are of, of the
+    small model's distribution over the next one from the dense model's, `(windows, tokens)`,
+    float64, in nats.
+
+    Raises UserError if the logits hold NaN or infinity.
+    """
+    found = torch.empty(dense.stream.hidden.shape[:2], dtype=torch.float64)
+    for row, part, logits in logits_of_both(small, dense):
+        found[row, part] = distribution_divergences(logits.small, logits.dense).cpu()
     if not torch.isfinite(found).all():
         raise UserError(
             "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."

@@ -154,8 +154,9 @@ GRANITE = replace(
     LLAMA,
     model_type="granite",
     architecture="GraniteForCausalLM",
-    defaults={**LLAMA.defaults, "residual_multiplier": 1.0},
+    defaults={**LLAMA.defaults, "residual_multiplier": 1.0, "logits_scaling": 1.0},
     residual_multiplier="residual_multiplier",
+    logit_divisor="logits_scaling",
     square_in=(LLAMA_CPP,),
 )
 SMOLLM3 = replace(

@@ -171,6 +171,8 @@ class Family:
     """The norms' epsilon, or the config key that holds it."""
     residual_multiplier: str | None = None
     """Config key of the factor on everything that is added to the stream."""
+    logit_divisor: str | None = None
+    """Config key of what the class divides its logits by."""
     scales_embeddings: bool = False
     """The class multiplies embeddings by the square root of the hidden size."""
     square: bool = False

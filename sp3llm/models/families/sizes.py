@@ -49,6 +49,12 @@ def residual_multiplier(family: Family, config: Mapping[str, Any]) -> float:
     return setting(family, config, key) if key else 1.0
 
 
+def logit_divisor(family: Family, config: Mapping[str, Any]) -> float:
+    """What the class divides its logits by; 1 where it does not."""
+    key = family.logit_divisor
+    return setting(family, config, key) if key else 1.0
+
+
 def is_parallel(family: Family, config: Mapping[str, Any]) -> bool:
     """Whether attention and FFN of a layer read the same stream and are added together."""
     return bool(family.parallel and setting(family, config, family.parallel))
