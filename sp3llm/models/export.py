@@ -55,7 +55,8 @@ def write_model(
     folder: Path,
     journal: Journal,
 ) -> Iterator[tuple[int, Callable[[], None]]]:
-    """Write groups as they come, by number, and a shard whenever its last group has come.
+    """Write groups as they come, by number, and a shard whenever its last group has come. A tensor
+    of an earlier group that comes with a later one takes the place of what it was.
 
     Writing goes on in a thread while the next group is made. Yields the number of every group and
     a function that waits until it is on the disk; what the journal has already is not written
@@ -84,11 +85,21 @@ def _write_group(
     index: int,
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Make a group durable, and with the last one of a shard the shard in place of its groups."""
+    """Make a group durable, and with the last one of a shard the shard in place of its groups.
+
+    What belongs to an earlier group is put there first: a run that is killed in between makes this
+    group again, and puts the same there.
+    """
+    own = dict(tensors)
+    for earlier, group in enumerate(itertools.chain(*layout)):
+        if earlier == index:
+            break
+        if changed := {name: own.pop(name) for name in group.parameters if name in own}:
+            _replace(journal, folder, layout, earlier, changed)
     shard = _shard_of(layout, index)
     if journal.load(SHARD, shard) is not None:
         return
-    journal.add(WEIGHTS, index, tensors)
+    journal.add(WEIGHTS, index, own)
     first = sum(len(groups) for groups in layout[:shard])
     members = range(first, first + len(layout[shard]))
     if index < members[-1]:
@@ -97,6 +108,23 @@ def _write_group(
     path = folder / _shard_name(shard, len(layout))
     journal.add(SHARD, shard, merged, path)
     journal.drop_steps(WEIGHTS, members)
+
+
+def _replace(
+    journal: Journal,
+    folder: Path,
+    layout: list[list[Group]],
+    index: int,
+    changed: Mapping[str, Tensor],
+) -> None:
+    """Put tensors of a group that is on the disk in the place of what they were."""
+    shard = _shard_of(layout, index)
+    if (whole := journal.load(SHARD, shard)) is not None:
+        path = folder / _shard_name(shard, len(layout))
+        journal.add(SHARD, shard, {**whole.tensors, **changed}, path)
+    else:
+        group = journal.load(WEIGHTS, index).tensors
+        journal.add(WEIGHTS, index, {**group, **changed})
 
 
 def _shard_of(layout: list[list[Group]], index: int) -> int:
