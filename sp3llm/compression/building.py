@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sp3llm.compression.dense_runs import DenseRuns
-from sp3llm.compression.logit_scale import fit_logit_scale, scaled_norm
+from sp3llm.compression.head_fit import suited_head
 from sp3llm.compression.merging import merges, read_moment, with_merged_heads
 from sp3llm.compression.norms import fit_norm, opened_without_norm
 from sp3llm.compression.projecting import (
@@ -29,6 +29,7 @@ from sp3llm.compression.readers import fit_head, stream_grams
 from sp3llm.compression.refitter import (
     DenseLayer,
     FinishedGroup,
+    HeadFit,
     LayerFit,
     Refitter,
     overflow_refused,
@@ -137,10 +138,10 @@ def refitted_side_by_side(
                 for side, (_, tensors) in zip(here, made, strict=True):
                     fit = fit_head if family.task_head is None else fit_task_head
                     fit(side.refitter, source, tensors, dense_stream, side.stream)
-                    last, scale = len(side.groups) - 1, None
-                    if side.refitter.scales_logits:
-                        scale = _scale_logits(side, tensors, dense_stream)
-                    of_group = (group, tensors, dense_stream, scale)
+                    last, suited = len(side.groups) - 1, None
+                    if side.refitter.suits_head:
+                        suited = _suit_head(side, tensors, dense_stream)
+                    of_group = (group, tensors, dense_stream, suited)
                     side.finish = partial(_finished, side, last, *of_group)
             else:
                 layer = DenseLayer(number - 1, group, source, dense_model, dense_stream, summed)
@@ -169,8 +170,8 @@ def _embedded(
     return stream
 
 
-def _scale_logits(side: _Side, tensors: dict[str, Tensor], dense: Stream) -> float:
-    """Give the final norm of a fitted head, in place, the factor that suits text no fit saw."""
+def _suit_head(side: _Side, tensors: dict[str, Tensor], dense: Stream) -> HeadFit:
+    """Let a fitted head, in place, be suited by what it says; see `head_fit.suited_head`."""
     refitter, table = side.refitter, None
     if refitter.shape.tie_word_embeddings:
         # Of an embedding table that is the head too nothing was fitted.
@@ -178,9 +179,9 @@ def _scale_logits(side: _Side, tensors: dict[str, Tensor], dense: Stream) -> flo
         source = refitter.dense.read(embeddings.parameters)
         ((_, projected),) = _projected([refitter], embeddings, source)
         table = projected[refitter.family.embedding]
-    scale = fit_logit_scale(refitter, tensors, table, dense, side.stream)
-    tensors |= scaled_norm(refitter, tensors, scale)
-    return scale
+    found, changed = suited_head(refitter, tensors, table, dense, side.stream)
+    tensors |= changed
+    return found
 
 
 def _finished(
@@ -189,10 +190,10 @@ def _finished(
     group: Group,
     tensors: Mapping[str, Tensor],
     dense: Stream,
-    logit_scale: float | None = None,
+    head_fit: HeadFit | None = None,
 ) -> FinishedGroup:
     """A group of a side that nothing is left to fit in."""
-    return FinishedGroup(index, group, tensors, dense, side.stream, logit_scale)
+    return FinishedGroup(index, group, tensors, dense, side.stream, head_fit)
 
 
 def _projected(

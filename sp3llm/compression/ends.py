@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sp3llm.compression.refitter import Refitter
@@ -36,6 +37,23 @@ def on_windows(end: End, windows: Tensor | slice) -> End:
     stream = end.stream
     real = None if stream.real is None else stream.real[windows]
     return replace(end, stream=replace(stream, hidden=stream.hidden[windows], real=real))
+
+
+def on_tokens(end: End, places: slice) -> End:
+    """The same on some of the tokens of every window, of rows without padding."""
+    return replace(end, stream=replace(end.stream, hidden=end.stream.hidden[:, places]))
+
+
+def mean_divergence(refitter: Refitter, small: End, dense: End) -> float:
+    """How far the small model is from the dense one, nats, in the mean over the tokens of all
+    processes' windows that the ends are of. The same on every process.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    if len(small.stream.hidden):  # a process may have none of them
+        found = refitter.objective.divergences(small, dense)
+        total = torch.tensor([found.sum(), found.numel()], dtype=torch.float64)
+    refitter.execution.ranks.all_reduce_(total)
+    return (total[0] / total[1]).item()
 
 
 def _end(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sp3llm.compression.projection import Projection
-    from sp3llm.compression.refitter import Refitter
+    from sp3llm.compression.refitter import HeadFit, Refitter
     from sp3llm.compression.statistics import Moments
     from sp3llm.evaluation.task_scores import Reported
     from sp3llm.maths.paired import Excess
@@ -57,8 +57,8 @@ class Result:
     layers: tuple[int, ...]
     """Of the dense model, those that stay; none: all do."""
     fits: list[dict[str, Any]]
-    logit_scale: float | None
-    """What the final norm was multiplied by; None: no such factor was looked for."""
+    head_fit: "HeadFit | None"
+    """What the head was given by what it says; None: nothing was looked for."""
     eigenvalues: "Tensor"
     energy_kept: float
     """Share of the energy of the dense stream, as its second moments have it, inside the basis."""

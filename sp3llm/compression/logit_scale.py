@@ -6,17 +6,15 @@ stock model has a place for it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from sp3llm.compression.ends import dense_end, on_windows, small_end
+from sp3llm.compression.ends import mean_divergence
 from sp3llm.compression.refitter import Refitter
 from sp3llm.models.families import Family
 from sp3llm.models.head import End
 from sp3llm.models.objectives.schema import Objective
-from sp3llm.models.stream import Stream
 
 # Divergences at these lie on a parabola well enough: the least of those measured was at 0.9.
 _TRIED = (1.0, 0.95, 0.9)
@@ -37,52 +35,19 @@ def scaled_norm(refitter: Refitter, head: Mapping[str, Tensor], factor: float) -
     return {name: tensor.to(head[name].dtype) for name, tensor in scaled.items()}
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """Both models behind their last layers, on the windows that no fit saw."""
-
-    refitter: Refitter
-    small: End
-    dense: End
-
-    def divergence(self, factor: float) -> float:
-        """Mean over tokens of all processes of how far the small model is from the dense one with
-        its logits times a factor, nats.
-        """
-        execution, objective = self.refitter.execution, self.refitter.objective
-        head = {**self.small.head, **scaled_norm(self.refitter, self.small.head, factor)}
-        small = End(self.small.model, head, self.small.stream)
-        total = torch.zeros(2, dtype=torch.float64)
-        if len(self.small.stream.hidden):  # a process may have none of them
-            found = objective.divergences(small, self.dense)
-            total = torch.tensor([found.sum(), found.numel()], dtype=torch.float64)
-        execution.ranks.all_reduce_(total)
-        return (total[0] / total[1]).item()
-
-
-def fit_logit_scale(
-    refitter: Refitter,
-    tensors: Mapping[str, Tensor],
-    table: Tensor | None,
-    dense_stream: Stream,
-    small_stream: Stream,
-) -> float:
+def fit_logit_scale(refitter: Refitter, small: End, dense: End, plain: float) -> float:
     """The factor on the small model's logits, 1 at most, that brings what it says nearest to what
-    the dense model does on the windows from `refitter.unseen_from` on; 1 where none does better.
+    the dense model does on the windows that both ends are of; 1 where none does better.
 
-    `tensors` are the small head's group, `table` the small model's embeddings where they are its
-    head too. The streams, `(windows, tokens, width)`, stand behind the last layers. The same on
-    every process.
+    `plain` is the divergence with a factor of 1. The same on every process.
     """
-    windows = slice(refitter.unseen_from, None)
-    ends = _Ends(
-        refitter,
-        on_windows(small_end(refitter, tensors, table, small_stream), windows),
-        on_windows(dense_end(refitter, dense_stream), windows),
-    )
-    plain, *others = [ends.divergence(factor) for factor in _TRIED]
-    factor = least_of_parabola(_TRIED, (plain, *others))
-    return factor if factor < 1 and ends.divergence(factor) < plain else 1.0
+
+    def at(factor: float) -> float:
+        head = {**small.head, **scaled_norm(refitter, small.head, factor)}
+        return mean_divergence(refitter, replace(small, head=head), dense)
+
+    factor = least_of_parabola(_TRIED, (plain, *map(at, _TRIED[1:])))
+    return factor if factor < 1 and at(factor) < plain else 1.0
 
 
 def least_of_parabola(places: Sequence[float], values: Sequence[float]) -> float:

@@ -70,7 +70,8 @@ def record_of(job: Job, result: Result, parameters: PartCounts, mask: LearnedMas
             for shape, loss in result.findings.predicted.items()
         ),
         fits=tuple(from_json(Fit, fit) for fit in result.fits),
-        logit_scale=result.logit_scale,
+        logit_scale=None if result.head_fit is None else result.head_fit.logit_scale,
+        head_step_gain=None if result.head_fit is None else result.head_fit.step_gain,
         eigenvalues=tuple(result.eigenvalues.tolist()),
         energy_kept=result.energy_kept,
         dtype=dtype,

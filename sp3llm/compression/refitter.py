@@ -55,9 +55,9 @@ class Refitter:
     neurons_LF: Tensor | None = None
     """Which FFN neurons of every layer of the dense model stay, boolean; None: all do, or the refit
     chooses."""
-    scales_logits: bool = False
-    """Whether the final norm takes a factor from the windows that no fit sees (docs/design.md
-    3.16)."""
+    suits_head: bool = False
+    """Whether the head takes a step, and the final norm a factor, that the windows that no fit sees
+    judge (docs/design.md 3.16, 3.17)."""
 
     @property
     def objective(self) -> Objective:
@@ -76,6 +76,17 @@ class Refitter:
 
 
 @dataclass(frozen=True)
+class HeadFit:
+    """What a head was given by what it says."""
+
+    logit_scale: float
+    """The factor in the final norm."""
+    step_gain: float
+    """By how much the divergence fell, on windows that no fit saw, by a step of the head's matrix,
+    nats a token; 0: none was taken."""
+
+
+@dataclass(frozen=True)
 class FinishedGroup:
     """A group of the small model's parameters as they are to be written."""
 
@@ -84,14 +95,15 @@ class FinishedGroup:
     group: Group
     """As the small model numbers its layers."""
     tensors: Mapping[str, Tensor]
-    """The small model's, by their names on disk."""
+    """The small model's, by their names on disk; of a tied head the table as well, where it has
+    taken a step (docs/design.md 3.17), which then takes the place of what the embeddings had."""
     dense: Stream | None = None
     """The dense model's stream behind this group, and behind the layers after it that go; None
     where nothing was refitted."""
     small: Stream | None = None
     """The small model's."""
-    logit_scale: float | None = None
-    """Of the head: the factor that its norm has been given; None: none was looked for."""
+    head_fit: HeadFit | None = None
+    """Of the head; None: it is as it was fitted to the stream, and nothing else was looked for."""
 
 
 @dataclass(frozen=True)

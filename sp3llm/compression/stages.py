@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sp3llm.compression.dense_runs import DenseRuns
     from sp3llm.compression.learned_mask import Learned
     from sp3llm.compression.projection import Projection
-    from sp3llm.compression.refitter import FinishedGroup
+    from sp3llm.compression.refitter import FinishedGroup, HeadFit
     from sp3llm.compression.statistics import Moments
     from sp3llm.models.served import Export
     from sp3llm.models.shapes import Shape
@@ -152,10 +152,10 @@ def build(
     journal: "Journal",
     progress: "Progress",
     runs: "DenseRuns | None" = None,
-) -> tuple[list[dict[str, Any]], float | None]:
+) -> "tuple[list[dict[str, Any]], HeadFit | None]":
     """Make the small model's groups in order, in the dense model's family, and write them as they
-    come, as `export` has them; a log of all fits, and the factor on the logits, None where none
-    was looked for.
+    come, as `export` has them; a log of all fits, and what the head was given by what it says, None
+    where nothing was looked for.
 
     `layers` are those of the dense model that stay, `neurons_LF` what `units.kept_neurons` says.
     Of `tokens` the first `fitted` windows are fitted to, and the others tell how sure the model may
@@ -200,7 +200,7 @@ def build(
             wait()
             streams = {"dense": latest.dense.hidden, "small": latest.small.hidden}
             journal.save(_REFIT, index + 1, streams, {"fits": fits})
-    return fits, None if latest is None else latest.logit_scale
+    return fits, None if latest is None else latest.head_fit
 
 
 def _refitted(
@@ -228,7 +228,7 @@ def _refitted(
         streams = (before.tensors["dense"], before.tensors["small"])
     of_shape = (shape, projection, layers, neurons_LF)
     refitter = refitter_of(job, *of_shape, held_back_from(fitted), fitted)
-    refitter = replace(refitter, log=fits, scales_logits=fitted < len(tokens))
+    refitter = replace(refitter, log=fits, suits_head=fitted < len(tokens))
     groups = refitted_groups(refitter, tokens, start, streams, runs)
     return start, fits, groups
 

@@ -227,7 +227,7 @@ def run_stages(
     trim_memory()
     of_shape = (shape, projection, layers, neurons_LF)
     of_build = (tokens, len(calibration.tokens), export, model, journal, progress, runs or None)
-    fits, logit_scale = build(job, *of_shape, *of_build)
+    fits, head_fit = build(job, *of_shape, *of_build)
     del runs  # gigabytes, of streams that nothing chases any more
     small = execution.ranks.from_first(
         lambda: written(export.family, export.config, job.dtype, model)
@@ -249,7 +249,7 @@ def run_stages(
         findings=findings,
         layers=layers or (),
         fits=fits,
-        logit_scale=logit_scale,
+        head_fit=head_fit,
         eigenvalues=eigenvalues,
         energy_kept=energy,
         dense_bytes=job.original.stored_bytes(

@@ -56,6 +56,8 @@ _HEAD_MOMENTS = 5
 _LAYERS_AS_STORED = 3
 # Of an embedding table in the dtype of the checkpoint, beside the one that runs.
 _TABLES_AS_STORED = 2
+# Of the head, sums of distributions times what it reads, of both models.
+_TABLES_OF_SUMS = 2
 # Of the saved streams: as they were after two layers, and a third while it is saved.
 _SAVED_STREAMS = 3
 # Of the saved moments: the last, and those that are being saved.
@@ -202,7 +204,8 @@ def _working_bytes(
     family: Family, config: Mapping[str, Any], widths: _Widths, workload: Workload
 ) -> int:
     """Memory of the device that computes: of a layer and what is solved for it, or of the
-    embedding table, whichever is more, and what is known of all heads.
+    embedding table and what the head's step is made of (docs/design.md 3.17), whichever is more,
+    and what is known of all heads.
     """
     stored, computed = workload.weight_itemsize, workload.compute_itemsize
     layer = count_largest_layer(family, config)
@@ -211,8 +214,10 @@ def _working_bytes(
     solving = max(
         _gram_bytes(family, config, widths), _basis_bytes(family, widths), _FLOAT64 * layer
     )
-    table = axis_sizes(family, config)[VOCAB] * widths.dense
-    tables = table * (_TABLES_AS_STORED * stored + computed)
+    rows = axis_sizes(family, config)[VOCAB]
+    tables = rows * widths.dense * (_TABLES_AS_STORED * stored + computed)
+    if family.task_head is None:
+        tables += rows * widths.small * (_TABLES_OF_SUMS * _FLOAT32 + stored)
     return _head_moment_bytes(family, config, widths) + max(weights + solving, tables)
 
 

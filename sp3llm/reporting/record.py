@@ -418,6 +418,10 @@ class Record:
     logit_scale: float | None = field(default=None, metadata={LATER: True})
     """What the final norm was multiplied by, as windows that no fit saw ask for; None: no such
     factor was looked for."""
+    head_step_gain: float | None = field(default=None, metadata={LATER: True})
+    """By how much a step of the head's matrix brought what the model says nearer to what the dense
+    one does, on windows that no fit saw, nats a token; 0: it did not, and was not taken; None: none
+    was tried."""
     eigenvalues: tuple[float, ...]
     """Of the summed second moments of the dense model's residual stream, falling."""
     energy_kept: float

@@ -300,6 +300,8 @@ def what_was_done(record: Record) -> str:
         steps.append("the kept basis turned by a Hadamard matrix")
     if settings["refit"] and record.fits:
         steps.append("what is left refitted in closed form")
+    if record.head_step_gain:
+        steps.append("the head brought one step nearer to what the dense model says")
     if record.logit_scale is not None:
         steps.append(f"logits times {record.logit_scale:.3f}, as text that no fit saw asks for")
     return ", ".join(steps)

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from sp3llm.compression import measuring
+from sp3llm.compression import head_fit, measuring
 from sp3llm.compression.story import compress
 from sp3llm.errors import ResumableError, UserError
 from sp3llm.models import export, stream
@@ -213,6 +213,44 @@ def test_run_killed_while_it_writes_shards_arrives(refit, writes, dense, tmp_pat
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert finish(killed, 120_000) == expected
+
+
+def run_with_a_step_and_die(*arguments: Any) -> None:
+    """`run_and_die`, with a step of the head that is taken, whatever it wins."""
+    head_fit._LEAST_GAIN = float("-inf")
+    run_and_die(*arguments)
+
+
+# The head comes with a table that is on the disk already, in the first of two shards or among the
+# groups of the only one: before that is renamed, before the journal knows, and behind.
+@pytest.mark.parametrize(
+    ("shard_bytes", "writes"),
+    [
+        *((120_000, 52), (None, 49)),
+        *(pytest.param(120_000, n, marks=pytest.mark.slow) for n in (51, 53, 54, 55, 56)),
+        *(pytest.param(None, n, marks=pytest.mark.slow) for n in (48, 50, 51, 52, 53)),
+    ],
+)
+def test_run_killed_while_a_table_is_written_anew_arrives(shard_bytes, writes, tmp_path):
+    folder = tmp_path / "dense"
+    save_model(tiny_model("llama-tied", torch.float32, vocab_size=4096), folder, tokenizer=True)
+    words = random.Random(0)
+    documents = [
+        " ".join(words.choice(string.ascii_lowercase) * 3 for _ in range(90)) for _ in range(20)
+    ]
+    text = tmp_path / "documents.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    changes = {"samples": 16, "allocate": "width", "calib": str(text)}
+    found = []
+    for name, dies_at in (("whole", None), ("killed", writes), ("killed", None)):
+        options = settings(folder, tmp_path / name / "small", **changes)
+        process = start(run_with_a_step_and_die, options, dies_at, shard_bytes)
+        process.join()
+        assert process.exitcode == (0 if dies_at is None else -signal.SIGKILL)
+        if dies_at is None:
+            found.append(content(options.out))
+    assert found[0] == found[1]
+    assert json.loads((tmp_path / "whole" / "small" / RECORD).read_text())["head_step_gain"] != 0
 
 
 def test_what_was_done_survives_a_mistaken_command(dense, expected, tmp_path):

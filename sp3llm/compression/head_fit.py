@@ -1,0 +1,47 @@
+"""What a fitted head is given by what it says: a step of its matrix and a factor in its norm."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sp3llm.compression.ends import dense_end, mean_divergence, on_windows, small_end
+from sp3llm.compression.head_step import stepped
+from sp3llm.compression.logit_scale import fit_logit_scale, scaled_norm
+from sp3llm.compression.refitter import HeadFit, Refitter
+from sp3llm.models.stream import Stream
+
+# Of a step, nats a token: less is rounding, as where nothing was lost.
+_LEAST_GAIN = 1e-5
+
+
+def suited_head(
+    refitter: Refitter,
+    tensors: Mapping[str, Tensor],
+    table: Tensor | None,
+    dense_stream: Stream,
+    small_stream: Stream,
+) -> tuple[HeadFit, dict[str, Tensor]]:
+    """Bring what a head says nearer to what the dense model does, on the windows from
+    `refitter.unseen_from` on: what it was given, and the tensors that have changed.
+
+    `tensors` are the small head's group, `table` the small model's embeddings where they are its
+    head too, which then are among those that change. The streams, `(windows, tokens, width)`, stand
+    behind the last layers. The same on every process.
+    """
+    name = f"{refitter.family.head}.weight"
+    small = small_end(refitter, tensors, table, small_stream)
+    dense = dense_end(refitter, dense_stream)
+    unseen = slice(refitter.unseen_from, None)
+    told_by, before = on_windows(dense, unseen), on_windows(small, unseen)
+    divergence = mean_divergence(refitter, before, told_by)
+    step = stepped(refitter, small, dense)
+    after = on_windows(step, unseen)
+    gain = divergence - mean_divergence(refitter, after, told_by)
+    changed: dict[str, Tensor] = {}
+    if gain > _LEAST_GAIN:
+        before, divergence = after, divergence - gain
+        changed[refitter.family.embedding if table is not None else name] = step.head[name]
+    else:
+        gain = 0.0
+    scale = fit_logit_scale(refitter, before, told_by, divergence)
+    return HeadFit(scale, gain), {**changed, **scaled_norm(refitter, tensors, scale)}

@@ -1,0 +1,45 @@
+"""The refitted model's head, one step nearer to what the dense model says.
+
+Least squares brings the stream back, token by token alike, and a model made of it expects what is
+frequent more often than the dense one does, and what is rare less, on the very text that it is
+fitted to. A tied head is not refitted at all (docs/design.md 3.5). One step of the divergence
+itself, in the head's matrix alone, mends a tenth of what is lost, from sums over a little text
+(docs/design.md 3.17).
+"""
+
+from dataclasses import replace
+
+import torch
+
+from sp3llm.compression.ends import on_tokens, on_windows
+from sp3llm.compression.refitter import Refitter
+from sp3llm.maths.head_step import add_to_head, no_tokens, stepped_head
+from sp3llm.models.families import logit_divisor
+from sp3llm.models.head import End, logits_of_both
+
+# Of the windows that were fitted to; all 24,576 of 48 windows do little better (eval/NOTES.md).
+_TOKENS = 16384
+
+
+def stepped(refitter: Refitter, small: End, dense: End) -> End:
+    """The small model with its head one step on, by tokens all over the windows that were fitted
+    to. The same on every process.
+    """
+    ranks, device = refitter.execution.ranks, refitter.execution.device
+    fitted = slice(0, refitter.unseen_from)
+    few = [on_windows(end, fitted) for end in (small, dense)]
+    count = torch.tensor([few[0].stream.hidden[..., 0].numel()])
+    ranks.all_reduce_(count)
+    stride = max(1, int(count) // _TOKENS)
+    # What stands first in a window is like nothing else.
+    few = [on_tokens(end, slice(stride - 1, None, stride)) for end in few]
+
+    name = f"{refitter.family.head}.weight"
+    sums = no_tokens(*small.head[name].shape, device)
+    for _, _, both in logits_of_both(*few):
+        add_to_head(sums, both.read, both.small, both.dense)
+    ranks.all_reduce_(*sums.tensors)
+    divisor = logit_divisor(refitter.family, refitter.dense.config)
+    table = stepped_head(small.head[name], sums, divisor)
+    ranks.broadcast_(table)
+    return replace(small, head={**small.head, name: table})
