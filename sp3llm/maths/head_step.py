@@ -12,7 +12,7 @@ from sp3llm.maths.moments import add_second_moment, column_sums
 from sp3llm.maths.products import widen
 
 # Tokens' worth of both models alike: a token that neither expects gets no bias,
-_PRIOR_TOKENS = 0.3
+_PRIOR_TOKENS = 3.0
 # and one that is expected a few times has too few places to tell by where else it belongs.
 _CAUTION_TOKENS = 30.0
 # Ridges, in mean squares of what the head reads, and of that about its mean: a constant hardly
