@@ -8,7 +8,8 @@ import torch
 from sp3llm.maths.head_step import add_to_head, no_tokens, stepped_head
 from sp3llm.maths.losses import distribution_divergences
 
-TOKENS, VOCABULARY, COLUMNS = 4000, 30, 6
+# Many, so that what a step takes as known beforehand is next to nothing.
+TOKENS, VOCABULARY, COLUMNS = 20_000, 30, 6
 
 
 def readings(constant: bool = True) -> torch.Tensor:
