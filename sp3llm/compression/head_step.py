@@ -3,7 +3,7 @@
 Least squares brings the stream back, token by token alike, and a model made of it expects what is
 frequent more often than the dense one does, and what is rare less, on the very text that it is
 fitted to. A tied head is not refitted at all (docs/design.md 3.5). One step of the divergence
-itself, in the head's matrix alone, mends a tenth of what is lost, from sums over a little text
+itself, in the head's matrix alone, mends some of what is lost, from sums over a little text
 (docs/design.md 3.17).
 """
 
@@ -17,7 +17,7 @@ from sp3llm.maths.head_step import add_to_head, no_tokens, stepped_head
 from sp3llm.models.families import logit_divisor
 from sp3llm.models.head import End, logits_of_both
 
-# Of the windows that were fitted to; all 24,576 of 48 windows do little better (eval/NOTES.md).
+# At least, of the windows that were fitted to; how many more would help was not measured.
 _TOKENS = 16384
 
 
