@@ -35,6 +35,7 @@ from common import (
     with_own_names,
     write,
 )
+from peer_packages import packages
 from peers_prune import METHODS, token_losses
 from torch import Tensor
 
@@ -46,41 +47,17 @@ from sp3llm.reporting.record import read_record
 from sp3llm.text.tokenizer import load_tokenizer
 from sp3llm.text.windows import Windows, calibration_windows, evaluation_windows
 
-# Exact, so that the table can be had again. What is listed beside torch and transformers is all
-# that the part that prunes needs: without --no-deps a registry's torch for GPUs would come along.
-PACKAGES = {
-    "torch-pruning": ["torch-pruning==1.6.1"],
-    "modelopt": [
-        *("nvidia-modelopt==0.47.0", "ninja", "nvidia-ml-py", "omegaconf", "pulp<4", "pydantic"),
-        *("antlr4-python3-runtime==4.9.3", "pydantic-core", "annotated-types"),
-        *("typing-inspection", "scipy", "regex", "torchprofile"),
-    ],
-}
 OURS = "sp3llm"
 SAME = 1e-4
 """Nats that a token may differ by between a model in memory and its folder, both in float32."""
-
-
-def packages(method: str, options: argparse.Namespace) -> list[str]:
-    """Folders of the packages that a method needs, installed if they are not there."""
-    if options.packages:
-        return [str(folder.resolve()) for folder in options.packages]
-    for name, wanted in PACKAGES.items():
-        if method.startswith(name):
-            folder = options.work.resolve() / "packages" / name
-            if not folder.is_dir():
-                pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-                there = ["--no-deps", "--target", str(folder)]
-                subprocess.run([*pip, "install", *there, *wanted], check=True)
-            return [str(folder)]
-    return []
 
 
 def prune(method: str, keep: float, out: Path, dense: Path, options: argparse.Namespace) -> None:
     """Run a peer in its own process; what it said of itself, or its error, goes to OUT.json."""
     script = Path(__file__).with_name("peers_prune.py")
     words = [method, str(dense), str(options.work / "windows.pt"), str(keep), str(out)]
-    path = os.pathsep.join(packages(method, options))
+    given = [str(folder.resolve()) for folder in options.packages or []]
+    path = os.pathsep.join(given or packages(method, options.work))
     done = subprocess.run(
         [sys.executable, str(script), *words],
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
