@@ -2,16 +2,17 @@
 
 python eval/benchmarks/plot_curve.py depth curve-plain curve-refit curve-search \
     --out eval/results/curve/curve.png
-python eval/benchmarks/plot_curve.py real/axes real/axes-deep peers/smollm2 \
-    --title 'SmolLM2-135M, nothing tuned' --out eval/results/real/axes.png
+python eval/benchmarks/plot_curve.py real/axes-step 'real/axes:earlier' peers/smollm2 \
+    --leave-out kv-drop --title 'SmolLM2-135M, nothing tuned' --out eval/results/real/axes.png
 
 A file is the runs of one curve, or a table with a contestant a row, each of which is a curve;
-curves of one name in several files are one.
+curves of one name in several files are one, unless words behind a colon tell them apart.
 """
 
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,16 @@ _FEW = 6
 Points = list[tuple[float, float]]
 
 
-def curves_of(name: str, found: Any) -> dict[str, Points]:
-    """Per cent of the parameters kept, and nats a token lost, by the label of the curve."""
+def curves_of(name: str, found: Any, without: Collection[str]) -> dict[str, Points]:
+    """Per cent of the parameters kept, and nats a token lost, by the label of the curve; `without`
+    some contestants of a table.
+    """
     curves: dict[str, Points] = defaultdict(list)
     if isinstance(found, dict) and "rows" in found:
         for row in found["rows"]:
             # sp3llm's own folders are in the tables of peers only to be compared with.
-            if row.get("excess") and not row["contestant"].startswith("sp3llm"):
+            is_drawn = row["contestant"] not in without
+            if row.get("excess") and is_drawn and not row["contestant"].startswith("sp3llm"):
                 label = CONTESTANTS.get(row["contestant"], row["contestant"])
                 curves[label].append((100 * row["kept"], row["excess"]["mean"]))
     else:
@@ -64,16 +68,18 @@ def curves_of(name: str, found: Any) -> dict[str, Points]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", help="names of files in eval/results, without .json")
+    parser.add_argument("names", nargs="+", help="files in eval/results, without .json")
+    parser.add_argument("--leave-out", nargs="*", default=[], help="contestants not to draw")
     parser.add_argument("--title", default="The bundled Llama, held-out text, no tuning")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
     curves: dict[str, Points] = defaultdict(list)
-    for name in options.names:
-        found = curves_of(name, json.loads(Path(f"{place(name)}.json").read_text()))
-        for label, points in found.items():
-            curves[label] += points
+    for words in options.names:
+        name, _, which = words.partition(":")
+        record = json.loads(Path(f"{place(name)}.json").read_text())
+        for label, points in curves_of(name, record, options.leave_out).items():
+            curves[f"{label} ({which})" if which else label] += points
     picture, axes = figure()
     styles = product(("-", "--"), range(10))  # colours come ten at a time
     for (label, points), marker, (line, colour) in zip(
