@@ -15,13 +15,13 @@ recommends: of every layer the same share. Nothing is tuned afterwards.
 
 import argparse
 import json
-import resource
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from own_peak import peak_memory
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -89,7 +89,7 @@ def prune(options: argparse.Namespace) -> None:
     shutil.rmtree(aside)
     said = {
         "seconds": seconds,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "heads": pruner.head_mask.sum(1).int().tolist(),
         "intermediate_size": int(pruner.ffn_mask[0].sum()),

@@ -12,7 +12,6 @@ Peers prune in float32 and save in the model's own dtype; none is tuned or refit
 
 import argparse
 import json
-import resource
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from own_peak import peak_memory
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -277,7 +277,7 @@ def main() -> None:
     model.to(dtype).save_pretrained(options.out)
     AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     torch.save(probe, f"{options.out}.probe.pt")
     said = {"seconds": seconds, "peak_memory_bytes": peak}
     Path(f"{options.out}.json").write_text(json.dumps(said) + "\n")
