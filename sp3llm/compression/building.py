@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sp3llm.compression.dense_runs import DenseRuns
-from sp3llm.compression.head_fit import suited_head
+from sp3llm.compression.head_fit import TiedTable, suited_head
 from sp3llm.compression.merging import merges, read_moment, with_merged_heads
 from sp3llm.compression.norms import fit_norm, opened_without_norm
 from sp3llm.compression.projecting import (
@@ -47,7 +48,7 @@ from sp3llm.models import families
 from sp3llm.models.families import Group
 from sp3llm.models.opening import open_stream
 from sp3llm.models.shapes import Shape, resized_config
-from sp3llm.models.stream import LayeredModel, Stream
+from sp3llm.models.stream import LayeredModel, Stream, run_layer
 from sp3llm.text.batches import rows_of
 from sp3llm.text.examples import Examples
 
@@ -139,8 +140,8 @@ def refitted_side_by_side(
                     fit = fit_head if family.task_head is None else fit_task_head
                     fit(side.refitter, source, tensors, dense_stream, side.stream)
                     last, suited = len(side.groups) - 1, None
-                    if side.refitter.suits_head:
-                        suited = _suit_head(side, tensors, dense_stream)
+                    if side.refitter.finished is not None:
+                        suited = _suit_head(side, tensors, tokens, dense_stream)
                     of_group = (group, tensors, dense_stream, suited)
                     side.finish = partial(_finished, side, last, *of_group)
             else:
@@ -170,18 +171,50 @@ def _embedded(
     return stream
 
 
-def _suit_head(side: _Side, tensors: dict[str, Tensor], dense: Stream) -> HeadFit:
+def _suit_head(side: _Side, tensors: dict[str, Tensor], tokens: Tensor, dense: Stream) -> HeadFit:
     """Let a fitted head, in place, be suited by what it says; see `head_fit.suited_head`."""
-    refitter, table = side.refitter, None
-    if refitter.shape.tie_word_embeddings:
-        # Of an embedding table that is the head too nothing was fitted.
-        embeddings = families.groups(refitter.family, refitter.dense.config)[0]
-        source = refitter.dense.read(embeddings.parameters)
-        ((_, projected),) = _projected([refitter], embeddings, source)
-        table = projected[refitter.family.embedding]
-    found, changed = suited_head(refitter, tensors, table, dense, side.stream)
+    refitter = side.refitter
+    if not refitter.shape.tie_word_embeddings:
+        found, changed = suited_head(refitter, tensors, dense, side.stream)
+        tensors |= changed
+        return found
+    name = refitter.family.embedding
+    embeddings = families.groups(refitter.family, refitter.dense.config)[0]
+    # Of an embedding table that is the head too nothing was fitted.
+    source = refitter.dense.read(embeddings.parameters)
+    ((_, projected),) = _projected([refitter], embeddings, source)
+    tied = TiedTable(projected[name], partial(_stream_with, side, tokens))
+    found, changed = suited_head(refitter, tensors, dense, side.stream, tied)
+    # A run that was killed here may have judged otherwise, and left its own.
+    if name not in changed and not torch.equal(_read_again(refitter, 0)[name], tied.table):
+        changed[name] = tied.table
     tensors |= changed
     return found
+
+
+def _stream_with(side: _Side, tokens: Tensor, table: Tensor) -> Stream:
+    """The stream of a small model that is finished but for its head, behind its last layer, on the
+    windows that no fit sees, with another embedding table.
+    """
+    refitter = side.refitter
+    family, config = refitter.family, refitter.small_config
+    model = LayeredModel.of(config, family, refitter.objective, refitter.execution)
+    unseen = rows_of(tokens, slice(refitter.unseen_from, None))
+    embeddings = {**_read_again(refitter, 0), family.embedding: table}
+    stream = open_stream(model, embeddings, unseen)
+    for index in range(len(families.groups(family, config)) - 2):
+        run_layer(model, index, _read_again(refitter, index + 1), [(stream, {})])
+    return stream
+
+
+def _read_again(refitter: Refitter, number: int) -> Mapping[str, Tensor]:
+    """A group of the small model that is finished, the same on every process."""
+    group = families.groups(refitter.family, refitter.small_config)[number]
+    ranks, tensors = refitter.execution.ranks, {}
+    if ranks.is_first:
+        tensors = refitter.finished(number)
+        tensors = {name: tensors[name] for name in group.parameters}  # an export may have more
+    return ranks.tensors_of_first(tensors)
 
 
 def _finished(

@@ -10,7 +10,6 @@ from torch import Tensor
 from sp3llm.compression.refitter import Refitter
 from sp3llm.models.checkpoint import head_tensors
 from sp3llm.models.head import End
-from sp3llm.models.shapes import resized_config
 from sp3llm.models.stream import LayeredModel, Stream
 
 
@@ -22,8 +21,7 @@ def small_end(
     """
     if refitter.shape.tie_word_embeddings:
         head = {**head, f"{refitter.family.head}.weight": table}
-    config = resized_config(refitter.family, refitter.dense.config, refitter.shape, refitter.layers)
-    return _end(refitter, config, head, stream)
+    return _end(refitter, refitter.small_config, head, stream)
 
 
 def dense_end(refitter: Refitter, stream: Stream) -> End:

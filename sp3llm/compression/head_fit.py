@@ -1,7 +1,9 @@
 """What a fitted head is given by what it says: a step of its matrix and a factor in its norm."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from sp3llm.compression.ends import dense_end, mean_divergence, on_windows, small_end
@@ -14,33 +16,48 @@ from sp3llm.models.stream import Stream
 _LEAST_GAIN = 1e-5
 
 
+@dataclass(frozen=True)
+class TiedTable:
+    """Embeddings that are the head too."""
+
+    table: Tensor
+    stream_with: Callable[[Tensor], Stream]
+    """The small model's stream behind its last layer, on this process's windows that no fit saw,
+    with another table: what changes the head changes what every token enters with."""
+
+
 def suited_head(
     refitter: Refitter,
     tensors: Mapping[str, Tensor],
-    table: Tensor | None,
     dense_stream: Stream,
     small_stream: Stream,
+    tied: TiedTable | None = None,
 ) -> tuple[HeadFit, dict[str, Tensor]]:
     """Bring what a head says nearer to what the dense model does, on the windows from
     `refitter.unseen_from` on: what it was given, and the tensors that have changed.
 
-    `tensors` are the small head's group, `table` the small model's embeddings where they are its
-    head too, which then are among those that change. The streams, `(windows, tokens, width)`, stand
-    behind the last layers. The same on every process.
+    `tensors` are the small head's group, `tied` the small model's embeddings where they are its
+    head too, which then are among those that change, and the whole model, as it is written, is
+    judged. The streams, `(windows, tokens, width)`, stand behind the last layers. The same on every
+    process.
     """
     name = f"{refitter.family.head}.weight"
-    small = small_end(refitter, tensors, table, small_stream)
+    small = small_end(refitter, tensors, None if tied is None else tied.table, small_stream)
     dense = dense_end(refitter, dense_stream)
     unseen = slice(refitter.unseen_from, None)
     told_by, before = on_windows(dense, unseen), on_windows(small, unseen)
     divergence = mean_divergence(refitter, before, told_by)
     step = stepped(refitter, small, dense)
-    after = on_windows(step, unseen)
-    gain = divergence - mean_divergence(refitter, after, told_by)
+    table, gain = step.head[name], 0.0
     changed: dict[str, Tensor] = {}
+    if torch.isfinite(table).all():
+        after = on_windows(step, unseen)
+        if tied is not None:
+            after = replace(after, stream=tied.stream_with(table))
+        gain = divergence - mean_divergence(refitter, after, told_by)
     if gain > _LEAST_GAIN:
         before, divergence = after, divergence - gain
-        changed[refitter.family.embedding if table is not None else name] = step.head[name]
+        changed[name if tied is None else refitter.family.embedding] = table
     else:
         gain = 0.0
     scale = fit_logit_scale(refitter, before, told_by, divergence)

@@ -17,7 +17,8 @@ from sp3llm.maths.head_step import add_to_head, no_tokens, stepped_head
 from sp3llm.models.families import logit_divisor
 from sp3llm.models.head import End, logits_of_both
 
-# At least, of the windows that were fitted to; how many more would help was not measured.
+# At least, where there are as many, evenly over the windows that were fitted to; how many more
+# would help was not measured.
 _TOKENS = 16384
 
 
@@ -28,11 +29,10 @@ def stepped(refitter: Refitter, small: End, dense: End) -> End:
     ranks, device = refitter.execution.ranks, refitter.execution.device
     fitted = slice(0, refitter.unseen_from)
     few = [on_windows(end, fitted) for end in (small, dense)]
-    count = torch.tensor([few[0].stream.hidden[..., 0].numel()])
+    windows, length = few[0].stream.hidden.shape[:2]
+    count = torch.tensor([windows])
     ranks.all_reduce_(count)
-    stride = max(1, int(count) // _TOKENS)
-    # What stands first in a window is like nothing else.
-    few = [on_tokens(end, slice(stride - 1, None, stride)) for end in few]
+    few = [on_tokens(end, places(int(count), length)) for end in few]
 
     name = f"{refitter.family.head}.weight"
     sums = no_tokens(*small.head[name].shape, device)
@@ -43,3 +43,11 @@ def stepped(refitter: Refitter, small: End, dense: End) -> End:
     table = stepped_head(small.head[name], sums, divisor)
     ranks.broadcast_(table)
     return replace(small, head={**small.head, name: table})
+
+
+def places(windows: int, length: int) -> slice:
+    """Which tokens of windows of that length, of so many, a step is by: `_TOKENS` of them all, or
+    all there are, and at least one a window. What stands first is like nothing else.
+    """
+    stride = max(1, (length - 1) // -(-_TOKENS // windows))
+    return slice(max(1, stride - 1), None, stride)

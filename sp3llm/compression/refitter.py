@@ -1,7 +1,7 @@
 """What every fit of the second pass needs: both models, the fit over all processes, the log."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from sp3llm.models.checkpoint import Checkpoint
 from sp3llm.models.families import Family, Group
 from sp3llm.models.objectives.catalogue import objective_of
 from sp3llm.models.objectives.schema import Objective
-from sp3llm.models.shapes import Shape
+from sp3llm.models.shapes import Shape, resized_config
 from sp3llm.models.stream import LayeredModel, Stream
 from sp3llm.runtime.devices import Execution
 
@@ -55,14 +55,20 @@ class Refitter:
     neurons_LF: Tensor | None = None
     """Which FFN neurons of every layer of the dense model stay, boolean; None: all do, or the refit
     chooses."""
-    suits_head: bool = False
-    """Whether the head takes a step, and the final norm a factor, that the windows that no fit sees
-    judge (docs/design.md 3.16, 3.17)."""
+    finished: Callable[[int], Mapping[str, Tensor]] | None = None
+    """Reads, on the first process, a group of the small model again that is finished, by its
+    number. With it the head takes a step, and the final norm a factor, that the windows that no fit
+    sees judge (docs/design.md 3.16, 3.17); None: neither does."""
 
     @property
     def objective(self) -> Objective:
         """What the model is for."""
         return objective_of(self.family.architecture)
+
+    @property
+    def small_config(self) -> dict[str, Any]:
+        """The small model's, in the dense model's family."""
+        return resized_config(self.family, self.dense.config, self.shape, self.layers)
 
     @property
     def eps(self) -> float:

@@ -1,6 +1,6 @@
 """Stages of a compression that its journal knows: the mask, the basis, the small model's groups."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -164,11 +164,17 @@ def build(
     from sp3llm.compression.projecting import plain_groups, whole_groups
     from sp3llm.compression.refitter import FinishedGroup
     from sp3llm.models import families
-    from sp3llm.models.export import groups_written, with_zeros, write_model
+    from sp3llm.models.export import groups_written, with_zeros, write_model, written_group
     from sp3llm.runtime.progress import tracked
 
     ranks = job.execution.ranks
     written_as = (export.family, export.config)
+    wait = _nothing
+
+    def finished(index: int) -> "Mapping[str, Tensor]":
+        wait()  # for the group before, which is being written while the next one is made
+        return written_group(*written_as, job.dtype, journal, index)
+
     count = len(families.groups(*written_as))
     done = ranks.from_first(lambda: groups_written(*written_as, job.dtype, journal))
     refits = job.settings.refit and projection is not None
@@ -178,7 +184,8 @@ def build(
     elif refits:
         what = "fold, rotate, cut, refit"
         of_shape = (shape, projection, layers, neurons_LF)
-        start, fits, groups = _refitted(job, *of_shape, tokens, fitted, journal, done, runs)
+        again = finished if fitted < len(tokens) else None
+        start, fits, groups = _refitted(job, *of_shape, tokens, fitted, journal, done, runs, again)
     else:
         what, start, fits = "fold, rotate, cut", done, []
         of_export = (job.dtype, job.execution, done)
@@ -214,9 +221,11 @@ def _refitted(
     journal: "Journal",
     done: int,
     runs: "DenseRuns | None",
+    finished: "Callable[[int], Mapping[str, Tensor]] | None",
 ) -> "tuple[int, list[dict[str, Any]], Iterator[FinishedGroup]]":
     """The groups of the refit from where a run before has left both streams, not beyond group
-    `done`; with the number of the first, and the log of fits, which grows as groups are made.
+    `done`; with the number of the first, and the log of fits, which grows as groups are made. For
+    `finished` see `Refitter`.
     """
     from sp3llm.compression.building import refitted_groups
     from sp3llm.compression.refitter import held_back_from
@@ -228,7 +237,7 @@ def _refitted(
         streams = (before.tensors["dense"], before.tensors["small"])
     of_shape = (shape, projection, layers, neurons_LF)
     refitter = refitter_of(job, *of_shape, held_back_from(fitted), fitted)
-    refitter = replace(refitter, log=fits, suits_head=fitted < len(tokens))
+    refitter = replace(refitter, log=fits, finished=finished)
     groups = refitted_groups(refitter, tokens, start, streams, runs)
     return start, fits, groups
 

@@ -21,7 +21,7 @@ _RIDGE_OF_CONSTANT, _RIDGE_OF_STEP = 0.01, 3.0
 # Of one, what the direction that is next to it comes to in the mean; with less, it is none.
 _CONSTANT_ENOUGH = 0.9
 # Rows taken at once, in numbers: in float64 a whole table is large.
-_PIECE = 1 << 24
+_PIECE = 1 << 21
 
 
 @dataclass(frozen=True)

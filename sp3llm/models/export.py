@@ -150,6 +150,16 @@ def groups_written(
     return count
 
 
+def written_group(
+    family: Family, config: Mapping[str, Any], dtype: torch.dtype, journal: Journal, index: int
+) -> Mapping[str, Tensor]:
+    """A group that `write_model` has written, by its number; mapped from its file."""
+    layout = shard_layout(family, config, dtype)
+    found = journal.load(SHARD, _shard_of(layout, index)) or journal.load(WEIGHTS, index)
+    group = list(itertools.chain(*layout))[index]
+    return {name: found.tensors[name] for name in group.parameters}
+
+
 def written(
     family: Family, config: Mapping[str, Any], dtype: torch.dtype, folder: Path
 ) -> Checkpoint:

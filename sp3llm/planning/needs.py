@@ -217,7 +217,7 @@ def _working_bytes(
     rows = axis_sizes(family, config)[VOCAB]
     tables = rows * widths.dense * (_TABLES_AS_STORED * stored + computed)
     if family.task_head is None:
-        tables += rows * widths.small * (_TABLES_OF_SUMS * _FLOAT32 + stored)
+        tables += rows * widths.small * (_TABLES_OF_SUMS * _FLOAT32 + stored + computed)
     return _head_moment_bytes(family, config, widths) + max(weights + solving, tables)
 
 

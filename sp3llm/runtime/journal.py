@@ -20,7 +20,13 @@ from typing import Any
 from torch import Tensor
 
 from sp3llm.errors import ResumableError
-from sp3llm.runtime.files import file_hash, read_tensors, write_durably, write_tensors
+from sp3llm.runtime.files import (
+    file_hash,
+    read_tensors,
+    rename_durably,
+    write_durably,
+    write_tensors,
+)
 from sp3llm.runtime.processes import Ranks
 
 MANIFEST = "manifest.json"
@@ -108,8 +114,24 @@ class Journal:
         """
         if self.folder is None:
             return
-        name = f"{stage}@{step}"
-        self.entries[name] = self._written(path or self._file(stage, step), tensors, None)
+        name, path = f"{stage}@{step}", path or self._file(stage, step)
+        if name in self.entries:
+            self._replace(name, path, tensors)
+            return
+        self.entries[name] = self._written(path, tensors, None)
+        self._write_manifest()
+
+    def _replace(self, name: str, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Put a file in the place of an entry's: while it is renamed the manifest knows both, so
+        that whichever is there counts as whole.
+        """
+        aside = path.with_name(f"next-{path.name}.new")
+        entry, digest = self.entries[name], write_tensors(aside, tensors)
+        self.entries[name] = {**entry, "next": digest}
+        self._write_manifest()
+        rename_durably(aside, path)
+        self.entries[name] = {"facts": entry["facts"], "file": entry["file"], "sha256": digest}
+        self.whole.add(path)
         self._write_manifest()
 
     def _file(self, stage: str, step: int) -> Path:
@@ -161,7 +183,8 @@ class Journal:
         if "file" not in entry:
             return Saved(step, entry["facts"], {})
         path = self.folder / entry["file"]
-        if path not in self.whole and file_hash(path) != entry["sha256"]:
+        known = (entry["sha256"], entry.get("next"))
+        if path not in self.whole and file_hash(path) not in known:
             self.say(f"{entry['file']}, saved by the run before, is damaged; its work is redone.")
             self._forget([f"{stage}@{step}"])
             return None

@@ -1,5 +1,6 @@
 """What a refitted head is given by what it says: a step of its matrix, a factor in its norm."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sp3llm.compression import head_fit
+from sp3llm.compression import head_fit, head_step
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.building import refitted_groups
 from sp3llm.compression.ends import dense_end, mean_divergence, on_windows, small_end
@@ -18,7 +19,7 @@ from sp3llm.compression.logit_scale import (
     scaled_norm,
 )
 from sp3llm.compression.measuring import measure_dense
-from sp3llm.compression.refitter import HeadFit, Refitter
+from sp3llm.compression.refitter import FinishedGroup, HeadFit, Refitter
 from sp3llm.models import export
 from sp3llm.models.shapes import Shape
 from sp3llm.planning.windows import windows_that_tell
@@ -56,9 +57,17 @@ def refitted(tmp_path, tokens):
         shape = replace(Shape.of(family, checkpoint.config), **cut)
         _, projection = choose_basis(checkpoint, family, moments, shape)
         of_shape = (checkpoint, family, shape, projection, torch.float64, EXECUTION, "obs")
-        refitter = Refitter(*of_shape, 2, 3, [], suits_head=suits_head)
-        return refitter, list(refitted_groups(refitter, tokens))
+        groups: list[FinishedGroup] = []
 
+        def finished(number: int):
+            return groups[number].tensors
+
+        refitter = Refitter(*of_shape, 2, 3, [], finished=finished if suits_head else None)
+        for group in refitted_groups(refitter, tokens):
+            groups.append(group)
+        return refitter, groups
+
+    refit.tokens = tokens
     return refit
 
 
@@ -137,28 +146,86 @@ def test_only_the_head_differs_and_fits_do_not_see_the_windows_that_tell(variant
     assert bool(changed & tables) == (found.step_gain > 0)
 
 
-def test_a_step_is_judged_by_windows_that_no_fit_saw(refitted, monkeypatch):
-    """The divergence that the record says is won is that of the model that is written."""
+def divergence_of_written(refitter, groups, tokens, folder) -> float:
+    """Of the stock model that is written from the dense one, on tokens; its head's factor apart."""
+    factor = groups[-1].head_fit.logit_scale if groups[-1].head_fit else 1
+    plain = {**groups[-1].tensors, **scaled_norm(refitter, groups[-1].tensors, 1 / factor)}
+    built = [*groups[:-1], replace(groups[-1], tensors=plain)]
+    config = refitter.small_config
+    written_model(refitter.family, config, built, torch.float64, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    dense, small = (
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float64)
+        for place in (refitter.dense.folder, folder)
+    )
+    with torch.no_grad():
+        wanted, said = (logits_of(model, tokens).log_softmax(-1) for model in (dense, small))
+    return (wanted.exp() * (wanted - said)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize(
+    "variant", ["llama", "llama-tied", "gemma", "granite-tied", "opt-projected"]
+)
+def test_what_a_step_is_said_to_win_is_won_by_the_model_that_is_written(
+    variant, refitted, tokens, tmp_path, monkeypatch
+):
+    """On windows that no fit saw, by the whole stock forward: a tied table is what tokens enter
+    with as well.
+    """
     cut = {"intermediate_size": 16}
-    refitter, plain = refitted(tiny_model("llama-tied"), suits_head=False, **cut)
+    refitter, plain = refitted(tiny_model(variant), suits_head=False, **cut)
+    name, unseen = f"{refitter.family.head}.weight", tokens[3:]
+    before = divergence_of_written(refitter, plain, unseen, tmp_path / "plain")
 
-    def shifted(_, small, __, by=0.1):
-        head = dict(small.head)
-        head["lm_head.weight"] = head["lm_head.weight"] * (1 + by)
-        return replace(small, head=head)
+    def turned(_, small, __, by: float):
+        return replace(small, head={**small.head, name: small.head[name] * (1 + by)})
 
-    at = [on_windows(end, slice(3, None)) for end in ends_of(refitter, plain)]
-    before = mean_divergence(refitter, *at)
-    after = {by: mean_divergence(refitter, shifted(0, at[0], 0, by), at[1]) for by in (0.1, -0.1)}
-    by = min(after, key=after.get)
-    assert after[by] < before < after[-by]
-    for sign, gain in ((1, before - after[by]), (-1, 0)):
-        monkeypatch.setattr(head_fit, "stepped", partial(shifted, by=sign * by))
-        _, groups = refitted(tiny_model("llama-tied"), **cut)
-        assert groups[-1].head_fit.step_gain == pytest.approx(gain)
-        table = groups[0].tensors["model.embed_tokens.weight"]
-        found = groups[-1].tensors.get("model.embed_tokens.weight", table)
-        assert torch.allclose(found, table * (1 + by) if gain else table)
+    gains = []
+    for by in (0.02, -0.02):
+        monkeypatch.setattr(head_fit, "stepped", partial(turned, by=by))
+        _, groups = refitted(tiny_model(variant), **cut)
+        after = divergence_of_written(refitter, groups, unseen, tmp_path / str(by))
+        gains.append(groups[-1].head_fit.step_gain)
+        assert gains[-1] == pytest.approx(before - after, abs=1e-9)
+    assert max(gains) > 0
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied"])
+def test_a_step_that_is_not_finite_is_not_taken(variant, refitted, monkeypatch):
+    _, plain = refitted(tiny_model(variant), suits_head=False, intermediate_size=16)
+
+    def broken(_, small, __):
+        return replace(small, head={name: t * float("nan") for name, t in small.head.items()})
+
+    monkeypatch.setattr(head_fit, "stepped", broken)
+    _, groups = refitted(tiny_model(variant), intermediate_size=16)
+    assert groups[-1].head_fit.step_gain == 0
+    assert groups[-1].tensors.keys() == plain[-1].tensors.keys()
+
+
+def test_a_table_that_a_killed_run_left_is_put_back(refitted, monkeypatch):
+    """Where the step is judged otherwise this time."""
+    monkeypatch.setattr(head_fit, "stepped", lambda _, small, __: small)
+    refitter, groups = refitted(tiny_model("llama-tied"), intermediate_size=16)
+    name = refitter.family.embedding
+    assert name not in groups[-1].tensors
+    left = [replace(groups[0], tensors={name: groups[0].tensors[name] + 1}), *groups[1:]]
+    refitter = replace(refitter, finished=lambda number: left[number].tensors, log=[])
+    again = list(refitted_groups(refitter, refitted.tokens))
+    assert torch.equal(again[-1].tensors[name], groups[0].tensors[name])
+
+
+@pytest.mark.parametrize(("windows", "length"), [(3, 24), (20, 24), (60, 8)])
+def test_a_step_is_by_tokens_all_over_the_windows_but_none_that_stands_first(
+    windows, length, monkeypatch
+):
+    """As many as are wanted, or all there are; one a window at least."""
+    monkeypatch.setattr(head_step, "_TOKENS", 40)
+    places = range(length)[head_step.places(windows, length)]
+    assert 0 not in places
+    assert len(places) * windows >= min(40, (length - 1) * windows)
+    assert len(places) >= 1
+    assert (len(places) - 1) * windows < 2 * 40 or len(places) == 1
 
 
 @pytest.mark.parametrize("shard_bytes", [2000, 10**9])
