@@ -226,9 +226,9 @@ def run_with_a_step_and_die(*arguments: Any) -> None:
 @pytest.mark.parametrize(
     ("shard_bytes", "writes"),
     [
-        *((120_000, 52), (None, 49)),
-        *(pytest.param(120_000, n, marks=pytest.mark.slow) for n in (51, 53, 54, 55, 56)),
-        *(pytest.param(None, n, marks=pytest.mark.slow) for n in (48, 50, 51, 52, 53)),
+        *((120_000, 54), (None, 51)),
+        *(pytest.param(120_000, n, marks=pytest.mark.slow) for n in (51, 52, 53, 55, 56, 57, 58)),
+        *(pytest.param(None, n, marks=pytest.mark.slow) for n in (48, 49, 50, 52, 53, 54, 55)),
     ],
 )
 def test_run_killed_while_a_table_is_written_anew_arrives(shard_bytes, writes, tmp_path):
