@@ -130,7 +130,14 @@ def row_of(name: str, keep: float, rows: Path, options: argparse.Namespace) -> d
     answers = torch.load(f"{out}.answers.pt")
     row["in transformers 4"] = loaded(out, rows, answers, peer=True)
     row["in transformers here"] = loaded(out, rows, answers, peer=False)
-    return {**row, "answers": answers.argmax(1).tolist()}
+    told = torch.load(rows)["held_out"]["labels"]
+    right, dense_right = (
+        (said.argmax(1) == told).double()
+        for said in (answers, torch.load(options.work / "dense.answers.pt"))
+    )
+    apart = right - dense_right
+    row |= {"accuracy": right.mean().item(), "difference": apart.mean().item()}
+    return {**row, "paired_standard_error": apart.std().item() / len(apart) ** 0.5}
 
 
 def dense_sizes(folder: Path) -> dict[str, Any]:
@@ -158,11 +165,6 @@ def matrices(row: dict[str, Any]) -> int:
     return attention + 2 * width * row["intermediate_size"] * len(row["heads"])
 
 
-def accuracy(answers: list[int], rows: dict[str, Tensor]) -> Tensor:
-    """1 where a row is answered as its label says, else 0."""
-    return (torch.tensor(answers) == rows["labels"]).double()
-
-
 def shown_loading(found: dict[str, Any]) -> str:
     """A cell on what a transformers makes of a folder."""
     if "error" in found:
@@ -171,13 +173,14 @@ def shown_loading(found: dict[str, Any]) -> str:
     return f"{'yes' if apart <= SAME else '**other answers**'}, {apart:.0e}"
 
 
-def publish(options: argparse.Namespace, rows: list[dict[str, Any]], held: dict[str, Any]) -> None:
-    """Write all rows down."""
+def publish(
+    options: argparse.Namespace, rows: list[dict[str, Any]], calibrated: int, dense: Tensor
+) -> None:
+    """Write all rows down; `dense` is 1 for every row that the dense model answers right."""
     words = with_own_names(sys.argv[1:], options.name)
     found = {"command": command(__file__, words), "rows": rows, **surroundings("cpu")}
-    right = accuracy(held["dense"], held["rows"])
     head = ["encoder kept", "contestant", "width, FFN, heads, layers", "all parameters"]
-    head += [f"accuracy (dense {100 * right.mean():.2f})", "difference, paired by row", "seconds"]
+    head += [f"accuracy (dense {100 * dense.mean():.2f})", "difference, paired by row", "seconds"]
     head += ["peak memory, GB", "stock class of transformers 4.57.6, largest difference of a logit"]
     head += [f"of transformers {found['versions']['transformers']}"]
     cells = []
@@ -188,16 +191,14 @@ def publish(options: argparse.Namespace, rows: list[dict[str, Any]], held: dict[
             continue
         heads = sorted(set(row["heads"]))
         heads = str(heads[0]) if len(heads) == 1 else f"{heads[0]} to {heads[-1]}"
-        apart = accuracy(row["answers"], held["rows"]) - right
-        error = apart.std().item() / len(apart) ** 0.5
         cells.append(
             [
                 *(f"{100 * row['kept']:.2f} %", row["contestant"]),
                 f"{row['hidden_size']}, {row['intermediate_size']}, {heads} x {row['head_dim']}, "
                 f"{len(row['heads'])}",
                 f"{row['parameters']:,}",
-                f"{100 * (apart.mean() + right.mean()):.2f}",
-                f"{100 * apart.mean():.2f} ± {100 * error:.2f}",
+                f"{100 * row['accuracy']:.2f}",
+                f"{100 * row['difference']:.2f} ± {100 * row['paired_standard_error']:.2f}",
                 f"{row['seconds']:.0f}" + ("" if options.timed else " (shared)"),
                 f"{row['peak_memory_bytes'] / 1e9:.2f}",
                 shown_loading(row["in transformers 4"]),
@@ -208,7 +209,7 @@ def publish(options: argparse.Namespace, rows: list[dict[str, Any]], held: dict[
 
     {found["command"]}
 
-{len(held["calibration"])} training rows to calibrate on, {len(right)} validation rows, nothing
+{calibrated} training rows to calibrate on, {len(dense)} validation rows, nothing
 tuned; seed {options.seed}. textpruner 1.1.post2 takes heads and FFN neurons away by the gradients
 of the task's loss in {STEPS} steps. Seconds with "(shared)" were taken beside other work and say no
 more than the order. Machine: {hardware(found["machine"])}; torch {found["versions"]["torch"]}.
@@ -238,16 +239,13 @@ def main() -> None:
     if error is not None:
         raise SystemExit(error)
     rows = torch.load(path)
-    held = {
-        "rows": rows["held_out"],
-        "calibration": rows["calibration"]["input_ids"],
-        "dense": torch.load(f"{dense}.answers.pt").argmax(1).tolist(),
-    }
+    right = torch.load(f"{dense}.answers.pt").argmax(1) == rows["held_out"]["labels"]
+    calibrated = len(rows["calibration"]["labels"])
     found = []
     for keep in options.keep:
         for name in (OURS, *options.run):
             found.append(row_of(name, keep, path, options))
-            publish(options, found, held)
+            publish(options, found, calibrated, right.double())
 
 
 if __name__ == "__main__":

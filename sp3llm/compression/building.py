@@ -186,7 +186,8 @@ def _suit_head(side: _Side, tensors: dict[str, Tensor], tokens: Tensor, dense: S
     tied = TiedTable(projected[name], partial(_stream_with, side, tokens))
     found, changed = suited_head(refitter, tensors, dense, side.stream, tied)
     # A run that was killed here may have judged otherwise, and left its own.
-    if name not in changed and not torch.equal(_read_again(refitter, 0)[name], tied.table):
+    there = _read_again(refitter, 0)[name].to(tied.table.device)
+    if name not in changed and not torch.equal(there, tied.table):
         changed[name] = tied.table
     tensors |= changed
     return found

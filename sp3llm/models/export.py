@@ -14,7 +14,7 @@ from torch import Tensor
 from sp3llm.models.checkpoint import Checkpoint
 from sp3llm.models.families import Family, Group, groups, parameter_shapes
 from sp3llm.runtime.files import write_json
-from sp3llm.runtime.journal import Journal
+from sp3llm.runtime.journal import REPLACING, Journal
 
 # Stages, as a journal knows them: groups of a shard that is not yet whole, and whole shards.
 WEIGHTS = "weights"
@@ -74,6 +74,8 @@ def write_model(
             yield index, before.result
         if before is not None:
             before.result()
+    for left in folder.glob(f"{REPLACING}*"):  # by a run that was killed
+        left.unlink()
     size = sum(math.prod(shape) for shape in parameter_shapes(family, config).values())
     write_index(folder, layout, size * dtype.itemsize, size)
 

@@ -128,6 +128,8 @@ class _Widths:
     """Of the dense FFN."""
     heads: int
     """Of all dense query heads together."""
+    table: int
+    """Of a row of the compressed model's table, and of its head."""
 
 
 def needs_of(
@@ -149,6 +151,7 @@ def needs_of(
         small=shape.hidden_size,
         ffn=dense.intermediate_size,
         heads=dense.num_attention_heads * dense.head_dim,
+        table=shape.word_embed_proj_dim or shape.hidden_size,
     )
     measuring, building = _channels(family, widths, workload)
     export = export_of(family, resized_config(family, config, shape), export_as)
@@ -217,7 +220,7 @@ def _working_bytes(
     rows = axis_sizes(family, config)[VOCAB]
     tables = rows * widths.dense * (_TABLES_AS_STORED * stored + computed)
     if family.task_head is None:
-        tables += rows * widths.small * (_TABLES_OF_SUMS * _FLOAT32 + stored + computed)
+        tables += rows * widths.table * (_TABLES_OF_SUMS * _FLOAT32 + stored + computed)
     return _head_moment_bytes(family, config, widths) + max(weights + solving, tables)
 
 

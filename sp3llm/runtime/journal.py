@@ -30,6 +30,8 @@ from sp3llm.runtime.files import (
 from sp3llm.runtime.processes import Ranks
 
 MANIFEST = "manifest.json"
+REPLACING = "next-"
+"""What the name of a file begins with that is to take another's place."""
 # Time spent on keeping what may be needed again, as a share of the time spent on everything: a run
 # that is never killed loses a sixtieth, one that is killed repeats sixty times what a save takes.
 _SHARE_OF_TIME = 1 / 60
@@ -125,7 +127,7 @@ class Journal:
         """Put a file in the place of an entry's: while it is renamed the manifest knows both, so
         that whichever is there counts as whole.
         """
-        aside = path.with_name(f"next-{path.name}.new")
+        aside = path.with_name(f"{REPLACING}{path.name}")
         entry, digest = self.entries[name], write_tensors(aside, tensors)
         self.entries[name] = {**entry, "next": digest}
         self._write_manifest()

@@ -245,6 +245,16 @@ def test_a_table_that_is_the_head_too_is_written_as_the_head_has_it(
         assert all(torch.equal(there[n], tensor) for n, tensor in group.tensors.items())
 
 
+def test_what_a_killed_run_wrote_to_take_a_files_place_goes(refitted, tmp_path):
+    refitter, groups = refitted(tiny_model("llama-tied"), suits_head=False)
+    (tmp_path / "written").mkdir()
+    left = tmp_path / "written" / "next-model.safetensors"
+    left.touch()
+    of_model = (refitter.family, dict(refitter.dense.config), groups, torch.float64)
+    written_model(*of_model, tmp_path / "written")
+    assert not left.exists()
+
+
 def test_the_least_of_a_parabola_is_found_within_bounds():
     def found(at: float, bend: float = 3.0) -> float:
         places = (1.0, 0.95, 0.9)
