@@ -26,10 +26,10 @@ LABELS = {
     "curve-search": "refit, shape searched (default)",
 }
 CONTESTANTS = {
-    "before": "width, FFN and KV groups, searched",
-    "shape": "and layers (default)",
-    "all": "and the vocabulary",
-    "shape-float32": "and layers, in float32",
+    "before": "width, FFN, KV groups",
+    "shape": "width, FFN, KV groups, layers (default)",
+    "all": "all axes, the vocabulary too",
+    "shape-float32": "the default in float32",
     "kv-drop": "fewer KV heads, others dropped",
     "kv-merge": "fewer KV heads, merged",
     "width": "width alone",
@@ -39,6 +39,7 @@ CONTESTANTS = {
     "vocabulary": "vocabulary alone",
     "block-influence": "layers by block influence",
     "torch-pruning-magnitude-ffn": "torch-pruning, FFN magnitudes",
+    "torch-pruning-taylor-ffn": "torch-pruning, FFN by Taylor scores",
 }
 
 # More curves than that have no room for their names between them.
