@@ -12,8 +12,6 @@ again. What is finished is not run again.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from common import (
 )
 from encoder_peers_prune import STEPS, UNEVEN
 from encoder_starts import started_from
-from peer_packages import packages
+from peer_packages import packages, run_apart
 from rich.console import Console
 from torch import Tensor
 
@@ -75,17 +73,8 @@ def rows_of(options: argparse.Namespace) -> Path:
 
 def asked(words: list[str], log: Path, peer: bool) -> str | None:
     """Run the other script, with the peer's packages or without; the last line of its error."""
-    found = os.pathsep.join(packages("textpruner", log.parent)) if peer else ""
-    done = subprocess.run(
-        [sys.executable, str(_SCRIPT), *words],
-        env={**os.environ, "PYTHONPATH": found, "HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    log.write_text(done.stderr)
-    lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
-    return (lines or [f"exit code {done.returncode}"])[-1] if done.returncode else None
+    found = packages("textpruner", log.parent) if peer else []
+    return run_apart(_SCRIPT, words, found, log)
 
 
 def loaded(folder: Path, rows: Path, expected: Tensor, peer: bool) -> dict[str, Any]:

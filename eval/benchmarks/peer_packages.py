@@ -1,7 +1,9 @@
-"""Packages of other pruners: each in a folder of its own, with nothing that it requires."""
+"""Packages of other pruners, each in a folder of its own, and scripts that run with them."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # Exact, so that a table can be had again. What is listed beside a peer is all that the part that
@@ -34,3 +36,19 @@ def packages(method: str, work: Path) -> list[str]:
                 subprocess.run([*pip, "install", *there, *wanted], check=True)
             return [str(folder)]
     return []
+
+
+def run_apart(script: Path, words: Sequence[str], found: Sequence[str], log: Path) -> str | None:
+    """Run a script in a process of its own with the folders `found` before all other packages;
+    what it says goes to `log`. Returns the last line of its error, if it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, str(script), *words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(found), "HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    log.write_text(done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
+    return (lines or [f"exit code {done.returncode}"])[-1] if done.returncode else None

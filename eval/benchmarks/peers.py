@@ -13,7 +13,6 @@ that fails has the last line of its error in the table. What is finished is not 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -35,7 +34,7 @@ from common import (
     with_own_names,
     write,
 )
-from peer_packages import packages
+from peer_packages import packages, run_apart
 from peers_prune import METHODS, token_losses
 from torch import Tensor
 
@@ -57,19 +56,10 @@ def prune(method: str, keep: float, out: Path, dense: Path, options: argparse.Na
     script = Path(__file__).with_name("peers_prune.py")
     words = [method, str(dense), str(options.work / "windows.pt"), str(keep), str(out)]
     given = [str(folder.resolve()) for folder in options.packages or []]
-    path = os.pathsep.join(given or packages(method, options.work))
-    done = subprocess.run(
-        [sys.executable, str(script), *words],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    Path(f"{out}.log").write_text(done.stderr)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
-        said = {"error": (lines or [f"exit code {done.returncode}"])[-1]}
-        Path(f"{out}.json").write_text(json.dumps(said) + "\n")
+    found = given or packages(method, options.work)
+    error = run_apart(script, words, found, Path(f"{out}.log"))
+    if error is not None:
+        Path(f"{out}.json").write_text(json.dumps({"error": error}) + "\n")
 
 
 def make_ours(keep: float, out: Path, dense: Path, options: argparse.Namespace) -> None:

@@ -187,6 +187,10 @@ def test_what_a_step_is_said_to_win_is_won_by_the_model_that_is_written(
         after = divergence_of_written(refitter, groups, unseen, tmp_path / str(by))
         gains.append(groups[-1].head_fit.step_gain)
         assert gains[-1] == pytest.approx(before - after, abs=1e-9)
+        if refitter.shape.tie_word_embeddings:
+            table = groups[0].tensors[refitter.family.embedding]
+            found = groups[-1].tensors.get(refitter.family.embedding, table)
+            assert torch.allclose(found, table * (1 + by) if gains[-1] else table)
     assert max(gains) > 0
 
 
