@@ -42,16 +42,30 @@ def on_tokens(end: End, places: slice) -> End:
     return replace(end, stream=replace(end.stream, hidden=end.stream.hidden[:, places]))
 
 
-def mean_divergence(refitter: Refitter, small: End, dense: End) -> float:
-    """How far the small model is from the dense one, nats, in the mean over the tokens of all
-    processes' windows that the ends are of. The same on every process.
+def divergences(refitter: Refitter, small: End, dense: End) -> Tensor:
+    """How far the small model is from the dense one at every token of this process's windows that
+    the ends are of, nats, float64; none where a process has none of them.
     """
-    total = torch.zeros(2, dtype=torch.float64)
-    if len(small.stream.hidden):  # a process may have none of them
-        found = refitter.objective.divergences(small, dense)
-        total = torch.tensor([found.sum(), found.numel()], dtype=torch.float64)
-    refitter.execution.ranks.all_reduce_(total)
-    return (total[0] / total[1]).item()
+    if not len(small.stream.hidden):
+        return torch.zeros(0, dtype=torch.float64)
+    return refitter.objective.divergences(small, dense)
+
+
+def mean_divergence(refitter: Refitter, small: End, dense: End) -> float:
+    """The mean of `divergences` over the tokens of all processes, the same on every one."""
+    return mean_of_all(refitter, divergences(refitter, small, dense))[0]
+
+
+def mean_of_all(refitter: Refitter, values: Tensor) -> tuple[float, float]:
+    """The mean over the values, float64, of all processes, and its standard error, as of values
+    that hang on nothing but chance; NaN of fewer than two. The same on every process.
+    """
+    sums = torch.tensor([values.numel(), values.sum(), values.square().sum()], dtype=torch.float64)
+    refitter.execution.ranks.all_reduce_(sums)
+    count, total, squares = sums
+    mean = total / count
+    error = ((squares / count - mean**2).clamp_min(0) / (count - 1)).sqrt()
+    return mean.item(), error.item()
 
 
 def _end(

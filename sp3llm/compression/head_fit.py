@@ -6,14 +6,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sp3llm.compression.ends import dense_end, mean_divergence, on_windows, small_end
+from sp3llm.compression.ends import (
+    dense_end,
+    divergences,
+    mean_of_all,
+    on_windows,
+    small_end,
+)
 from sp3llm.compression.head_step import stepped
 from sp3llm.compression.logit_scale import fit_logit_scale, scaled_norm
 from sp3llm.compression.refitter import HeadFit, Refitter
 from sp3llm.models.stream import Stream
 
-# Of a step, nats a token: less is rounding, as where nothing was lost.
+# What a step must win, nats a token: less is rounding, as where nothing was lost;
 _LEAST_GAIN = 1e-5
+# and in standard errors of that: of few tokens the half has won something by chance.
+_SURE_ENOUGH = 2.0
 
 
 @dataclass(frozen=True)
@@ -46,16 +54,18 @@ def suited_head(
     dense = dense_end(refitter, dense_stream)
     unseen = slice(refitter.unseen_from, None)
     told_by, before = on_windows(dense, unseen), on_windows(small, unseen)
-    divergence = mean_divergence(refitter, before, told_by)
+    plain = divergences(refitter, before, told_by)
+    divergence, _ = mean_of_all(refitter, plain)
     step = stepped(refitter, small, dense)
-    table, gain = step.head[name], 0.0
+    table = step.head[name]
     changed: dict[str, Tensor] = {}
+    gain, error = 0.0, 0.0
     if torch.isfinite(table).all():
         after = on_windows(step, unseen)
         if tied is not None:
             after = replace(after, stream=tied.stream_with(table))
-        gain = divergence - mean_divergence(refitter, after, told_by)
-    if gain > _LEAST_GAIN:
+        gain, error = mean_of_all(refitter, plain - divergences(refitter, after, told_by))
+    if gain > max(_LEAST_GAIN, _SURE_ENOUGH * error):
         before, divergence = after, divergence - gain
         changed[name if tied is None else refitter.family.embedding] = table
     else:

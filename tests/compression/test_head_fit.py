@@ -11,7 +11,13 @@ from transformers import AutoModelForCausalLM
 from sp3llm.compression import head_fit, head_step
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.building import refitted_groups
-from sp3llm.compression.ends import dense_end, mean_divergence, on_windows, small_end
+from sp3llm.compression.ends import (
+    dense_end,
+    mean_divergence,
+    mean_of_all,
+    on_windows,
+    small_end,
+)
 from sp3llm.compression.head_step import stepped
 from sp3llm.compression.logit_scale import (
     fit_logit_scale,
@@ -180,6 +186,7 @@ def test_what_a_step_is_said_to_win_is_won_by_the_model_that_is_written(
     def turned(_, small, __, by: float):
         return replace(small, head={**small.head, name: small.head[name] * (1 + by)})
 
+    monkeypatch.setattr(head_fit, "_SURE_ENOUGH", 0)
     gains = []
     for by in (0.02, -0.02):
         monkeypatch.setattr(head_fit, "stepped", partial(turned, by=by))
@@ -205,6 +212,24 @@ def test_a_step_that_is_not_finite_is_not_taken(variant, refitted, monkeypatch):
     _, groups = refitted(tiny_model(variant), intermediate_size=16)
     assert groups[-1].head_fit.step_gain == 0
     assert groups[-1].tensors.keys() == plain[-1].tensors.keys()
+
+
+@pytest.mark.parametrize(("noise", "taken"), [(0.001, True), (1.0, False)])
+def test_a_step_is_taken_where_it_wins_more_than_chance_would(noise, taken, refitted, monkeypatch):
+    found = torch.randn(1, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    won = 0.01 + noise * (found - found.mean())
+    answers = iter([torch.ones_like(won), 1 - won])
+    monkeypatch.setattr(head_fit, "divergences", lambda *_: next(answers))
+    _, groups = refitted(tiny_model("llama"), intermediate_size=16)
+    assert groups[-1].head_fit.step_gain == pytest.approx(0.01 if taken else 0, abs=1e-9)
+
+
+def test_a_mean_comes_with_its_error(refitted):
+    refitter, _ = refitted(tiny_model("llama"))
+    values = torch.randn(2, 50, dtype=torch.float64) + 3
+    mean, error = mean_of_all(refitter, values)
+    assert mean == pytest.approx(values.mean().item())
+    assert error == pytest.approx(values.std().item() / 10)
 
 
 def test_a_table_that_a_killed_run_left_is_put_back(refitted, monkeypatch):
