@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,6 +55,20 @@ def test_every_function_whose_time_a_compression_shows_is_there(monkeypatch):
     assert pairs
     for owner, function in pairs:
         assert hasattr(getattr(module, owner), function), f"{owner}.{function}"
+
+
+def test_a_compression_is_timed_stage_by_stage(tmp_path):
+    """The whole of it, as `eval/gpu.sh` calls it where there is a GPU: nothing else notices that
+    stages want other arguments than before.
+    """
+    of_model = ("--shape", "tiny", "--layers", "1", "2", "--samples", "24", "--seq-len", "64")
+    of_run = ("--only", "gradient, search (the default)", "--device", "cpu")
+    places = ("--results", tmp_path / "results", "--work", tmp_path, "--name", "cost")
+    words = [sys.executable, BENCHMARKS / "bench_compress.py", *of_model, *of_run, *places]
+    subprocess.run(words, check=True, cwd=BENCHMARKS.parents[1], capture_output=True)
+    rows = json.loads((tmp_path / "results" / "cost.json").read_text())["runs"]
+    assert any("EXTRAPOLATED" in label for label in rows)
+    assert all(row["plain forward"] > 0 and row["refit, write"] > 0 for row in rows.values())
 
 
 def test_what_is_imported_before_memory_counts_is_there():

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 from sp3llm.compression import basis_choice, curves, predicting, refitter, writers
 from sp3llm.compression.attempts import _placed
 from sp3llm.compression.depth import kept_layers
-from sp3llm.compression.job import Job
+from sp3llm.compression.job import Job, kept_neurons_of
 from sp3llm.compression.preparing import prepare
 from sp3llm.compression.shape_search import choose_shape
 from sp3llm.compression.stages import build, final_basis, measure
@@ -43,6 +43,7 @@ from sp3llm.models.served import export_of
 from sp3llm.models.shapes import Shape, cost_of, resized_config
 from sp3llm.models.source import resolve_model
 from sp3llm.options import CompressConfig
+from sp3llm.planning.windows import windows_that_tell
 from sp3llm.runtime.folders import MODEL
 from sp3llm.runtime.journal import Journal, open_journal
 from sp3llm.runtime.machine import peak_memory
@@ -196,7 +197,9 @@ def ceiling(execution) -> float:
 
 
 def compress_seconds(job: Job, tokens: torch.Tensor, clock: dict[str, float]) -> dict[str, float]:
-    """Seconds of each stage and of its parts; evaluation of perplexity is not part of it."""
+    """Seconds of each stage and of its parts; evaluation of perplexity is not part of it. `tokens`
+    are the windows of `--samples`, and those behind them that tell how sure the model may be.
+    """
     row: dict[str, float] = {}
     clock.update(dict.fromkeys(PARTS, 0.0))
     if torch.cuda.is_available():
@@ -222,7 +225,8 @@ def compress_seconds(job: Job, tokens: torch.Tensor, clock: dict[str, float]) ->
         journal = open_journal(folder / "state-0", {}, Ranks(), print)
         job = _placed(job, journal, folder, job.settings)
         last = time.perf_counter()
-        moments, _ = measure(job, tokens, None, journal)
+        runs = {} if job.execution.keeps_dense else None
+        moments, _ = measure(job, tokens, None, journal, runs=runs)
         passed("moments")
         shape, findings = choose_shape(job, moments, tokens, journal, progress)
         passed("search")
@@ -231,7 +235,9 @@ def compress_seconds(job: Job, tokens: torch.Tensor, clock: dict[str, float]) ->
         layers = kept_layers(moments, shape)
         config = resized_config(job.family, job.dense.config, shape, layers)
         export = export_of(job.family, config, job.settings.export_as)
-        build(job, shape, projection, layers, tokens, export, model, journal, progress)
+        of_shape = (shape, projection, layers, kept_neurons_of(job, moments, shape, projection))
+        fitted = job.settings.samples
+        build(job, *of_shape, tokens, fitted, export, model, journal, progress, runs or None)
         passed("refit, write")
     row[_TRIED] = len(findings.tried)
     if torch.cuda.is_available():
@@ -289,10 +295,10 @@ def measured(
     """A compression between two plain forwards, whose mean is the unit: the speed of a shared
     machine drifts.
     """
-    job = job_of(settings)
-    before = forward_seconds(job.folder, tokens, job.execution)
+    job, fitted = job_of(settings), tokens[: settings.samples]
+    before = forward_seconds(job.folder, fitted, job.execution)
     row = compress_seconds(job, tokens, clock)
-    after = forward_seconds(job.folder, tokens, job.execution)
+    after = forward_seconds(job.folder, fitted, job.execution)
     return with_totals({"plain forward": (before + after) / 2, **row})
 
 
@@ -319,15 +325,18 @@ def model_of(shape: str, layers: int, work: Path, device: str) -> str:
 
 
 def text_of(options: argparse.Namespace, model: str | None) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Calibration windows, and what is said of them: random tokens for random weights."""
+    """Calibration windows, with those that tell, and what is said of them: random tokens for random
+    weights.
+    """
+    count = options.samples + windows_that_tell(options.samples, options.seq_len)
     if options.shape:
         generator = torch.Generator().manual_seed(0)
-        size, vocab_size = (options.samples, options.seq_len), SHAPES[options.shape]["vocab_size"]
+        size, vocab_size = (count, options.seq_len), SHAPES[options.shape]["vocab_size"]
         tokens = torch.randint(3, vocab_size, size, generator=generator)
         return tokens, {"random tokens": list(size)}
     folder, _, _ = resolve_model(model)
     windows = calibration_windows(
-        options.calib, load_tokenizer(folder), options.samples, options.seq_len, seed=0
+        options.calib, load_tokenizer(folder), count, options.seq_len, seed=0
     )
     return windows.tokens, windows.describe()
 
@@ -374,9 +383,11 @@ def main() -> None:
     install_clocks(clock)
     # Caches, thread pools, kernels and the clock rate settle before anything counts; on a small
     # shape where there is a choice: a large one's solves alone take long.
-    first, some = replace(variants_of(base)["pca, width"], model=models[min(models)]), tokens[:16]
+    few = min(16, options.samples)
+    first = replace(variants_of(base)["pca, width"], model=models[min(models)], samples=few)
+    some = tokens[: few + windows_that_tell(few, options.seq_len)]
     if options.shape:
-        first = replace(first, model=model_of("tiny", 2, options.work, weights_on), samples=16)
+        first = replace(first, model=model_of("tiny", 2, options.work, weights_on))
         some = some % SHAPES["tiny"]["vocab_size"]
     job = job_of(first)
     compress_seconds(job, some, clock)
