@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sp3llm.errors import UserError
+from sp3llm.models.causal_blocks import CausalBlocks
 from sp3llm.models.families import Family
 from sp3llm.models.hooks import (
     Probe,
@@ -140,7 +141,7 @@ def run_layer(
     """
     layer, execution = model.layer(index), model.execution
     by_class, seen = fuse_experts(model.family, index, tensors), FiniteSums()
-    with materialized(model.module, by_class, execution):
+    with materialized(model.module, by_class, execution), CausalBlocks():
         for stream, probes in streams:
             hidden = stream.hidden
             for rows, batch in _fetched(hidden, execution):
