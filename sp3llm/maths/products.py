@@ -6,7 +6,7 @@ Shape suffixes: N tokens, P and Q columns.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -30,14 +30,23 @@ def symmetric_product(left_NP: Tensor, right_NP: Tensor) -> Tensor:
     """`left^T right`, `(P, P)`, where that is symmetric: only the blocks on and above the diagonal
     are computed. In the wider of the two dtypes, float32 at least; see `product`.
     """
-    size = right_NP.shape[1]
-    operands = _operands(left_NP, right_NP)
-    product_PP = right_NP.new_empty(size, size, dtype=operands.dtype)
-    bounds = [size * panel // _PANELS for panel in range(_PANELS + 1)]
-    for start, end in pairwise(bounds):
-        product_PP[start:end, start:] = operands.product(slice(start, end), slice(start, size))
-        product_PP[end:, start:end] = product_PP[start:end, end:].T
-    return product_PP
+    return _symmetric(_operands(left_NP, right_NP), right_NP.shape[1])
+
+
+def rounded_products(x_NP: Tensor, y_NQ: Tensor, weights_N: Tensor) -> tuple[Tensor, ...]:
+    """Of tokens rounded to bfloat16, and float32 weights of theirs: `x^T x`, `x^T y`, `x^T w`,
+    `y^T w`, and `|y|^2`; float32, the last float64. See `product`; all is made ready for it once.
+    """
+    of_x, of_y = (_operands(tokens, tokens) for tokens in (x_NP.bfloat16(), y_NQ.bfloat16()))
+    x_NP, y_NQ = of_x.rights[0], of_y.rights[0]
+    return (
+        _symmetric(of_x, x_NP.shape[1]),
+        replace(of_x, rights=of_y.rights).product(slice(None), slice(None)),
+        product(weights_N[:, None], x_NP)[0],
+        product(weights_N[:, None], y_NQ)[0],
+        # In float64 over all of them it takes ten times as long.
+        torch.linalg.vecdot(*[y_NQ.float()] * 2).sum(dtype=torch.float64),
+    )
 
 
 def product(left_NP: Tensor, right_NQ: Tensor) -> Tensor:
@@ -81,6 +90,16 @@ class _Operands:
         for low in rights[1:]:
             total += self.multiply(lefts[0], low)
         return total
+
+
+def _symmetric(operands: _Operands, size: int) -> Tensor:
+    """`left^T right`, `(P, P)`, where it is symmetric, of `size` columns each."""
+    product_PP = operands.rights[0].new_empty(size, size, dtype=operands.dtype)
+    bounds = [size * panel // _PANELS for panel in range(_PANELS + 1)]
+    for start, end in pairwise(bounds):
+        product_PP[start:end, start:] = operands.product(slice(start, end), slice(start, None))
+        product_PP[end:, start:end] = product_PP[start:end, end:].T
+    return product_PP
 
 
 def _operands(left_NP: Tensor, right_NQ: Tensor) -> _Operands:
