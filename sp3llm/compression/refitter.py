@@ -13,7 +13,14 @@ from torch import Tensor
 from sp3llm.compression.projection import Projection
 from sp3llm.compression.reading import real_rows
 from sp3llm.errors import UserError
-from sp3llm.maths.refit import Gram, NotFinite, add_to_gram, empty_gram, gram_tensors
+from sp3llm.maths.refit import (
+    Gram,
+    NotFinite,
+    add_to_gram,
+    empty_gram,
+    gram_tensors,
+    squared_error,
+)
 from sp3llm.maths.ridge import Fit, Tried, ridge_errors, ridge_fit, search_ridge
 from sp3llm.models import families
 from sp3llm.models.checkpoint import Checkpoint
@@ -59,6 +66,9 @@ class Refitter:
     """Reads, on the first process, a group of the small model again that is finished, by its
     number. With it the head takes a step, and the final norm a factor, that the windows that no fit
     sees judge (docs/design.md 3.16, 3.17); None: neither does."""
+    tells_errors: bool = True
+    """Whether entries of the log say what held-back tokens miss: of all outputs it takes as long as
+    a factor, and of trials nobody asks."""
 
     @property
     def objective(self) -> Objective:
@@ -221,7 +231,15 @@ def fit_ridge(
     tried = search_ridge(try_all, _last_ridge(refitter, name))
     fit = ridge_fit(*grams, *priors, tried, dtype, by_input)
     ranks.broadcast_(fit.solution_PQ, fit.intercept_Q)
-    _log(refitter, name, fit)
+    entry = {
+        "name": name,
+        "ridge": None if fit.ridge == float("inf") else fit.ridge,
+        "raised": fit.raised,
+    }
+    if refitter.tells_errors:
+        plain_error = squared_error(grams[1], *priors)
+        entry |= {"error": plain_error - fit.gain, "plain_error": plain_error}
+    refitter.log.append(entry)
     return fit
 
 
@@ -236,18 +254,6 @@ def _last_ridge(refitter: Refitter, name: str) -> float | None:
         if _WITHOUT_NUMBERS(entry["name"]) == _WITHOUT_NUMBERS(name):
             return float("inf") if entry["ridge"] is None else entry["ridge"]
     return None
-
-
-def _log(refitter: Refitter, name: str, fit: Fit) -> None:
-    refitter.log.append(
-        {
-            "name": name,
-            "ridge": None if fit.ridge == float("inf") else fit.ridge,
-            "error": fit.error,
-            "plain_error": fit.plain_error,
-            "raised": fit.raised,
-        }
-    )
 
 
 @contextmanager

@@ -210,7 +210,8 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
         projection, layers = _projection(found, shape), kept_layers(found.moments, shape)
         neurons_LF = kept_neurons_of(job, found.moments, shape, projection)
         of_shape = (replace(shape, vocab_size=rows), projection, layers, neurons_LF)
-        refitters.append(refitter_of(job, *of_shape, held_from, unseen_from))
+        refitter = refitter_of(job, *of_shape, held_from, unseen_from)
+        refitters.append(replace(refitter, tells_errors=False))
     runs = found.runs if job.execution.keeps_dense else None
     found.trials.update(zip(cut, trials_of(refitters, windows, runs) if cut else (), strict=True))
     kept = [

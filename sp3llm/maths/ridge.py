@@ -33,11 +33,9 @@ class Fit:
     """`b`, float64; None where none was asked for."""
     ridge: float
     """Chosen ridge, relative to the (mean) diagonal; infinity: the plain projection was kept."""
-    error: float
-    """Relative squared error of the choice on the held-back tokens, before these are taken in; of
-    many outputs by random combinations of them."""
-    plain_error: float
-    """The plain projection's."""
+    gain: float
+    """How much less than the plain projection the choice misses on the held-back tokens, before
+    these are taken in, relative to their energy; of many outputs by random combinations of them."""
     raised: bool
     """The ridge was raised above what held-back tokens chose since the matrix was singular."""
 
@@ -150,16 +148,15 @@ def ridge_fit(
         tried = search_ridge(
             lambda some: ridge_errors(fitting, held_back, *priors, some, dtype, by_input)
         )
-    plain_error = squared_error(held_back, prior_PQ, prior_intercept_Q)
-    best, gain = float("inf"), 0.0
+    best, most = float("inf"), 0.0
     for used, more in tried.values():
-        if more < gain:
-            best, gain = used, more
+        if -more > most:
+            best, most = used, -more
     if best == float("inf"):
-        return Fit(prior_PQ, prior_intercept_Q, best, plain_error, plain_error, False)
+        return Fit(prior_PQ, prior_intercept_Q, best, 0.0, False)
     both = add_gram_(fitting, held_back)
     intercept = prior_intercept_Q is not None
     solution_PQ, intercept_Q, used = ridge_solution(
         both, prior_PQ, best, intercept, dtype, by_input
     )
-    return Fit(solution_PQ, intercept_Q, used, plain_error + gain, plain_error, used > best)
+    return Fit(solution_PQ, intercept_Q, used, most, used > best)
