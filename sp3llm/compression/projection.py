@@ -140,14 +140,16 @@ def project_group(
     return _project_layer(family, group, tensors, projection)
 
 
-def project_table(table_VD: Tensor, basis_DK: Tensor) -> Tensor:
-    """An embedding table: `c E T`."""
-    return stream_scale(basis_DK) * (table_VD.to(basis_DK) @ basis_DK)
+def project_table(table_VD: Tensor, basis_DK: Tensor, is_same: bool = False) -> Tensor:
+    """An embedding table: `c E T`; `is_same`: `T` is the identity."""
+    table_VD = table_VD.to(basis_DK)
+    return table_VD if is_same else stream_scale(basis_DK) * (table_VD @ basis_DK)
 
 
-def project_writer(weight_DF: Tensor, basis_DK: Tensor) -> Tensor:
-    """A writer's matrix `(D, F)` or bias `(D,)`: `c T^T W`."""
-    return stream_scale(basis_DK) * (basis_DK.T @ weight_DF.to(basis_DK))
+def project_writer(weight_DF: Tensor, basis_DK: Tensor, is_same: bool = False) -> Tensor:
+    """A writer's matrix `(D, F)` or bias `(D,)`: `c T^T W`; `is_same`: `T` is the identity."""
+    weight_DF = weight_DF.to(basis_DK)
+    return weight_DF if is_same else stream_scale(basis_DK) * (basis_DK.T @ weight_DF)
 
 
 def set_reader(
@@ -222,30 +224,31 @@ def unembedding(table_VE: Tensor, projection: Projection) -> Tensor:
 def _project_embeddings(
     family: Family, tensors: Mapping[str, Tensor], projection: Projection
 ) -> dict[str, Tensor]:
-    writes_DK = projection.writes()
+    writes_DK, is_same = projection.writes(), projection.keeps_channels
     width, kept = writes_DK.shape
     into_DE = tensors.get(f"{(family.projections or ('',))[0]}.weight")
     projected = {}
     for name in family.embeddings:
         table = tensors[name].to(writes_DK)
         if name != family.embedding:
-            projected[name] = project_table(table, writes_DK)
+            projected[name] = project_table(table, writes_DK, is_same)
         elif projection.embedding_EJ is not None:
             embedding_EJ = projection.embedding_EJ
             into_JD = embedding_EJ.T if into_DE is None else embedding_EJ.T @ into_DE.to(table).T
             projected[name] = table @ embedding_EJ
-            projected[f"{family.projections[0]}.weight"] = project_table(into_JD, writes_DK).T
+            into_KJ = project_table(into_JD, writes_DK, is_same).T
+            projected[f"{family.projections[0]}.weight"] = into_KJ
         else:
             table = table if into_DE is None else table @ into_DE.to(table).T
             scale = embedding_scale(family, width) / embedding_scale(family, kept)
-            projected[name] = scale * project_table(table, writes_DK)
+            projected[name] = scale * project_table(table, writes_DK, is_same)
     return projected
 
 
 def _project_layer(
     family: Family, group: Group, tensors: Mapping[str, Tensor], projection: Projection
 ) -> dict[str, Tensor]:
-    basis_DK, projected = projection.basis_DK, dict(tensors)
+    basis_DK, projected, is_same = projection.basis_DK, dict(tensors), projection.keeps_channels
     for site in group.sites:
         norm = f"{group.prefix}{site.norm}"
         readers = [f"{group.prefix}{reader}" for reader in site.readers]
@@ -253,14 +256,16 @@ def _project_layer(
         for reader in readers:
             matrix_FD = tensors[f"{reader}.weight"].to(basis_DK)
             constant_F = None if bias_D is None else matrix_FD @ bias_D
-            reader_FK = (matrix_FD * weight_D) @ basis_DK / stream_scale(basis_DK)
+            reader_FK = matrix_FD * weight_D
+            if not is_same:
+                reader_FK = reader_FK @ basis_DK / stream_scale(basis_DK)
             set_reader(projected, reader, reader_FK, constant_F)
         set_norm_to_one(family, projected, norm, readers, basis_DK)
     for writer in group.writers:
         for part in ("weight", "bias"):
             name = f"{group.prefix}{writer}.{part}"
             if name in tensors:
-                projected[name] = project_writer(tensors[name], projection.writes())
+                projected[name] = project_writer(tensors[name], projection.writes(), is_same)
     return projected
 
 
