@@ -48,7 +48,7 @@ def divergences(refitter: Refitter, small: End, dense: End) -> Tensor:
     """
     if not len(small.stream.hidden):
         return torch.zeros(0, dtype=torch.float64)
-    return refitter.objective.divergences(small, dense)
+    return refitter.objective.divergences([small], dense)[0]
 
 
 def mean_divergence(refitter: Refitter, small: End, dense: End) -> float:

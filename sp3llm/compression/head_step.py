@@ -15,7 +15,7 @@ from sp3llm.compression.ends import on_tokens, on_windows
 from sp3llm.compression.refitter import Refitter
 from sp3llm.maths.head_step import add_to_head, no_tokens, stepped_head
 from sp3llm.models.families import logit_divisor
-from sp3llm.models.head import End, logits_of_both
+from sp3llm.models.head import End, logits_beside
 
 # At least, where there are as many, evenly over the windows that were fitted to; how many more
 # would help was not measured.
@@ -36,7 +36,7 @@ def stepped(refitter: Refitter, small: End, dense: End) -> End:
 
     name = f"{refitter.family.head}.weight"
     sums = no_tokens(*small.head[name].shape, device)
-    for _, _, both in logits_of_both(*few):
+    for _, _, _, both in logits_beside(few[:1], few[1]):
         add_to_head(sums, both.read, both.small, both.dense)
     ranks.all_reduce_(*sums.tensors)
     divisor = logit_divisor(refitter.family, refitter.dense.config)

@@ -95,13 +95,15 @@ def trials_of(
     (ends, dense), (ends_fitted, dense_fitted) = ends_on(own(unseen)), ends_on(own(fitted))
     by_text = objective.evaluation_windows is not None and count >= _ENOUGH_TEXT
     of_dense = losses(dense) if by_text else None
+    divergences = objective.divergences(ends, dense)
+    of_fitted = objective.divergences(ends_fitted, dense_fitted)
     return [
         Trial(
-            divergences=of_all(objective.divergences(end, dense), unseen),
-            fitted=of_all(objective.divergences(end_fitted, dense_fitted), fitted),
+            divergences=of_all(divergences[number], unseen),
+            fitted=of_all(of_fitted[number], fitted),
             excess=of_all(losses(end) - of_dense, unseen) if by_text else None,
         )
-        for end, end_fitted in zip(ends, ends_fitted, strict=True)
+        for number, end in enumerate(ends)
     ]
 
 

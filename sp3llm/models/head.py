@@ -142,41 +142,49 @@ class Logits:
 
 
 @torch.no_grad()
-def logits_of_both(small: End, dense: End) -> Iterator[tuple[int, slice, Logits]]:
-    """Logits of two models, by the stock forwards, at the tokens of the windows that both streams
-    are of: a window's number, which of its tokens, and the logits.
+def logits_beside(smalls: Sequence[End], dense: End) -> Iterator[tuple[int, int, slice, Logits]]:
+    """Logits of small models and of the dense one, by the stock forwards, at the tokens of the
+    windows that all streams are of: which of the small models, a window's number, which of its
+    tokens, and the logits. Those of the dense model are computed once for all.
     """
     execution = dense.model.execution
     windows, tokens = dense.stream.hidden.shape[:2]
     step = tokens_at_once(dense.model.module.config.vocab_size)
+
+    def logits_at(end: End, row: int, part: slice) -> Tensor:
+        piece = fetch(end.stream.hidden[row : row + 1, part], execution.device)
+        with _from_layers_on(end.model, piece):
+            return end.model.module(inputs_embeds=piece, use_cache=False).logits[0]
+
     with ExitStack() as stack:
-        for end in (small, dense):
+        for end in (*smalls, dense):
             by_module = _by_module(end.model, end.head)
             stack.enter_context(materialized(end.model.module, by_module, execution))
-        read = stack.enter_context(inputs_of(small.model.module.get_output_embeddings()))
+        reads = [
+            stack.enter_context(inputs_of(small.model.module.get_output_embeddings()))
+            for small in smalls
+        ]
         for row in range(windows):
             for start in range(0, tokens, step):
                 part = slice(start, min(start + step, tokens))
-                logits = []
-                for end in (small, dense):
-                    piece = fetch(end.stream.hidden[row : row + 1, part], execution.device)
-                    with _from_layers_on(end.model, piece):
-                        output = end.model.module(inputs_embeds=piece, use_cache=False)
-                    logits.append(output.logits[0])
-                yield row, part, Logits(*logits, read=read.pop()[0])
+                wanted = logits_at(dense, row, part)
+                for number, (small, read) in enumerate(zip(smalls, reads, strict=True)):
+                    said = logits_at(small, row, part)
+                    yield number, row, part, Logits(said, wanted, read=read.pop()[0])
 
 
-def token_divergences(small: End, dense: End) -> Tensor:
-    """Kullback-Leibler divergence, at every token of the windows that both streams are of, of the
+def token_divergences(smalls: Sequence[End], dense: End) -> list[Tensor]:
+    """Kullback-Leibler divergence, at every token of the windows that all streams are of, of each
     small model's distribution over the next one from the dense model's, `(windows, tokens)`,
     float64, in nats.
 
     Raises UserError if the logits hold NaN or infinity.
     """
-    found = torch.empty(dense.stream.hidden.shape[:2], dtype=torch.float64)
-    for row, part, logits in logits_of_both(small, dense):
-        found[row, part] = distribution_divergences(logits.small, logits.dense).cpu()
-    if not torch.isfinite(found).all():
+    shape = dense.stream.hidden.shape[:2]
+    found = [torch.empty(shape, dtype=torch.float64) for _ in smalls]
+    for number, row, part, logits in logits_beside(smalls, dense):
+        found[number][row, part] = distribution_divergences(logits.small, logits.dense).cpu()
+    if not all(torch.isfinite(one).all() for one in found):
         raise UserError(
             "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
         )

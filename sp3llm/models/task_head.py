@@ -68,29 +68,31 @@ def row_losses(
 
 
 @torch.no_grad()
-def row_divergences(logits: Logits, small: End, dense: End) -> Tensor:
-    """How far the small model's answers are from the dense one's, `(rows, 1)`, float64: of
+def row_divergences(logits: Logits, smalls: Sequence[End], dense: End) -> list[Tensor]:
+    """How far each small model's answers are from the dense one's, `(rows, 1)`, float64: of
     distributions the Kullback-Leibler divergence, in nats, of values the squared difference.
     """
     execution, hidden = dense.model.execution, dense.stream.hidden
-    found = torch.empty((len(hidden), 1), dtype=torch.float64)
+    found = [torch.empty((len(hidden), 1), dtype=torch.float64) for _ in smalls]
+
+    def answers_at(end: End, rows: slice) -> Tensor:
+        x = fetch(end.stream.hidden[rows], execution.device)
+        return _answers(logits, end.model, end.stream, rows, x)
+
     with ExitStack() as stack:
-        for end in (small, dense):
+        for end in (*smalls, dense):
             stack.enter_context(materialized(end.model.module, end.head, execution))
         for rows in batches(hidden, execution):
-            pair = [
-                _answers(
-                    *(logits, end.model, end.stream, rows),
-                    fetch(end.stream.hidden[rows], execution.device),
-                )
-                for end in (small, dense)
-            ]
-            if pair[0].shape[-1] == 1:
-                far = (widen(pair[0]) - widen(pair[1])).square().double()
-            else:
-                far = distribution_divergences(*(one.flatten(0, -2) for one in pair))
-            found[rows] = far.reshape(rows.stop - rows.start, -1).mean(1, keepdim=True).cpu()
-    _check(found)
+            wanted = answers_at(dense, rows)
+            for small, place in zip(smalls, found, strict=True):
+                pair = answers_at(small, rows), wanted
+                if wanted.shape[-1] == 1:
+                    far = (widen(pair[0]) - widen(pair[1])).square().double()
+                else:
+                    far = distribution_divergences(*(one.flatten(0, -2) for one in pair))
+                place[rows] = far.reshape(rows.stop - rows.start, -1).mean(1, keepdim=True).cpu()
+    for one in found:
+        _check(one)
     return found
 
 
@@ -154,23 +156,26 @@ def _pooled(stream: Stream, rows: slice, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pooled_distances(small: End, dense: End) -> Tensor:
-    """How far the small model's cosines between pooled rows are from the dense one's, `(rows, 1)`,
+def pooled_distances(smalls: Sequence[End], dense: End) -> list[Tensor]:
+    """How far each small model's cosines between pooled rows are from the dense one's, `(rows, 1)`,
     float64: the mean squared difference over the other rows, however many go through a layer at
     once. Pooled rows themselves have other widths.
     """
-    execution, cosines = dense.model.execution, []
-    for end in (small, dense):
-        hidden = end.stream.hidden
+
+    def cosines_of(end: End) -> Tensor:
+        execution, hidden = end.model.execution, end.stream.hidden
         pooled = [
             _pooled(end.stream, rows, fetch(hidden[rows], execution.device)).double().cpu()
             for rows in batches(hidden, execution)
         ]
         pooled_RD = torch.cat(pooled) if pooled else torch.empty((0, 1), dtype=torch.float64)
-        cosines.append(pooled_RD @ pooled_RD.T)
-    far_RR = (cosines[0] - cosines[1]).square()
-    found = far_RR.sum(1, keepdim=True) / max(1, len(far_RR) - 1)
-    _check(found)
+        return pooled_RD @ pooled_RD.T
+
+    wanted_RR, found = cosines_of(dense), []
+    for small in smalls:
+        far_RR = (cosines_of(small) - wanted_RR).square()
+        found.append(far_RR.sum(1, keepdim=True) / max(1, len(far_RR) - 1))
+        _check(found[-1])
     return found
 
 

@@ -94,8 +94,9 @@ class Objective:
     """Losses of a streamed model behind its last layer, `(model, head, stream, batch)`, float64, in
     nats, a row a window: the independent units of every standard error."""
     divergences: Callable[..., Any] | None = None
-    """How far what a streamed model says is from what the dense one does, `(small, dense)`, each
-    behind its last layer (`models.head.End`): float64, in nats, a row a window."""
+    """How far what streamed models say is from what the dense one does, `(smalls, dense)`, each
+    behind its last layer (`models.head.End`): one tensor a small model, float64, in nats, a row a
+    window."""
     loss_gradients: Callable[..., Any] | None = None
     """Gradients of the loss on labels drawn from the model itself, `(model, head, stream,
     windows)`: by the stream behind the last layer, and by the output of the final norm."""
