@@ -16,9 +16,10 @@ from sp3llm.compression.refitter import (
     all_reduce_grams,
     empty_grams,
     fit_ridge,
+    solves_in,
 )
 from sp3llm.maths.basis import stream_scale
-from sp3llm.maths.products import operand
+from sp3llm.maths.products import multiply, operand
 from sp3llm.maths.refit import Gram
 from sp3llm.maths.ridge import Fit
 from sp3llm.models import families
@@ -92,7 +93,9 @@ def _set_fitted_reader(
     folded_FD, constant_F = folded
     if fit.intercept_Q is not None:
         constant_F = folded_FD @ fit.intercept_Q + (0 if constant_F is None else constant_F)
-    set_reader(tensors, name, folded_FD @ fit.solution_PQ.T, constant_F)
+    dtype = solves_in(refitter.execution)
+    reader_FK = multiply(folded_FD.to(dtype), fit.solution_PQ.T.to(dtype))
+    set_reader(tensors, name, reader_FK.double(), constant_F)
     for part in (f"{name}.weight", f"{name}.bias"):
         if part in tensors:
             tensors[part] = rounded(part, tensors[part], refitter.dtype)
