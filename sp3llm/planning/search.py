@@ -8,14 +8,15 @@ from typing import Any
 from sp3llm.models.families import Family
 from sp3llm.models.shapes import Shape
 
-# Trials at most, and how much more than the best one a candidate may promise to lose and still be
-# worth one at first: predictions are right to a tenth (eval/NOTES.md). Later one that promises no
-# more than this beyond the best trial is worth one too.
-_MOST_TRIALS, _CLOSE, _AS_GOOD = 5, 1.25, 1.03
+# Trials at most. Later ones that promise no more than this beyond the best trial are worth one.
+_MOST_TRIALS, _AS_GOOD = 5, 1.03
 # How much more a narrower stream, and layers that go, lose of what is predicted than units do: of
 # what units lose, later fits mend more. Trials said 1.3 of the stream and 2.2 of layers of
 # SmolLM2-135M, 1 to 1.5 and 0.7 of models of 4 to 8 million parameters.
 _MORE_OF_STREAM, _MORE_OF_DEPTH = 1.3, 1.3
+# How much more than the best one a candidate may promise to lose and still be worth a trial at
+# first, by what it loses more or less of: as far as the above is uncertain.
+_CLOSE = {"stream": 1.15, "depth": 1.25}
 # By which share of the best trial's loss one may lose more and be as good: trials of so little text
 # cannot tell, and what is fitted to little text flatters narrow streams and narrow FFNs, whose
 # matrices have fewer inputs to fit.
@@ -116,16 +117,20 @@ def _first_tries(
     predicted: Mapping[Shape, Losses], promised: Mapping[Shape, float], best: Shape
 ) -> list[Shape]:
     """The first of `shapes_to_try`."""
-    sides: list[list[Shape]] = []
-    for part in ("stream", "depth"):
+    others: dict[Shape, float] = {}
+
+    def look(shapes: Sequence[Shape], part: str) -> None:
+        nearest = min(shapes, key=promised.__getitem__, default=best)
+        if nearest is not best and promised[nearest] <= _CLOSE[part] * promised[best]:
+            others[nearest] = promised[nearest]
+
+    for part in _CLOSE:
         at = getattr(predicted[best], part)
-        sides.append([shape for shape in predicted if getattr(predicted[shape], part) > at])
-        sides.append([shape for shape in predicted if getattr(predicted[shape], part) < at])
+        look([shape for shape in predicted if getattr(predicted[shape], part) > at], part)
+        look([shape for shape in predicted if getattr(predicted[shape], part) < at], part)
     if predicted[best].depth > 0:  # both ends of that axis, whose scale is the least certain
-        sides.append([shape for shape in predicted if predicted[shape].depth == 0])
-    others = dict.fromkeys(min(side, key=promised.__getitem__) for side in sides if side)
-    close = [shape for shape in others if promised[shape] <= _CLOSE * promised[best]]
-    close.sort(key=promised.__getitem__)
+        look([shape for shape in predicted if predicted[shape].depth == 0], "depth")
+    close = sorted(others, key=others.__getitem__)
     return [best, *close[: _MOST_TRIALS - 2]] if close else []
 
 
