@@ -34,18 +34,19 @@ def symmetric_product(left_NP: Tensor, right_NP: Tensor) -> Tensor:
 
 
 def rounded_products(x_NP: Tensor, y_NQ: Tensor, weights_N: Tensor) -> tuple[Tensor, ...]:
-    """Of tokens rounded to bfloat16, and float32 weights of theirs: `x^T x`, `x^T y`, `x^T w`,
-    `y^T w`, and `|y|^2`; float32, the last float64. See `product`; all is made ready for it once.
+    """Of tokens rounded to bfloat16 and their float32 weights: `x^T x`, `x^T y`, `x^T w`, `y^T w`,
+    and `|y|^2`; float32, the last float64. See `product`; all is made ready for it once.
     """
     of_x, of_y = (_operands(tokens, tokens) for tokens in (x_NP.bfloat16(), y_NQ.bfloat16()))
     x_NP, y_NQ = of_x.rights[0], of_y.rights[0]
+    wide_NQ = widen(y_NQ)
     return (
         _symmetric(of_x, x_NP.shape[1]),
         replace(of_x, rights=of_y.rights).product(slice(None), slice(None)),
         product(weights_N[:, None], x_NP)[0],
         product(weights_N[:, None], y_NQ)[0],
-        # In float64 over all of them it takes ten times as long.
-        torch.linalg.vecdot(*[y_NQ.float()] * 2).sum(dtype=torch.float64),
+        # Summed over all in float64 it takes ten times as long.
+        torch.linalg.vecdot(wide_NQ, wide_NQ).sum(dtype=torch.float64),
     )
 
 
