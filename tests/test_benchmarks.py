@@ -68,7 +68,8 @@ def test_a_compression_is_timed_stage_by_stage(tmp_path):
     subprocess.run(words, check=True, cwd=BENCHMARKS.parents[1], capture_output=True)
     rows = json.loads((tmp_path / "results" / "cost.json").read_text())["runs"]
     assert any("EXTRAPOLATED" in label for label in rows)
-    assert all(row["plain forward"] > 0 and row["refit, write"] > 0 for row in rows.values())
+    stages = {"plain forward", "moments", "search", "basis", "refit, write"}
+    assert all(stages <= row.keys() for row in rows.values())  # a slope may be below zero
 
 
 def test_what_is_imported_before_memory_counts_is_there():
