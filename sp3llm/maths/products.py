@@ -30,7 +30,7 @@ def symmetric_product(left_NP: Tensor, right_NP: Tensor) -> Tensor:
     """`left^T right`, `(P, P)`, where that is symmetric: only the blocks on and above the diagonal
     are computed. In the wider of the two dtypes, float32 at least; see `product`.
     """
-    return _symmetric(_operands(left_NP, right_NP), right_NP.shape[1])
+    return _symmetric(_operands(left_NP, right_NP))
 
 
 def rounded_products(x_NP: Tensor, y_NQ: Tensor, weights_N: Tensor) -> tuple[Tensor, ...]:
@@ -41,7 +41,7 @@ def rounded_products(x_NP: Tensor, y_NQ: Tensor, weights_N: Tensor) -> tuple[Ten
     x_NP, y_NQ = of_x.rights[0], of_y.rights[0]
     wide_NQ = widen(y_NQ)
     return (
-        _symmetric(of_x, x_NP.shape[1]),
+        _symmetric(of_x),
         replace(of_x, rights=of_y.rights).product(slice(None), slice(None)),
         product(weights_N[:, None], x_NP)[0],
         product(weights_N[:, None], y_NQ)[0],
@@ -93,8 +93,9 @@ class _Operands:
         return total
 
 
-def _symmetric(operands: _Operands, size: int) -> Tensor:
-    """`left^T right`, `(P, P)`, where it is symmetric, of `size` columns each."""
+def _symmetric(operands: _Operands) -> Tensor:
+    """`left^T right`, `(P, P)`, where it is symmetric."""
+    size = operands.rights[0].shape[1]
     product_PP = operands.rights[0].new_empty(size, size, dtype=operands.dtype)
     bounds = [size * panel // _PANELS for panel in range(_PANELS + 1)]
     for start, end in pairwise(bounds):

@@ -88,10 +88,14 @@ def test_fit_never_does_worse_on_held_back_tokens_than_the_prior(tokens, seed):
     for strength in (0.0, 0.1, 3.0):
         target = prior + strength * truth
         y = a @ target + normal(tokens, 8, seed=seed + 3)
-        fit = ridge_fit(
-            gram_of(a, y), gram_of(held, held @ target + normal(50, 8, seed=seed + 4)), prior
-        )
-        assert fit.gain >= 0
+        held_back = gram_of(held, held @ target + normal(50, 8, seed=seed + 4))
+        fit = ridge_fit(gram_of(a, y), held_back, prior)
+        plain_error, chosen = squared_error(held_back, prior, None), prior
+        if fit.ridge < float("inf"):
+            chosen, _, _ = ridge_solution(gram_of(a, y), prior, fit.ridge, False)
+        error = squared_error(held_back, chosen, None)
+        assert error <= plain_error
+        assert fit.gain == pytest.approx(plain_error - error, abs=1e-12)
         assert (fit.gain == 0) == (fit.ridge == float("inf"))
         assert torch.isfinite(fit.solution_PQ).all()
         if fit.ridge == float("inf"):

