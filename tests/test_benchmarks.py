@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.conftest import save_model, tiny_model
 
 BENCHMARKS = Path(__file__).parents[1] / "eval" / "benchmarks"
 
@@ -70,6 +73,30 @@ def test_a_compression_is_timed_stage_by_stage(tmp_path):
     assert any("EXTRAPOLATED" in label for label in rows)
     stages = {"plain forward", "moments", "search", "basis", "refit, write"}
     assert all(stages <= row.keys() for row in rows.values())  # a slope may be below zero
+
+
+def test_a_search_is_compared_with_all_candidates(tmp_path, monkeypatch):
+    tiny = tiny_model("llama", dtype=torch.float32, vocab_size=4096)
+    model = save_model(tiny, tmp_path / "tiny", tokenizer=True)
+    of_model = (
+        "--model",
+        model.folder,
+        "--samples",
+        "24",
+        "--seq-len",
+        "32",
+        "--eval-samples",
+        "8",
+    )
+    of_run = ("--keep", "0.75", "--within", "1.01")
+    places = ("--results", tmp_path / "results", "--name", "search")
+    words = map(str, ("exhaustive.py", *of_model, *of_run, *places))
+    monkeypatch.setattr(sys, "argv", list(words))
+    module_of("exhaustive").main()
+    (run,) = json.loads((tmp_path / "results" / "search.json").read_text())["runs"]
+    assert run["chosen above best"] >= 0
+    assert sum(row["chosen"] for row in run["rows"]) == 1
+    assert run["refitted"] == len(run["rows"]) <= run["candidates"]
 
 
 def test_what_is_imported_before_memory_counts_is_there():

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.depth import kept_layers
-from sp3llm.compression.job import Job, refitter_of
+from sp3llm.compression.job import Job, kept_neurons_of, refitter_of
 from sp3llm.compression.preparing import prepare
 from sp3llm.compression.refitter import held_back_from, solves_in
 from sp3llm.compression.shape_search import choose_shape
@@ -55,12 +55,13 @@ def held_out_losses(
     """Losses of refitted shapes on the held-out windows, `(windows, tokens - 1)` each."""
     seen, refitters = len(calibration), []
     for shape in shapes:
-        basis = choose_basis(
+        _, projection = choose_basis(
             *(job.dense, job.family, moments, shape, calibration, job.settings.turn),
             dtype=solves_in(job.execution),
         )
-        layers = kept_layers(moments, shape)
-        refitters.append(refitter_of(job, shape, basis[1], layers, held_back_from(seen), seen))
+        neurons_LF = kept_neurons_of(job, moments, shape, projection)
+        kept = (projection, kept_layers(moments, shape), neurons_LF)
+        refitters.append(refitter_of(job, shape, *kept, held_back_from(seen), seen))
     ends, _ = refitted_ends(refitters, torch.cat([calibration, evaluation]))
     return [job.objective.losses(end.model, end.head, end.stream, evaluation) for end in ends]
 
@@ -125,7 +126,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=64)
     parser.add_argument("--within", type=float, default=2.0, help="times the best prediction")
-    parser.add_argument("--name", required=True, help="of the files under eval/results")
+    parser.add_argument("--name", required=True, help="of the files under the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for them")
     options = parser.parse_args()
     runs = [run(options, keep) for keep in options.keep]
     words = with_own_names(sys.argv[1:], options.name)
@@ -157,7 +159,7 @@ def main() -> None:
         )
     machine = hardware(record["machine"])
     text = f"# {Path(options.name).name}\n\n    {record['command']}\n\nMachine: {machine}.\n\n"
-    write(RESULTS / options.name, json=as_json(record), md=text + "\n\n".join(parts) + "\n")
+    write(options.results / options.name, json=as_json(record), md=text + "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
