@@ -52,10 +52,10 @@ KINDS = {
     ),
     "basis": (("compression.basis_choice", "metric_basis"),),
     "projection": (("compression.building", "_projected"),),
+    "head": (("compression.building", "_suit_head"),),
     "input/output": (
         ("models.checkpoint", "_read_tensor"),
         ("runtime.journal", "write_tensors"),
-        ("models.export", "write_model"),
     ),
 }
 
