@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sp3llm.maths.moments import root_mean_square
+from sp3llm.models.causal_blocks import CausalBlocks
 from sp3llm.models.families import Family
 from sp3llm.models.hooks import inputs_of, materialized, outputs_of
 from sp3llm.models.stock import fuse_experts
@@ -51,7 +52,7 @@ def backward_layer(
     with materialized(model.module, fuse_experts(family, index, tensors), execution):
         for rows, x in fetched(stream.hidden, windows, execution.device):
             batch = x.requires_grad_()
-            with inputs_of(*norms) as read, outputs_of(*norms) as normalised:
+            with CausalBlocks(), inputs_of(*norms) as read, outputs_of(*norms) as normalised:
                 output = layer(batch, **stream.arguments(rows, index))
             output = output[0] if isinstance(output, tuple) else output
             upper = fetch(upstream[rows], execution.device)

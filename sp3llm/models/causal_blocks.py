@@ -19,11 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 # Queries at once: the fewer, the less is for nothing, and the smaller the products are.
 _QUERIES = 64
+# Tokens of a window up to which gradients go through blocks: all weights are kept for them.
+_MOST_FOR_GRADIENTS = 2048
 
 
 class CausalBlocks(TorchFunctionMode):
-    """While it is on, causal attention is computed in blocks where it is in bfloat16 on a CPU, has
-    no mask of its own, and no gradient goes through it.
+    """While it is on, causal attention is computed in blocks where it is in bfloat16 on a CPU and
+    has no mask of its own.
     """
 
     def __torch_function__(
@@ -45,13 +47,14 @@ def _is_plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     if len(args) != 3 or not kwargs.get("is_causal") or kwargs.get("attn_mask") is not None:
         return False
     query, key, _ = args
+    taking_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in args)
     return (
         query.dtype == torch.bfloat16
         and query.device.type == "cpu"
         and query.dim() == 4
         and query.shape[2] == key.shape[2] > _QUERIES
         and not kwargs.get("dropout_p")
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in args))
+        and not (taking_gradients and query.shape[2] > _MOST_FOR_GRADIENTS)
     )
 
 
@@ -69,8 +72,7 @@ def causal_attention(
     key, value = key.flatten(0, 1), value.flatten(0, 1)
     behind = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool).triu(1)
     nothing = query.new_zeros(1, 1, 1)
-    # In memory by tokens, as stock layers go on.
-    attended = query.new_empty(windows, tokens, heads, value.shape[-1]).transpose(1, 2)
+    blocks = []
     for start in range(0, tokens, _QUERIES):
         end = min(start + _QUERIES, tokens)
         rows, seen = query[..., start:end, :], key[:, :end].mT
@@ -79,5 +81,5 @@ def causal_attention(
         last = scores.unflatten(1, (-1, end - start))[..., start:]
         last.masked_fill_(behind[: end - start, : end - start], -math.inf)
         block = torch.bmm(scores.softmax(-1), value[:, :end])
-        attended[:, :, start:end] = block.view(windows, heads, end - start, -1)
-    return attended
+        blocks.append(block.view(windows, heads, end - start, -1).transpose(1, 2))
+    return torch.cat(blocks, 1).transpose(1, 2)  # in memory by tokens, as stock layers go on
