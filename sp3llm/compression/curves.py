@@ -48,7 +48,7 @@ _INPUT_RIDGE, _FISHER_RIDGE = 1e-4, 1e-6
 @dataclass
 class WriterInputs:
     """Running second moments of what a layer's writers read, each token relative to the stream
-    behind the writer; of the first of the calibration windows.
+    behind the writer; of the first of the calibration windows, of none that shapes are judged by.
     """
 
     squares_PP: dict[int, Tensor]
@@ -76,7 +76,7 @@ class WriterInputs:
         }
         tokens = _TOKENS_AN_INPUT * max(widths.values(), default=0)
         count = -(-tokens * len(run.calibration) // real_tokens(run.calibration))
-        windows = len(run.first_windows(count))
+        windows = len(run.first_windows(min(count, len(run.calibration) - run.judging)))
         return WriterInputs(squares_PP, windows)
 
 

@@ -52,6 +52,9 @@ class DensePass:
     """With all of its vocabulary, of which `dense` may have some: what the evaluation is about."""
     runs: DenseRuns | None = None
     """Where what the layers leave of the calibration windows is kept; None: it is not."""
+    judging: int = 0
+    """How many of the last calibration windows tell what shapes lose: of those that see them, one
+    with fewer neurons looks better than it is, the more so the fewer there are."""
 
     @property
     def layers(self) -> list[Group]:

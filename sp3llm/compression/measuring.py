@@ -60,6 +60,7 @@ def measure_dense(
     original: Checkpoint | None = None,
     gaps: str | None = None,
     runs: DenseRuns | None = None,
+    judging: int = 0,
 ) -> tuple[Moments, Tensor | None]:
     """Stream the dense model over calibration and evaluation windows, and measure it.
 
@@ -68,12 +69,12 @@ def measure_dense(
     measured too: `readers`, by the readers' weights, relative to all that they read; `gradient`,
     by the second moments of loss gradients (`compression.gradients`). For axes in `least_units`,
     along which shapes are cut, it is found out which units of writers go, down to as few as given
-    (`compression.curves`); where it `predicts`, all that predictions need as well, among it what
-    writers lose without them. With `gaps`, `bridged` or `cut`, what layers are worth is
-    (`compression.depth`). What `journal` has from a run before is not done again. `original` is the
-    checkpoint whose table and head the evaluation windows go through, where `dense` has only some
-    of its tokens. What the layers leave of the calibration windows is kept in `runs`, unless that
-    is None.
+    (`compression.curves`), not by the last `judging` windows; where it `predicts`, all that
+    predictions need as well, among it what writers lose without them. With `gaps`, `bridged` or
+    `cut`, what layers are worth is (`compression.depth`). What `journal` has from a run before is
+    not done again. `original` is the checkpoint whose table and head the evaluation windows go
+    through, where `dense` has only some of its tokens. What the layers leave of the calibration
+    windows is kept in `runs`, unless that is None.
 
     Returns the moments and the token losses on the evaluation windows, `(windows, tokens - 1)`,
     float64, in nats. Raises UserError where activations, moments or gradients hold NaN or
@@ -92,6 +93,7 @@ def measure_dense(
         fisher=FisherSums.of(sites, most, depth, width, execution),
         original=original or dense,
         runs=runs,
+        judging=judging,
     )
     if run.takes_gradients:
         measure_gradients(run)

@@ -35,10 +35,10 @@ _TRIAL_TOKENS = 512
 # many more choose the ridges, and so many at least tell what the shape loses. More windows fit, and
 # more tell, while they cost little: tokens times the square of the hidden size.
 _TOKENS_AN_INPUT, _FEWEST_FITTED = 4, 12
-_HELD_BACK, _UNSEEN = 2, 6
+_HELD_BACK, _UNSEEN = 2, 12
 _LITTLE = 2**30
-# What the journal knows trials as; a run of before may have left others, "trials by window".
-_TRIALS = "trials on both sides"
+# What the journal knows trials as; a run of before may have left others, "trials on both sides".
+_TRIALS = "trials by the last windows"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,15 @@ class _Search:
 def predicts(job: Job) -> bool:
     """Whether there is a shape to choose, by what candidates are predicted to lose."""
     return len(job.shapes) > 1 and job.settings.mask != "learned"
+
+
+def judging_windows(job: Job, calibration: "Tensor | Examples") -> int:
+    """How many of the last calibration windows, or rows, tell what shapes lose."""
+    from sp3llm.text.batches import first_tokens_of
+
+    if not predicts(job):
+        return 0
+    return _shares(job, first_tokens_of(calibration, _TRIAL_TOKENS))[2]
 
 
 def least_units(job: Job) -> dict[str, int]:
@@ -223,13 +232,16 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
 
 def _trial_windows(found: _Search) -> "tuple[Tensor | Examples, int, int]":
     """The text of trials, which of its windows is the first that chooses ridges, and which the
-    first that no fit sees.
+    first that no fit sees: the last windows of all, which neurons are not chosen by either.
     """
+    import torch
+
     from sp3llm.text.batches import first_tokens_of, rows_of
 
     windows = first_tokens_of(found.calibration, _TRIAL_TOKENS)
     fitted, held, unseen = _shares(found.job, windows)
-    return rows_of(windows, slice(0, fitted + held + unseen)), fitted, fitted + held
+    first, last = torch.arange(fitted + held), torch.arange(len(windows) - unseen, len(windows))
+    return rows_of(windows, torch.cat([first, last])), fitted, fitted + held
 
 
 def _shares(job: Job, windows: "Tensor | Examples") -> tuple[int, int, int]:

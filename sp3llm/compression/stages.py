@@ -41,7 +41,7 @@ def measure(
     `runs`, unless that is None.
     """
     from sp3llm.compression.measuring import measure_dense
-    from sp3llm.compression.shape_search import gaps, least_units, predicts
+    from sp3llm.compression.shape_search import gaps, judging_windows, least_units, predicts
 
     settings = job.settings
     return measure_dense(
@@ -59,6 +59,7 @@ def measure(
         job.original,
         gaps(job),
         runs,
+        judging_windows(job, calibration),
     )
 
 

@@ -136,17 +136,14 @@ def _first_tries(
 
 def choose(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> Shape:
     """The candidate that loses least, of those that were tried, if any was; of those whose trials
-    lose next to the same, that of the widest stream, and then of the widest FFN, which more text
-    mends most.
+    lose next to the same, one of the widest stream, which more text mends most.
     """
     if not tried:
         known = expected(predicted, tried)
         return min(known, key=known.__getitem__)
     least = min(tried.values())
     as_good = [shape for shape, loss in tried.items() if loss <= least + _TIE * abs(least)]
-    return min(
-        as_good, key=lambda shape: (-shape.hidden_size, -shape.intermediate_size, tried[shape])
-    )
+    return min(as_good, key=lambda shape: (-shape.hidden_size, tried[shape]))
 
 
 def expected(predicted: Mapping[Shape, Losses], tried: Mapping[Shape, float]) -> dict[Shape, float]:

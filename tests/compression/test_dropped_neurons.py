@@ -24,11 +24,11 @@ VARIANTS = ["llama", "phi3-longrope", "opt", "gpt-neox", "granite"]
 def measured(tmp_path, tokens):
     """A checkpoint, its family and what the pass says, for a fewest number of neurons."""
 
-    def measure(model, least: int, predicts: bool = False):
+    def measure(model, least: int, predicts: bool = False, tokens=tokens, judging: int = 0):
         checkpoint, family = save_model(model, tmp_path), family_of_model(model)
         arguments = (checkpoint, family, tokens, None, "normalised", "gradient", EXECUTION)
-        least_units = {families.FFN: least}
-        moments, _ = measure_dense(*arguments, least_units=least_units, predicts=predicts)
+        asked = {"least_units": {families.FFN: least}, "predicts": predicts, "judging": judging}
+        moments, _ = measure_dense(*arguments, **asked)
         return checkpoint, family, moments
 
     return measure
@@ -62,6 +62,19 @@ def test_who_goes_first_does_not_hang_on_how_many_may_or_on_predictions(variant,
     dropped = few.dropped_LG.shape[1]
     assert torch.equal(few.dropped_LG, many.dropped_LG[:, :dropped])
     assert not few.curves
+
+
+def test_windows_that_shapes_are_judged_by_choose_no_neurons(measured, tokens):
+    model = tiny_model("llama")
+    others = tokens.clone()
+    others[2:] = others[2:].flip(1)
+    chosen, again, by_all, by_all_others = (
+        measured(model, 8, tokens=some, judging=judging)[2].dropped_LG
+        for judging in (2, 0)
+        for some in (tokens, others)
+    )
+    assert torch.equal(chosen, again)
+    assert not torch.equal(by_all, by_all_others)
 
 
 def test_as_many_neurons_stay_as_the_shape_has(measured):

@@ -9,7 +9,7 @@ import torch
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.measuring import measure_dense
 from sp3llm.compression.predicting import predicted_losses, projection_loss
-from sp3llm.compression.shape_search import _shares
+from sp3llm.compression.shape_search import _shares, _trial_windows
 from sp3llm.models import families
 from sp3llm.models.families import FAMILIES
 from sp3llm.models.objectives.causal_lm import CAUSAL_LM
@@ -120,3 +120,18 @@ def test_every_number_of_windows_leaves_trials_some_to_fit_choose_and_tell(width
         shares = _shares(job, torch.zeros(count, length, dtype=torch.int64))
         assert min(shares) >= 1
         assert sum(shares) <= count
+
+
+@pytest.mark.parametrize("count", [4, 20, 128])
+def test_trials_tell_by_the_last_windows_and_fit_to_the_first(count):
+    config = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 8}
+    dense = SimpleNamespace(config=config)
+    job = SimpleNamespace(family=FAMILIES["llama"], dense=dense, objective=CAUSAL_LM)
+    calibration = torch.arange(count)[:, None].expand(count, 512)
+    windows, held_from, unseen_from = _trial_windows(
+        SimpleNamespace(job=job, calibration=calibration)
+    )
+    numbers = windows[:, 0]
+    assert torch.equal(numbers[:unseen_from], torch.arange(unseen_from))
+    assert 0 < held_from < unseen_from < len(numbers)
+    assert torch.equal(numbers[unseen_from:], torch.arange(count)[unseen_from - len(numbers) :])
