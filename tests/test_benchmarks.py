@@ -78,19 +78,11 @@ def test_a_compression_is_timed_stage_by_stage(tmp_path):
 def test_a_search_is_compared_with_all_candidates(tmp_path, monkeypatch):
     tiny = tiny_model("llama", dtype=torch.float32, vocab_size=4096)
     model = save_model(tiny, tmp_path / "tiny", tokenizer=True)
-    of_model = (
-        "--model",
-        model.folder,
-        "--samples",
-        "24",
-        "--seq-len",
-        "32",
-        "--eval-samples",
-        "8",
-    )
+    of_model = ("--model", model.folder)
+    of_text = ("--samples", "24", "--seq-len", "32", "--eval-samples", "8")
     of_run = ("--keep", "0.75", "--within", "1.01")
     places = ("--results", tmp_path / "results", "--name", "search")
-    words = map(str, ("exhaustive.py", *of_model, *of_run, *places))
+    words = map(str, ("exhaustive.py", *of_model, *of_text, *of_run, *places))
     monkeypatch.setattr(sys, "argv", list(words))
     module_of("exhaustive").main()
     (run,) = json.loads((tmp_path / "results" / "search.json").read_text())["runs"]

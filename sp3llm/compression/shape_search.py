@@ -71,11 +71,7 @@ def predicts(job: Job) -> bool:
 
 def judging_windows(job: Job, calibration: "Tensor | Examples") -> int:
     """How many of the last calibration windows, or rows, tell what shapes lose."""
-    from sp3llm.text.batches import first_tokens_of
-
-    if not predicts(job):
-        return 0
-    return _shares(job, first_tokens_of(calibration, _TRIAL_TOKENS))[2]
+    return _shares(job, calibration)[2] if predicts(job) else 0
 
 
 def least_units(job: Job) -> dict[str, int]:
@@ -239,18 +235,19 @@ def _trial_windows(found: _Search) -> "tuple[Tensor | Examples, int, int]":
     from sp3llm.text.batches import first_tokens_of, rows_of
 
     windows = first_tokens_of(found.calibration, _TRIAL_TOKENS)
-    fitted, held, unseen = _shares(found.job, windows)
+    fitted, held, unseen = _shares(found.job, found.calibration)
     first, last = torch.arange(fitted + held), torch.arange(len(windows) - unseen, len(windows))
     return rows_of(windows, torch.cat([first, last])), fitted, fitted + held
 
 
-def _shares(job: Job, windows: "Tensor | Examples") -> tuple[int, int, int]:
+def _shares(job: Job, calibration: "Tensor | Examples") -> tuple[int, int, int]:
     """How many of the windows trials are fitted on, how many choose the ridges, and how many tell
     what they lose.
     """
     from sp3llm.models import families
-    from sp3llm.text.batches import real_tokens
+    from sp3llm.text.batches import first_tokens_of, real_tokens
 
+    windows = first_tokens_of(calibration, _TRIAL_TOKENS)
     count, length = len(windows), real_tokens(windows) / len(windows)
     sizes = families.axis_sizes(job.family, job.dense.config)
     widest = max(sizes[families.FFN], sizes[families.QUERY])

@@ -18,8 +18,7 @@ _MORE_OF_STREAM, _MORE_OF_DEPTH = 1.3, 1.3
 # first, by what it loses more or less of: as far as the above is uncertain.
 _CLOSE = {"stream": 1.15, "depth": 1.25}
 # By which share of the best trial's loss one may lose more and be as good: trials of so little text
-# cannot tell, and what is fitted to little text flatters narrow streams and narrow FFNs, whose
-# matrices have fewer inputs to fit.
+# cannot tell, and little text flatters narrow streams, whose matrices have fewer inputs to fit.
 _TIE = 0.01
 # How strongly scales are drawn towards each other, against one trial, and how small a share of the
 # common one each is at least: errors of trials cannot make a part of a loss a gain.
