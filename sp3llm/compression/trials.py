@@ -8,13 +8,16 @@ from torch import Tensor
 
 from sp3llm.compression.building import refitted_side_by_side
 from sp3llm.compression.dense_runs import DenseRuns
-from sp3llm.compression.ends import dense_end, on_windows, small_end
+from sp3llm.compression.ends import dense_end, on_tokens, on_windows, small_end
 from sp3llm.compression.refitter import Refitter
 from sp3llm.maths.paired import weighed_losses
 from sp3llm.models.head import End
 
 # On fewer windows losses on text say more of the windows than of the models.
 _ENOUGH_TEXT = 16
+# What is lost on text that was fitted to only corrects what is lost on other text: of one of so
+# many of its tokens it is known well enough, and logits are much of what a trial costs.
+_EVERY = 4
 
 
 def refitted_ends(
@@ -61,7 +64,7 @@ class Trial:
     """Mean divergence of what it predicts from what the dense model does, nats a token: what a loss
     on text grows by where the dense model is right about text."""
     fitted: tuple[float, ...]
-    """The same of windows that were fitted to."""
+    """The same of windows that were fitted to, of text at some of their tokens."""
     excess: tuple[float, ...] | None
     """By how much it loses more on the text than the dense model, nats a token, which varies much
     more; None where there is too little text to tell, or none."""
@@ -92,8 +95,15 @@ def trials_of(
     def losses(end: End) -> Tensor:
         return objective.losses(end.model, end.head, end.stream, tokens[local_windows[own(unseen)]])
 
-    (ends, dense), (ends_fitted, dense_fitted) = ends_on(own(unseen)), ends_on(own(fitted))
-    by_text = objective.evaluation_windows is not None and count >= _ENOUGH_TEXT
+    ends, dense = ends_on(own(unseen))
+    ends_fitted, dense_fitted = ends_on(own(fitted))
+    is_text = objective.evaluation_windows is not None
+    if is_text:
+        length = tokens.shape[1]
+        places = slice(min(length, _EVERY) - 1, None, _EVERY)
+        ends_fitted = [on_tokens(end, places) for end in ends_fitted]
+        dense_fitted = on_tokens(dense_fitted, places)
+    by_text = is_text and count >= _ENOUGH_TEXT
     of_dense = losses(dense) if by_text else None
     divergences = objective.divergences(ends, dense)
     of_fitted = objective.divergences(ends_fitted, dense_fitted)
