@@ -1,6 +1,6 @@
 """Both models of a refit behind their last layers, where what they say can be compared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,13 @@ def dense_end(refitter: Refitter, stream: Stream) -> End:
     return _end(refitter, refitter.dense.config, head, stream)
 
 
+def with_head(refitter: Refitter, small: End, changed: Mapping[str, Tensor]) -> End:
+    """The small model with other tensors of its head's group, in a module of its own: side by side
+    two cannot stand in one.
+    """
+    return _end(refitter, refitter.small_config, {**small.head, **changed}, small.stream)
+
+
 def on_windows(end: End, windows: Tensor | slice) -> End:
     """The same on some of the windows of its stream."""
     stream = end.stream
@@ -42,18 +49,20 @@ def on_tokens(end: End, places: slice) -> End:
     return replace(end, stream=replace(end.stream, hidden=end.stream.hidden[:, places]))
 
 
-def divergences(refitter: Refitter, small: End, dense: End) -> Tensor:
-    """How far the small model is from the dense one at every token of this process's windows that
-    the ends are of, nats, float64; none where a process has none of them.
+def divergences(refitter: Refitter, smalls: Sequence[End], dense: End) -> list[Tensor]:
+    """How far each of several small models is from the dense one, which is asked once for all, at
+    every token of this process's windows that the ends are of, nats, float64; none where a process
+    has none of them.
     """
-    if not len(small.stream.hidden):
-        return torch.zeros(0, dtype=torch.float64)
-    return refitter.objective.divergences([small], dense)[0]
+    if not len(dense.stream.hidden):
+        return [torch.zeros(0, dtype=torch.float64) for _ in smalls]
+    return refitter.objective.divergences(smalls, dense)
 
 
-def mean_divergence(refitter: Refitter, small: End, dense: End) -> float:
-    """The mean of `divergences` over the tokens of all processes, the same on every one."""
-    return mean_of_all(refitter, divergences(refitter, small, dense))[0]
+def mean_divergences(refitter: Refitter, smalls: Sequence[End], dense: End) -> list[float]:
+    """The means of `divergences` over the tokens of all processes, the same on every one."""
+    found = divergences(refitter, smalls, dense)
+    return [mean_of_all(refitter, of_one)[0] for of_one in found]
 
 
 def mean_of_all(refitter: Refitter, values: Tensor) -> tuple[float, float]:

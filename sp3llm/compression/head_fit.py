@@ -54,19 +54,19 @@ def suited_head(
     dense = dense_end(refitter, dense_stream)
     unseen = slice(refitter.unseen_from, None)
     told_by, before = on_windows(dense, unseen), on_windows(small, unseen)
-    plain = divergences(refitter, before, told_by)
-    divergence, _ = mean_of_all(refitter, plain)
     step = stepped(refitter, small, dense)
     table = step.head[name]
-    changed: dict[str, Tensor] = {}
-    gain, error = 0.0, 0.0
+    ends, changed = [before], {}
     if torch.isfinite(table).all():
         after = on_windows(step, unseen)
         if tied is not None:
             after = replace(after, stream=tied.stream_with(table))
-        gain, error = mean_of_all(refitter, plain - divergences(refitter, after, told_by))
+        ends.append(after)
+    found = divergences(refitter, ends, told_by)
+    divergence, _ = mean_of_all(refitter, found[0])
+    gain, error = mean_of_all(refitter, found[0] - found[-1])
     if gain > max(_LEAST_GAIN, _SURE_ENOUGH * error):
-        before, divergence = after, divergence - gain
+        before, divergence = ends[-1], divergence - gain
         changed[name if tied is None else refitter.family.embedding] = table
     else:
         gain = 0.0

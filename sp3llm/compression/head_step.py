@@ -7,11 +7,9 @@ itself, in the head's matrix alone, mends some of what is lost, from sums over a
 (docs/design.md 3.17).
 """
 
-from dataclasses import replace
-
 import torch
 
-from sp3llm.compression.ends import on_tokens, on_windows
+from sp3llm.compression.ends import on_tokens, on_windows, with_head
 from sp3llm.compression.refitter import Refitter
 from sp3llm.maths.head_step import add_to_head, no_tokens, stepped_head
 from sp3llm.models.families import logit_divisor
@@ -42,7 +40,7 @@ def stepped(refitter: Refitter, small: End, dense: End) -> End:
     divisor = logit_divisor(refitter.family, refitter.dense.config)
     table = stepped_head(small.head[name], sums, divisor)
     ranks.broadcast_(table)
-    return replace(small, head={**small.head, name: table})
+    return with_head(refitter, small, {name: table})
 
 
 def places(windows: int, length: int) -> slice:

@@ -6,11 +6,10 @@ stock model has a place for it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
-from sp3llm.compression.ends import mean_divergence
+from sp3llm.compression.ends import mean_divergences, with_head
 from sp3llm.compression.refitter import Refitter
 from sp3llm.models.families import Family
 from sp3llm.models.head import End
@@ -42,12 +41,13 @@ def fit_logit_scale(refitter: Refitter, small: End, dense: End, plain: float) ->
     `plain` is the divergence with a factor of 1. The same on every process.
     """
 
-    def at(factor: float) -> float:
-        head = {**small.head, **scaled_norm(refitter, small.head, factor)}
-        return mean_divergence(refitter, replace(small, head=head), dense)
+    def at(*factors: float) -> list[float]:
+        norms = [scaled_norm(refitter, small.head, factor) for factor in factors]
+        scaled = [with_head(refitter, small, norm) for norm in norms]
+        return mean_divergences(refitter, scaled, dense)
 
-    factor = least_of_parabola(_TRIED, (plain, *map(at, _TRIED[1:])))
-    return factor if factor < 1 and at(factor) < plain else 1.0
+    factor = least_of_parabola(_TRIED, (plain, *at(*_TRIED[1:])))
+    return factor if factor < 1 and at(factor)[0] < plain else 1.0
 
 
 def least_of_parabola(places: Sequence[float], values: Sequence[float]) -> float:

@@ -145,8 +145,12 @@ class Logits:
 def logits_beside(smalls: Sequence[End], dense: End) -> Iterator[tuple[int, int, slice, Logits]]:
     """Logits of small models and of the dense one, by the stock forwards, at the tokens of the
     windows that all streams are of: which of the small models, a window's number, which of its
-    tokens, and the logits. Those of the dense model are computed once for all.
+    tokens, and the logits. Those of the dense model are computed once for all; every end's module
+    is its own.
     """
+    ends = (*smalls, dense)
+    if len({id(end.model.module) for end in ends}) < len(ends):
+        raise ValueError("Ends whose heads are placed side by side need modules of their own.")
     execution = dense.model.execution
     windows, tokens = dense.stream.hidden.shape[:2]
     step = tokens_at_once(dense.model.module.config.vocab_size)
@@ -157,7 +161,7 @@ def logits_beside(smalls: Sequence[End], dense: End) -> Iterator[tuple[int, int,
             return end.model.module(inputs_embeds=piece, use_cache=False).logits[0]
 
     with ExitStack() as stack:
-        for end in (*smalls, dense):
+        for end in ends:
             by_module = _by_module(end.model, end.head)
             stack.enter_context(materialized(end.model.module, by_module, execution))
         reads = [

@@ -13,10 +13,11 @@ from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.building import refitted_groups
 from sp3llm.compression.ends import (
     dense_end,
-    mean_divergence,
+    mean_divergences,
     mean_of_all,
     on_windows,
     small_end,
+    with_head,
 )
 from sp3llm.compression.head_step import stepped
 from sp3llm.compression.logit_scale import (
@@ -102,7 +103,8 @@ def test_what_is_too_sure_gets_back_what_it_was_given(variant, refitted):
     refitter, groups = refitted(tiny_model(variant))
     sure = {**groups[-1].tensors, **scaled_norm(refitter, groups[-1].tensors, 1 / 0.93)}
     ends = [on_windows(end, slice(3, None)) for end in ends_of(refitter, groups, sure)]
-    plain = mean_divergence(refitter, *ends)
+    small, dense = ends
+    (plain,) = mean_divergences(refitter, [small], dense)
     assert fit_logit_scale(refitter, *ends, plain) == pytest.approx(0.93, abs=0.01)
 
 
@@ -120,9 +122,8 @@ def test_steps_lead_a_head_to_what_the_dense_model_says(variant, refitted):
     for _ in range(3):
         ends.append(stepped(refitter, ends[-1], dense))
     seen = slice(0, 3)
-    found = [
-        mean_divergence(refitter, on_windows(end, seen), on_windows(dense, seen)) for end in ends
-    ]
+    on_seen = [on_windows(end, seen) for end in ends]
+    found = mean_divergences(refitter, on_seen, on_windows(dense, seen))
     assert sorted(found, reverse=True) == found
     assert found[-1] < 0.95 * found[0]
 
@@ -184,7 +185,7 @@ def test_what_a_step_is_said_to_win_is_won_by_the_model_that_is_written(
     before = divergence_of_written(refitter, plain, unseen, tmp_path / "plain")
 
     def turned(_, small, __, by: float):
-        return replace(small, head={**small.head, name: small.head[name] * (1 + by)})
+        return with_head(refitter, small, {name: small.head[name] * (1 + by)})
 
     monkeypatch.setattr(head_fit, "_SURE_ENOUGH", 0)
     gains = []
@@ -218,8 +219,8 @@ def test_a_step_that_is_not_finite_is_not_taken(variant, refitted, monkeypatch):
 def test_a_step_is_taken_where_it_wins_more_than_chance_would(noise, taken, refitted, monkeypatch):
     found = torch.randn(1, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     won = 0.01 + noise * (found - found.mean())
-    answers = iter([torch.ones_like(won), 1 - won])
-    monkeypatch.setattr(head_fit, "divergences", lambda *_: next(answers))
+    answers = [torch.ones_like(won), 1 - won]
+    monkeypatch.setattr(head_fit, "divergences", lambda *_: answers)
     _, groups = refitted(tiny_model("llama"), intermediate_size=16)
     assert groups[-1].head_fit.step_gain == pytest.approx(0.01 if taken else 0, abs=1e-9)
 
@@ -234,7 +235,9 @@ def test_a_mean_comes_with_its_error(refitted):
 
 def test_a_table_that_a_killed_run_left_is_put_back(refitted, monkeypatch):
     """Where the step is judged otherwise this time."""
-    monkeypatch.setattr(head_fit, "stepped", lambda _, small, __: small)
+    monkeypatch.setattr(
+        head_fit, "stepped", lambda refitter, small, _: with_head(refitter, small, {})
+    )
     refitter, groups = refitted(tiny_model("llama-tied"), intermediate_size=16)
     name = refitter.family.embedding
     assert name not in groups[-1].tensors
