@@ -48,15 +48,21 @@ _INPUT_RIDGE, _FISHER_RIDGE = 1e-4, 1e-6
 @dataclass
 class WriterInputs:
     """Running second moments of what a layer's writers read, each token relative to the stream
-    behind the writer; of the first of the calibration windows, of none that shapes are judged by.
+    behind the writer; of the first of the calibration windows.
     """
 
     squares_PP: dict[int, Tensor]
     """By writer; of those that have curves."""
     windows: int
     """How many of this process's windows are looked at."""
+    before: int
+    """How many of them stand before those that tell what shapes lose."""
+    neurons: int | None
+    """The FFN's writer, where some of all processes' windows tell that, and neurons go."""
     tokens: int = 0
     """Seen of each writer so far, all of them together."""
+    before_PP: Tensor | None = None
+    """What the sum of the FFN's writer was before the windows that tell, in host memory."""
     waiting: dict[int, Tensor] = field(default_factory=dict)
     """By writer: what it reads in the batch that is running."""
 
@@ -64,9 +70,10 @@ class WriterInputs:
     def of(run: DensePass, group: Group) -> "WriterInputs":
         """Of no tokens yet."""
         sizes = families.axis_sizes(run.family, run.dense.config)
+        writers = list(enumerate(gated_writers(run.family, group)))
         widths = {
             number: sizes[axis]
-            for number, (_, axis) in enumerate(gated_writers(run.family, group))
+            for number, (_, axis) in writers
             if axis in run.least_units
             or (axis == families.QUERY and families.HEAD_DIM in run.least_units)
         }
@@ -76,8 +83,35 @@ class WriterInputs:
         }
         tokens = _TOKENS_AN_INPUT * max(widths.values(), default=0)
         count = -(-tokens * len(run.calibration) // real_tokens(run.calibration))
-        windows = len(run.first_windows(min(count, len(run.calibration) - run.judging)))
-        return WriterInputs(squares_PP, windows)
+        first_judging, neurons = len(run.calibration) - run.judging, None
+        if min(count, len(run.calibration)) > first_judging and families.FFN in run.least_units:
+            neurons = next((number for number, (_, axis) in writers if axis == families.FFN), None)
+        windows, before = (len(run.first_windows(few)) for few in (count, first_judging))
+        return WriterInputs(squares_PP, windows, before, neurons)
+
+    def add(self, number: int, relative: Tensor, stream: Stream, start: int) -> None:
+        """Add what a writer reads in windows from `start` on, `(windows, tokens, P)`."""
+        tells = min(max(self.before - start, 0), len(relative))
+        for part in (slice(0, tells), slice(tells, len(relative))):
+            if part.start == part.stop:
+                continue
+            if number == self.neurons and start + part.start >= self.before:
+                self._keep_before()
+            taken = slice(start + part.start, start + part.stop)
+            tokens_NP = real_rows(relative[part], stream.real, taken)
+            add_second_moment(self.squares_PP[number], tokens_NP)
+            self.tokens += tokens_NP[..., 0].numel()
+
+    def without_judging(self) -> Tensor | None:
+        """The sum of the FFN's writer without the windows that tell; None: it is the same."""
+        if self.neurons is None:
+            return None
+        self._keep_before()  # a process may have none of them
+        return self.before_PP
+
+    def _keep_before(self) -> None:
+        if self.before_PP is None:
+            self.before_PP = self.squares_PP[self.neurons].to("cpu", copy=True)
 
 
 def writer_probes(run: DensePass, stream: Stream, inputs: WriterInputs) -> dict[str, Probe]:
@@ -105,10 +139,7 @@ def writer_probes(run: DensePass, stream: Stream, inputs: WriterInputs) -> dict[
                 x = x.reshape(-1, *a.shape[1:2], x.shape[-1])[: len(a)]
                 # Widened first: of two dtypes a CPU divides a tenth as fast.
                 relative = (widen(a) / root_mean_square(x, family.centred)).to(a.dtype)
-                taken = slice(rows.start, rows.start + len(a))
-                relative = real_rows(relative, stream.real, taken)
-                add_second_moment(inputs.squares_PP[number], relative)
-                inputs.tokens += relative[..., 0].numel()
+                inputs.add(number, relative, stream, rows.start)
 
         return probe
 
@@ -130,11 +161,12 @@ def add_curves(
     of all layers, by axis (`statistics.Moments.curves`). `heads` are its attention's moments, where
     the width is heads times head size.
 
-    Returns the FFN neurons that go, in the order in which they do, int64; None: none is to go.
+    Returns the FFN neurons that go, as `statistics.Moments` has them of a layer, `(O, G)`, int64;
+    None: none is to go.
     """
     (index, group, tensors), family, ranks = layer, run.family, run.execution.ranks
     multiplier = families.residual_multiplier(family, run.dense.config)
-    writers, fisher, dropped_G = gated_writers(family, group), run.fisher.finished(), None
+    writers, fisher, dropped_OG = gated_writers(family, group), run.fisher.finished(), None
     for number, square_PP in inputs.squares_PP.items():
         if not torch.isfinite(square_PP).all():
             raise UserError(
@@ -156,8 +188,14 @@ def add_curves(
         if axis in run.least_units:
             gone_G, curve = _dropped(run, axis, square_PP, weight_DP.T, weight_PS)
             if axis == families.FFN:
-                ranks.broadcast_(gone_G)
-                dropped_G = gone_G
+                dropped_OG = gone_G[None]
+                before_PP = inputs.without_judging()
+                if before_PP is not None:
+                    before_PP = before_PP.to(square_PP)
+                    ranks.all_reduce_(before_PP)
+                    in_trials_G, _ = _dropped(run, axis, before_PP, weight_DP.T, None)
+                    dropped_OG = torch.stack([gone_G, in_trials_G])
+                ranks.broadcast_(dropped_OG)
             if curve is not None:
                 found[axis] = curve
         if axis == families.QUERY and families.HEAD_DIM in run.least_units:
@@ -166,7 +204,7 @@ def add_curves(
             ranks.broadcast_(curve)
             before = curves.get(name)
             curves[name] = curve if before is None else _sum(before, curve)
-    return dropped_G
+    return dropped_OG
 
 
 def _in_nats(metric_DD: Tensor, weight_DP: Tensor) -> Tensor:

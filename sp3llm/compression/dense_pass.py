@@ -53,8 +53,8 @@ class DensePass:
     runs: DenseRuns | None = None
     """Where what the layers leave of the calibration windows is kept; None: it is not."""
     judging: int = 0
-    """How many of the last calibration windows tell what shapes lose: of those that see them, one
-    with fewer neurons looks better than it is, the more so the fewer there are."""
+    """How many of the last calibration windows tell what shapes lose: judged by text that neurons
+    are chosen by, a shape with fewer looks better than it is."""
 
     @property
     def layers(self) -> list[Group]:

@@ -245,11 +245,15 @@ def same_basis_for_all(job: Job, basis: "tuple[Tensor, Projection]") -> "tuple[T
 
 
 def kept_neurons_of(
-    job: Job, moments: "Moments", shape: "Shape", projection: "Projection | None"
+    job: Job,
+    moments: "Moments",
+    shape: "Shape",
+    projection: "Projection | None",
+    in_trials: bool = False,
 ) -> "Tensor | None":
     """Which FFN neurons of the dense model stay in a shape, `(L, neurons)`, boolean; None: all, or
     the refit chooses, as it does where the stream gets narrower: what neurons say is then something
-    else (eval/NOTES.md).
+    else (eval/NOTES.md). For `in_trials` see `units.kept_neurons`.
     """
     from sp3llm.compression.units import kept_neurons
     from sp3llm.models.shapes import Shape
@@ -258,7 +262,7 @@ def kept_neurons_of(
     if chooses or projection is None or not projection.keeps_channels:
         return None
     neurons = Shape.of(job.family, job.dense.config).intermediate_size
-    return kept_neurons(moments, neurons, shape.intermediate_size)
+    return kept_neurons(moments, neurons, shape.intermediate_size, in_trials)
 
 
 def refitter_of(

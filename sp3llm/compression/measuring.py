@@ -69,8 +69,9 @@ def measure_dense(
     measured too: `readers`, by the readers' weights, relative to all that they read; `gradient`,
     by the second moments of loss gradients (`compression.gradients`). For axes in `least_units`,
     along which shapes are cut, it is found out which units of writers go, down to as few as given
-    (`compression.curves`), not by the last `judging` windows; where it `predicts`, all that
-    predictions need as well, among it what writers lose without them. With `gaps`, `bridged` or
+    (`compression.curves`), by all of the text and, for trials, without the last `judging` windows;
+    where it `predicts`, all that predictions need as well, among it what writers lose without them.
+    With `gaps`, `bridged` or
     `cut`, what layers are worth is (`compression.depth`). What `journal` has from a run before is
     not done again. `original` is the checkpoint whose table and head the evaluation windows go
     through, where `dense` has only some of its tokens. What the layers leave of the calibration
@@ -137,7 +138,7 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
         evaluated = open_stream(whole, all_rows, tokens, saved.get("evaluated"))
     so_far = unpack(saved, execution)
     heads, curves = list(so_far.heads), dict(so_far.curves)
-    dropped = [] if so_far.dropped_LG is None else list(so_far.dropped_LG)
+    dropped = [] if so_far.dropped_OLG is None else list(so_far.dropped_OLG.unbind(1))
     if saved:
         run.slots.restore(saved)
     sources = prefetch(
@@ -154,7 +155,7 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
                 streams_now["evaluated"] = evaluated.hidden
             sums, metrics = tuple(run.slots.sums), tuple(run.slots.metrics)
             state = Moments(
-                *(sums, metrics), heads=tuple(heads), curves=curves, dropped_LG=_by_layer(dropped)
+                *(sums, metrics), heads=tuple(heads), curves=curves, dropped_OLG=_by_layer(dropped)
             )
             journal.save("dense", index + 1, {**pack(state), **streams_now})
     head = head_tensors(run.dense, family)
@@ -173,14 +174,14 @@ def _forward(run: DensePass) -> tuple[Moments, Tensor | None]:
         heads=tuple(heads),
         layers_L=run.fisher.layers_L if run.gaps is not None else None,
         curves=curves,
-        dropped_LG=_by_layer(dropped),
+        dropped_OLG=_by_layer(dropped),
     )
     return measured, losses
 
 
 def _by_layer(dropped: list[Tensor]) -> Tensor | None:
-    """Neurons that go, of the layers so far; None: none do."""
-    return torch.stack(dropped) if dropped else None
+    """Neurons that go, of the layers so far, `(O, L, G)`; None: none do."""
+    return torch.stack(dropped, 1) if dropped else None
 
 
 def _measure_layer(
@@ -224,9 +225,9 @@ def _measure_layer(
     if is_square:
         summed = outputs.over(execution.ranks)
         heads.append(_head_moments(family, group, tensors, at_sites[0], summed))
-    dropped_G = add_curves(run, layer, inputs, heads, curves)
-    if dropped_G is not None:
-        dropped.append(dropped_G)
+    dropped_OG = add_curves(run, layer, inputs, heads, curves)
+    if dropped_OG is not None:
+        dropped.append(dropped_OG)
     for number, (site, total) in enumerate(zip(group.sites, at_sites, strict=True)):
         readers = [f"{group.prefix}{reader}.weight" for reader in site.readers]
         norm = f"{group.prefix}{site.norm}"

@@ -213,7 +213,7 @@ def _try(found: _Search, shapes: "Sequence[Shape]") -> None:
     refitters = []
     for shape in cut:
         projection, layers = _projection(found, shape), kept_layers(found.moments, shape)
-        neurons_LF = kept_neurons_of(job, found.moments, shape, projection)
+        neurons_LF = kept_neurons_of(job, found.moments, shape, projection, in_trials=True)
         of_shape = (replace(shape, vocab_size=rows), projection, layers, neurons_LF)
         refitter = refitter_of(job, *of_shape, held_from, unseen_from)
         refitters.append(replace(refitter, tells_errors=False))

@@ -34,9 +34,10 @@ class Moments:
     curves: Mapping[str, Tensor] = field(default_factory=dict)
     """By the axis that a writer reads, what all layers' writers lose with some of their units,
     after a refit: rows of the number of units, falling, and nats a token, `(points, 2)`."""
-    dropped_LG: Tensor | None = None
-    """Of every layer's FFN the neurons that go, int64, in the order in which they do; None: none is
-    to go, or the refit chooses."""
+    dropped_OLG: Tensor | None = None
+    """Of every layer's FFN the neurons that go, int64, in the order in which they do: by all the
+    text that is looked at, and, where some of it tells what shapes lose, without that; None: none
+    is to go, or the refit chooses."""
     columns: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
     """What `basis_choice` has found of these: by hidden size, and the axes that all begin from."""
 
@@ -231,7 +232,7 @@ def pack(moments: Moments) -> dict[str, Tensor]:
     for layer, head in enumerate(moments.heads):
         named |= {f"heads.{layer}.{of.name}": getattr(head, of.name) for of in fields(head)}
     named |= {f"curves.{axis}": tensor for axis, tensor in moments.curves.items()}
-    named |= {"layers": moments.layers_L, "dropped": moments.dropped_LG}
+    named |= {"layers": moments.layers_L, "dropped": moments.dropped_OLG}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -252,7 +253,7 @@ def unpack(named: Mapping[str, Tensor], execution: Execution) -> Moments:
 
     layers = {int(name.split(".")[1]) for name in named if name.startswith("heads.")}
     heads = tuple(HeadMoments(**under(f"heads.{layer}")) for layer in sorted(layers))
-    head_DD, layers_L, dropped_LG = (
+    head_DD, layers_L, dropped_OLG = (
         None if name not in named else named[name].to(execution.device, copy=True)
         for name in ("head", "layers", "dropped")
     )
@@ -263,5 +264,5 @@ def unpack(named: Mapping[str, Tensor], execution: Execution) -> Moments:
         heads=heads,
         layers_L=layers_L,
         curves=under("curves"),
-        dropped_LG=dropped_LG,
+        dropped_OLG=dropped_OLG,
     )

@@ -11,13 +11,16 @@ from sp3llm.maths.unit_selection import unit_members
 from sp3llm.models.families import Axis, Family, Group
 
 
-def kept_neurons(moments: Moments, neurons: int, keep: int) -> Tensor | None:
+def kept_neurons(
+    moments: Moments, neurons: int, keep: int, in_trials: bool = False
+) -> Tensor | None:
     """Which of the FFN's `neurons` stay where `keep` do, by the pass over the dense model,
-    `(L, neurons)`, boolean; None: all, or it was not asked.
+    `(L, neurons)`, boolean; None: all, or it was not asked. `in_trials`, what tells there what
+    shapes lose has not chosen them.
     """
-    if keep == neurons or moments.dropped_LG is None:
+    if keep == neurons or moments.dropped_OLG is None:
         return None
-    dropped_LG = moments.dropped_LG[:, : neurons - keep]
+    dropped_LG = moments.dropped_OLG[-1 if in_trials else 0, :, : neurons - keep]
     stays_LF = dropped_LG.new_ones(len(dropped_LG), neurons, dtype=torch.bool)
     return stays_LF.scatter_(1, dropped_LG, False)
 

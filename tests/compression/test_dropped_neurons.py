@@ -41,8 +41,8 @@ def test_neurons_that_write_nothing_go_first_and_cost_nothing(measured, tokens):
             layer.mlp.down_proj.weight[:, 5:21] = 0
     checkpoint, family, moments = measured(model, 8)
     assert torch.equal(
-        moments.dropped_LG[:, :16].sort().values,
-        torch.arange(5, 21).expand(len(moments.dropped_LG), -1),
+        moments.dropped_OLG[:, :, :16].sort().values,
+        torch.arange(5, 21).expand(*moments.dropped_OLG.shape[:2], -1),
     )
     dense = Shape.of(family, checkpoint.config)
     shape = replace(dense, intermediate_size=24)
@@ -59,22 +59,30 @@ def test_who_goes_first_does_not_hang_on_how_many_may_or_on_predictions(variant,
     model = tiny_model(variant)
     _, _, many = measured(model, 8, predicts=True)
     _, _, few = measured(model, 28)
-    dropped = few.dropped_LG.shape[1]
-    assert torch.equal(few.dropped_LG, many.dropped_LG[:, :dropped])
+    dropped = few.dropped_OLG.shape[2]
+    assert torch.equal(few.dropped_OLG, many.dropped_OLG[:, :, :dropped])
     assert not few.curves
 
 
-def test_windows_that_shapes_are_judged_by_choose_no_neurons(measured, tokens):
+def test_windows_that_shapes_are_judged_by_choose_no_neurons_of_trials(measured, tokens):
+    """And those of the model by all of the text, as where nothing is judged."""
     model = tiny_model("llama")
     others = tokens.clone()
     others[2:] = others[2:].flip(1)
-    chosen, again, by_all, by_all_others = (
-        measured(model, 8, tokens=some, judging=judging)[2].dropped_LG
-        for judging in (2, 0)
-        for some in (tokens, others)
+    chosen, again, by_all, by_all_others, by_first = (
+        measured(model, 8, tokens=some, judging=judging)[2].dropped_OLG
+        for some, judging in (
+            *((tokens, 2), (others, 2), (tokens, 0), (others, 0)),
+            (tokens[:2], 0),
+        )
     )
-    assert torch.equal(chosen, again)
+    assert len(tokens) == 4
+    assert torch.equal(chosen[1], again[1])
+    assert torch.equal(chosen[1], by_first[0])
+    assert torch.equal(chosen[0], by_all[0])
+    assert torch.equal(again[0], by_all_others[0])
     assert not torch.equal(by_all, by_all_others)
+    assert len(by_all) == 1
 
 
 def test_as_many_neurons_stay_as_the_shape_has(measured):
