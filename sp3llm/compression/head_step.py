@@ -34,8 +34,8 @@ def stepped(refitter: Refitter, small: End, dense: End) -> End:
 
     name = f"{refitter.family.head}.weight"
     sums = no_tokens(*small.head[name].shape, device)
-    for _, _, _, both in logits_beside(few[:1], few[1]):
-        add_to_head(sums, both.read, both.small, both.dense)
+    for _, _, both in logits_beside(few[:1], few[1]):
+        add_to_head(sums, *both.reads, *both.smalls, both.dense)
     ranks.all_reduce_(*sums.tensors)
     divisor = logit_divisor(refitter.family, refitter.dense.config)
     table = stepped_head(small.head[name], sums, divisor)

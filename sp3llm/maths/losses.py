@@ -35,7 +35,7 @@ def label_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     `logits_NV` are those before their labels, of any floating dtype. Logarithms are taken in
     float32 (float64 for float64 logits), a few tokens at a time, which changes no loss.
     """
-    step = _rows_at_once(logits_NV)
+    step = rows_at_once(logits_NV)
     pieces = zip(logits_NV.split(step), labels_N.split(step), strict=True)
     losses = [
         functional.cross_entropy(widen(piece_NV), piece_N, reduction="none")
@@ -44,8 +44,8 @@ def label_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return torch.cat(losses).double()
 
 
-def _rows_at_once(logits_NV: Tensor) -> int:
-    """Rows of logits that a loss is taken of at once, one at least."""
+def rows_at_once(logits_NV: Tensor) -> int:
+    """Rows of logits that a loss is taken of at once, one at least: what a CPU's caches hold."""
     vocabulary = logits_NV.shape[1]
     if logits_NV.device.type == "cpu":
         return max(1, min(_IN_CACHE, LOGITS_AT_ONCE) // vocabulary)
@@ -59,7 +59,7 @@ def drawn_labels(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
     chance_N1 = torch.rand(
         (len(logits_NV), 1), generator=generator, device=logits_NV.device, dtype=torch.float32
     )
-    step, places = _rows_at_once(logits_NV), []
+    step, places = rows_at_once(logits_NV), []
     for piece_NV, piece_N1 in zip(logits_NV.split(step), chance_N1.split(step), strict=True):
         shares_NV = piece_NV.detach().softmax(-1, dtype=torch.float32).cumsum(-1)
         places.append(torch.searchsorted(shares_NV, piece_N1 * shares_NV[:, -1:], right=True))
@@ -70,7 +70,7 @@ def label_gradients(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Gradients of the summed negative log-likelihood of the labels by the logits before them,
     `(N, V)`, in the dtype of these: each distribution, less one at its label.
     """
-    gradients_NV, step = torch.empty_like(logits_NV), _rows_at_once(logits_NV)
+    gradients_NV, step = torch.empty_like(logits_NV), rows_at_once(logits_NV)
     parts = (logits_NV.split(step), labels_N.split(step), gradients_NV.split(step))
     for piece_NV, piece_N, place_NV in zip(*parts, strict=True):
         shares_NV = widen(piece_NV).softmax(-1)
@@ -79,17 +79,22 @@ def label_gradients(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return gradients_NV
 
 
-def distribution_divergences(logits_NV: Tensor, dense_NV: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of each distribution from the dense one, `(N,)`, float64, in
-    nats, where the logits, of any floating dtype, are. Logarithms are taken in float32.
+def distribution_divergences(several_NV: Sequence[Tensor], dense_NV: Tensor) -> list[Tensor]:
+    """Kullback-Leibler divergences of the distributions of several models from those of the dense
+    one, `(N,)` each, float64, in nats, where the logits, of any floating dtype, are. Logarithms
+    are taken in float32.
     """
-    step = _rows_at_once(logits_NV)
-    divergences = []
-    for pair in zip(logits_NV.split(step), dense_NV.split(step), strict=True):
-        log_NV, dense_log_NV = (widen(one).log_softmax(-1) for one in pair)
-        by_entry_NV = dense_log_NV.exp() * (dense_log_NV - log_NV)
-        divergences.append(by_entry_NV.sum(-1, dtype=torch.float64))
-    return torch.cat(divergences)
+    step = rows_at_once(dense_NV)
+    found: list[list[Tensor]] = [[] for _ in several_NV]
+    for dense_piece_NV, *pieces in zip(
+        *(logits_NV.split(step) for logits_NV in (dense_NV, *several_NV)), strict=True
+    ):
+        dense_log_NV = widen(dense_piece_NV).log_softmax(-1)
+        shares_NV = dense_log_NV.exp()
+        for piece_NV, divergences in zip(pieces, found, strict=True):
+            by_entry_NV = shares_NV * (dense_log_NV - widen(piece_NV).log_softmax(-1))
+            divergences.append(by_entry_NV.sum(-1, dtype=torch.float64))
+    return [torch.cat(divergences) for divergences in found]
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ def _in_pieces(logits_BSV: Tensor) -> Iterator[Tensor]:
     """Views of all logits, `(N, V)`, of so many tokens as a loss is taken of at once."""
     windows = [logits_BSV] if logits_BSV.ndim == 2 else logits_BSV
     for window_NV in windows:
-        yield from window_NV.split(_rows_at_once(window_NV))
+        yield from window_NV.split(rows_at_once(window_NV))
 
 
 def top_logits(teacher_BSV: Tensor, count: int, temperature: float) -> TopLogits:

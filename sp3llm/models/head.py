@@ -132,21 +132,20 @@ class End:
 
 @dataclass(frozen=True)
 class Logits:
-    """What two models say at a few tokens of a window, and what the small one's head reads there;
+    """What models say at a few tokens of a window, and what the small ones' heads read there;
     `(tokens, V)` and `(tokens, E)`.
     """
 
-    small: Tensor
+    smalls: list[Tensor]
     dense: Tensor
-    read: Tensor
+    reads: list[Tensor]
 
 
 @torch.no_grad()
-def logits_beside(smalls: Sequence[End], dense: End) -> Iterator[tuple[int, int, slice, Logits]]:
+def logits_beside(smalls: Sequence[End], dense: End) -> Iterator[tuple[int, slice, Logits]]:
     """Logits of small models and of the dense one, by the stock forwards, at the tokens of the
-    windows that all streams are of: which of the small models, a window's number, which of its
-    tokens, and the logits. Those of the dense model are computed once for all; every end's module
-    is its own.
+    windows that all streams are of: a window's number, which of its tokens, and the logits. Every
+    end has a module of its own.
     """
     ends = (*smalls, dense)
     if len({id(end.model.module) for end in ends}) < len(ends):
@@ -171,10 +170,9 @@ def logits_beside(smalls: Sequence[End], dense: End) -> Iterator[tuple[int, int,
         for row in range(windows):
             for start in range(0, tokens, step):
                 part = slice(start, min(start + step, tokens))
-                wanted = logits_at(dense, row, part)
-                for number, (small, read) in enumerate(zip(smalls, reads, strict=True)):
-                    said = logits_at(small, row, part)
-                    yield number, row, part, Logits(said, wanted, read=read.pop()[0])
+                said = [logits_at(small, row, part) for small in smalls]
+                read = [of_small.pop()[0] for of_small in reads]
+                yield row, part, Logits(said, logits_at(dense, row, part), read)
 
 
 def token_divergences(smalls: Sequence[End], dense: End) -> list[Tensor]:
@@ -186,8 +184,10 @@ def token_divergences(smalls: Sequence[End], dense: End) -> list[Tensor]:
     """
     shape = dense.stream.hidden.shape[:2]
     found = [torch.empty(shape, dtype=torch.float64) for _ in smalls]
-    for number, row, part, logits in logits_beside(smalls, dense):
-        found[number][row, part] = distribution_divergences(logits.small, logits.dense).cpu()
+    for row, part, logits in logits_beside(smalls, dense):
+        divergences = distribution_divergences(logits.smalls, logits.dense)
+        for place, of_small in zip(found, divergences, strict=True):
+            place[row, part] = of_small.cpu()
     if not all(torch.isfinite(one).all() for one in found):
         raise UserError(
             "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."

@@ -84,13 +84,14 @@ def row_divergences(logits: Logits, smalls: Sequence[End], dense: End) -> list[T
             stack.enter_context(materialized(end.model.module, end.head, execution))
         for rows in batches(hidden, execution):
             wanted = answers_at(dense, rows)
-            for small, place in zip(smalls, found, strict=True):
-                pair = answers_at(small, rows), wanted
-                if wanted.shape[-1] == 1:
-                    far = (widen(pair[0]) - widen(pair[1])).square().double()
-                else:
-                    far = distribution_divergences(*(one.flatten(0, -2) for one in pair))
-                place[rows] = far.reshape(rows.stop - rows.start, -1).mean(1, keepdim=True).cpu()
+            said = [answers_at(small, rows) for small in smalls]
+            if wanted.shape[-1] == 1:
+                far = [(widen(one) - widen(wanted)).square().double() for one in said]
+            else:
+                several = [one.flatten(0, -2) for one in said]
+                far = distribution_divergences(several, wanted.flatten(0, -2))
+            for one, place in zip(far, found, strict=True):
+                place[rows] = one.reshape(rows.stop - rows.start, -1).mean(1, keepdim=True).cpu()
     for one in found:
         _check(one)
     return found

@@ -33,7 +33,8 @@ def steps(read_NE, table_VE, wanted_NV, count, divisor=1.0):
     """Divergences before each of some steps, and after them."""
 
     def divergence() -> float:
-        return distribution_divergences(read_NE @ table_VE.T / divisor, wanted_NV).mean().item()
+        said_NV = read_NE @ table_VE.T / divisor
+        return distribution_divergences([said_NV], wanted_NV)[0].mean().item()
 
     found = [divergence()]
     for _ in range(count):
@@ -93,3 +94,14 @@ def test_tokens_that_neither_expects_stay_as_they_are():
     sums = sums_of(read_NE, small_VE, read_NE @ dense_VE.T)
     change_VE = stepped_head(small_VE, sums) - small_VE
     assert change_VE[-5:].abs().max() < 1e-6 * change_VE[:-5].abs().max()
+
+
+def test_sums_of_bfloat16_are_next_to_those_of_what_was_rounded():
+    read_NE, (small_VE, dense_VE) = readings().bfloat16(), tables()
+    said_NV, wanted_NV = ((read_NE.double() @ t.T).bfloat16() for t in (small_VE, dense_VE))
+    found, exact = (no_tokens(VOCABULARY, COLUMNS, torch.device("cpu")) for _ in range(2))
+    for piece in zip(*(t.split(500) for t in (read_NE, said_NV, wanted_NV)), strict=True):
+        add_to_head(found, *piece)
+        add_to_head(exact, *(t.double() for t in piece))
+    for one, other in zip(found.tensors, exact.tensors, strict=True):
+        assert (one - other).norm() < 1e-3 * other.norm()
