@@ -28,7 +28,7 @@ from sp3llm.compression.units import gated_writers
 from sp3llm.errors import UserError
 from sp3llm.maths.heads import query_key_errors, value_output_errors
 from sp3llm.maths.moments import add_second_moment, root_mean_square
-from sp3llm.maths.products import operand, widen
+from sp3llm.maths.products import operand, widened
 from sp3llm.maths.refit import gram_of_writer, ridged_factor
 from sp3llm.maths.ridge import sketch_of
 from sp3llm.maths.unit_selection import drop_units
@@ -138,7 +138,7 @@ def writer_probes(run: DensePass, stream: Stream, inputs: WriterInputs) -> dict[
                 a = operand(inputs.waiting.pop(number))
                 x = x.reshape(-1, *a.shape[1:2], x.shape[-1])[: len(a)]
                 # Widened first: of two dtypes a CPU divides a tenth as fast.
-                relative = (widen(a) / root_mean_square(x, family.centred)).to(a.dtype)
+                relative = widened(a).div_(root_mean_square(x, family.centred)).to(a.dtype)
                 inputs.add(number, relative, stream, rows.start)
 
         return probe

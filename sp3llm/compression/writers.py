@@ -18,7 +18,7 @@ from sp3llm.compression.refitter import (
 )
 from sp3llm.compression.units import cut_units, kept_rows
 from sp3llm.maths.basis import stream_scale
-from sp3llm.maths.moments import LEAST_MEAN_SQUARE, root_mean_square
+from sp3llm.maths.moments import LEAST_MEAN_SQUARE, mean_square, root_mean_square
 from sp3llm.maths.products import operand, product, widen
 from sp3llm.maths.refit import Gram, restricted, schur_complement, sum_grams
 from sp3llm.maths.unit_selection import select_units
@@ -216,8 +216,8 @@ def _missing(
     missing = there - widen(fetch(small_stream.hidden[rows], execution.device))
     if family.centred:
         wide = wide - wide.mean(-1, keepdim=True)
-    weight = 1 / wide.square().mean(-1).clamp_min(LEAST_MEAN_SQUARE)
-    return missing / refitter.multiplier, weight
+    weight = 1 / mean_square(wide)[..., 0].clamp_min(LEAST_MEAN_SQUARE)
+    return missing.div_(refitter.multiplier), weight
 
 
 def _units_of(refitter: Refitter, writer: str) -> tuple[int, dict[str, int]] | None:

@@ -6,7 +6,7 @@ Shape suffixes: N tokens, D residual width, P columns.
 import torch
 from torch import Tensor
 
-from sp3llm.maths.products import product, symmetric_product, widen
+from sp3llm.maths.products import product, symmetric_product, widen, widened
 
 # Products are summed in float32 over this many tokens and in float64 beyond: the error of a
 # product does not grow with the number of tokens, and no float64 matrix product is needed.
@@ -22,10 +22,10 @@ def normalise(x_ND: Tensor, eps: float, centred: bool = False) -> Tensor:
 
     `x_ND` has shape `(..., D)`; the result is float32 (float64 for float64 input).
     """
-    x_ND = widen(x_ND)
+    x_ND = widened(x_ND)
     if centred:
-        x_ND = x_ND - x_ND.mean(-1, keepdim=True)
-    return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps)
+        x_ND -= x_ND.mean(-1, keepdim=True)
+    return x_ND.mul_(torch.rsqrt(mean_square(x_ND) + eps))
 
 
 def root_mean_square(x_ND: Tensor, centred: bool = False) -> Tensor:
@@ -35,7 +35,12 @@ def root_mean_square(x_ND: Tensor, centred: bool = False) -> Tensor:
     x_ND = widen(x_ND)
     if centred:
         x_ND = x_ND - x_ND.mean(-1, keepdim=True)
-    return x_ND.square().mean(-1, keepdim=True).clamp_min(LEAST_MEAN_SQUARE).sqrt()
+    return mean_square(x_ND).clamp_min(LEAST_MEAN_SQUARE).sqrt()
+
+
+def mean_square(x_ND: Tensor) -> Tensor:
+    """Of every token, `(..., 1)`, in its dtype; no square of all is kept."""
+    return torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True).square() / x_ND.shape[-1]
 
 
 def add_second_moment(total_DD: Tensor, x_ND: Tensor) -> None:

@@ -21,6 +21,13 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def widened(x: Tensor) -> Tensor:
+    """A copy that is at least float32, to go on with in place: on a CPU the memory for one more
+    costs as much as what is computed.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
 def operand(x: Tensor) -> Tensor:
     """As products take it: bfloat16 as it is, float16, whose range sums soon leave, as float32."""
     return x.float() if x.dtype == torch.float16 else x

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sp3llm.maths.moments import TOKENS_A_BLOCK
-from sp3llm.maths.products import product, rounded_products, symmetric_product
+from sp3llm.maths.products import product, rounded_products, symmetric_product, widened
 
 # What a ridge of zero is raised to first: above float64's epsilon, below which nothing changes.
 _LEAST_RAISED_RIDGE = 1e-15
@@ -121,7 +121,7 @@ def _add_rounded(gram: Gram, a_NP: Tensor, y_NQ: Tensor, weight_N: Tensor | None
     else:
         root_N = weight_N.float().sqrt()
         # Widened first: of two dtypes a CPU multiplies a tenth as fast.
-        a_NP, y_NQ = (tokens.float() * root_N[:, None] for tokens in (a_NP, y_NQ))
+        a_NP, y_NQ = (widened(tokens).mul_(root_N[:, None]) for tokens in (a_NP, y_NQ))
     sums = (gram.inputs_PP, gram.cross_PQ, gram.input_sum_P, gram.target_sum_Q, gram.energy)
     for total, more in zip(sums, rounded_products(a_NP, y_NQ, root_N), strict=True):
         total.add_(more)

@@ -85,10 +85,7 @@ def token_losses(
                     logits = module(inputs_embeds=piece, use_cache=False).logits[0]
                 labels = window[start + 1 : start + 1 + len(logits)].to(execution.device)
                 losses[row, start : start + len(labels)] = label_losses(logits, labels).cpu()
-    if not torch.isfinite(losses).all():
-        raise UserError(
-            "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
-        )
+    check_said(losses)
     return losses
 
 
@@ -112,10 +109,7 @@ def next_tokens(model: LayeredModel, head: Mapping[str, Tensor], stream: Stream)
                 with _from_layers_on(model, piece):
                     logits = module(inputs_embeds=piece, use_cache=False).logits[0]
                 expected[row] += widen(logits).softmax(-1).sum(0).double().cpu()
-    if not torch.isfinite(expected).all():
-        raise UserError(
-            "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
-        )
+    check_said(expected)
     return expected
 
 
@@ -188,11 +182,17 @@ def token_divergences(smalls: Sequence[End], dense: End) -> list[Tensor]:
         divergences = distribution_divergences(logits.smalls, logits.dense)
         for place, of_small in zip(found, divergences, strict=True):
             place[row, part] = of_small.cpu()
-    if not all(torch.isfinite(one).all() for one in found):
+    for of_small in found:
+        check_said(of_small)
+    return found
+
+
+def check_said(found: Tensor) -> None:
+    """Raises UserError if what was made of a model's logits holds NaN or infinity."""
+    if not torch.isfinite(found).all():
         raise UserError(
             "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
         )
-    return found
 
 
 def backward_head(

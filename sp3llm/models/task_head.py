@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sp3llm.errors import UserError
 from sp3llm.maths.losses import distribution_divergences
 from sp3llm.maths.products import widen
-from sp3llm.models.head import End
+from sp3llm.models.head import End, check_said
 from sp3llm.models.hooks import Injector, materialized, replaced
 from sp3llm.models.stream import LayeredModel, Stream, batches
 from sp3llm.runtime.transfer import fetch, settle, store
@@ -63,7 +62,7 @@ def row_losses(
                 flat = answers.flatten(0, -2)
                 losses = nn.functional.cross_entropy(flat, labels.flatten(), reduction="none")
             found[rows] = losses.reshape(len(x), -1).double().mean(1, keepdim=True).cpu()
-    _check(found)
+    check_said(found)
     return found
 
 
@@ -93,7 +92,7 @@ def row_divergences(logits: Logits, smalls: Sequence[End], dense: End) -> list[T
             for one, place in zip(far, found, strict=True):
                 place[rows] = one.reshape(rows.stop - rows.start, -1).mean(1, keepdim=True).cpu()
     for one in found:
-        _check(one)
+        check_said(one)
     return found
 
 
@@ -176,7 +175,7 @@ def pooled_distances(smalls: Sequence[End], dense: End) -> list[Tensor]:
     for small in smalls:
         far_RR = (cosines_of(small) - wanted_RR).square()
         found.append(far_RR.sum(1, keepdim=True) / max(1, len(far_RR) - 1))
-        _check(found[-1])
+        check_said(found[-1])
     return found
 
 
@@ -188,10 +187,3 @@ def pooled_gradients(
 ) -> tuple[Tensor, Tensor]:
     """What `backward_answers` gives, of pooled rows: the gradient of a random direction of each."""
     return _signed_gradients(model, stream, windows, partial(_pooled, stream))
-
-
-def _check(found: Tensor) -> None:
-    if not torch.isfinite(found).all():
-        raise UserError(
-            "The model's logits hold NaN or infinity: try --dtype float32, or another checkpoint."
-        )
