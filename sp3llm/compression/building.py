@@ -274,9 +274,11 @@ def _of_kept_neurons(
 
 def _own_share(refitter: Refitter, tokens: Tensor) -> tuple[Refitter, Tensor]:
     """The refitter with the bounds of held-back and unseen windows counted among this process's
-    windows, and these.
+    windows, and how much text all processes have, and these windows.
     """
     local_windows = refitter.execution.local_windows(*tokens.shape)
+    if not isinstance(tokens, Examples):
+        refitter = replace(refitter, text_tokens=refitter.unseen_from * tokens.shape[1])
     held_from = int((local_windows < refitter.held_from).sum())
     unseen_from = int((local_windows < refitter.unseen_from).sum())
     refitter = replace(refitter, held_from=held_from, unseen_from=unseen_from)

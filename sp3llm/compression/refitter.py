@@ -35,6 +35,9 @@ from sp3llm.runtime.devices import Execution
 _WITHOUT_NUMBERS = partial(re.compile(r"\d+").sub, "")
 # Held back from every fit to choose its ridge: one window in this many, one at least.
 _HELD_BACK = 8
+# Of text so many tokens for each input are enough for a fit, which then misses some two hundredths
+# more than it must, where they are more than a Gram has in no time: tokens times inputs squared.
+_TOKENS_AN_INPUT, _LITTLE = 48, 2**33
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Refitter:
     tells_errors: bool = True
     """Whether entries of the log say what held-back tokens miss: of all outputs it takes as long as
     a factor, and of trials nobody asks."""
+    text_tokens: int = 0
+    """In the windows of all processes that fits see; 0: of rows that are padded all count."""
 
     @property
     def objective(self) -> Objective:
@@ -169,6 +174,14 @@ def empty_grams(refitter: "Refitter", inputs: int, outputs: int) -> tuple[Gram, 
     return empty_gram(inputs, outputs, device), empty_gram(inputs, outputs, device)
 
 
+def stride(refitter: Refitter, inputs: int) -> int:
+    """Every how many tokens of a window one is seen by a fit of so many inputs: neighbours are much
+    alike, so that windows lose less by it than by going.
+    """
+    enough = max(_TOKENS_AN_INPUT * inputs, _LITTLE // inputs**2)
+    return max(1, refitter.text_tokens // enough)
+
+
 def add_tokens(
     refitter: Refitter,
     grams: tuple[Gram, Gram],
@@ -182,8 +195,12 @@ def add_tokens(
 
     `rows` are the windows' numbers; `a`, `(windows, tokens, P)`, is what the fitted matrix reads,
     `y`, `(windows, tokens, Q)`, what it should give, `weight`, `(windows, tokens)`, what each token
-    counts; of padding, where `real`, a stream's, says what is none, nothing is added.
+    counts; of padding, where `real`, a stream's, says what is none, nothing is added. Of much text
+    it is one token in every `stride`.
     """
+    every = stride(refitter, a.shape[-1])
+    if every > 1:
+        a, y, weight = (None if one is None else one[:, ::every] for one in (a, y, weight))
     bounds = (0, refitter.held_from, refitter.unseen_from)
     first, second, third = (min(max(bound - rows.start, 0), len(a)) for bound in bounds)
     parts = (slice(first, second), slice(second, third))

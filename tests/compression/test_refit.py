@@ -1,13 +1,16 @@
 """Closed form means what it says: the fits equal dense least squares and never do harm."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from sp3llm.compression import refitter as refitter_module
 from sp3llm.compression.basis_choice import choose_basis
 from sp3llm.compression.measuring import measure_dense
+from sp3llm.compression.refitter import add_tokens
 from sp3llm.maths import basis
 from sp3llm.maths.basis import metric_basis
 from sp3llm.maths.losses import drawn_labels
@@ -15,6 +18,7 @@ from sp3llm.maths.products import split_product
 from sp3llm.maths.refit import (
     add_to_gram,
     empty_gram,
+    gram_tensors,
     restricted,
     ridge_solution,
     schur_complement,
@@ -67,6 +71,25 @@ def test_squared_error_from_the_gram_equals_that_of_the_tokens(intercept):
     residual = y - a @ x - (constant if intercept else 0)
     expected = (residual.square().sum() / y.square().sum()).item()
     assert squared_error(gram_of(a, y), x, constant) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("text", "every"), [(0, 1), (79, 1), (80, 2), (160, 4), (10**9, 24)])
+def test_of_much_text_a_fit_sees_one_token_in_so_many(text, every, monkeypatch):
+    """The first of a window always, which is like nothing else; of windows that are held back as
+    of those that are fitted to.
+    """
+    monkeypatch.setattr(refitter_module, "_TOKENS_AN_INPUT", 8)
+    monkeypatch.setattr(refitter_module, "_LITTLE", 0)
+    refitter = SimpleNamespace(held_from=3, unseen_from=4, text_tokens=text)
+    a, y, weight = (normal(5, 24, *size) for size in ((5,), (3,), ()))
+    weight = weight.square()
+    grams, expected = ([empty_gram(5, 3, CPU) for _ in range(2)] for _ in range(2))
+    add_tokens(refitter, grams, slice(0, 5), a, y, weight)
+    for gram, windows in zip(expected, (slice(0, 3), slice(3, 4)), strict=True):
+        add_to_gram(gram, *(one[windows, ::every] for one in (a, y, weight)))
+    for gram, other in zip(grams, expected, strict=True):
+        for one, two in zip(gram_tensors(gram), gram_tensors(other), strict=True):
+            assert torch.equal(one, two)
 
 
 def test_gram_does_not_depend_on_how_tokens_are_split():
