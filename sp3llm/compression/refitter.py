@@ -35,8 +35,9 @@ from sp3llm.runtime.devices import Execution
 _WITHOUT_NUMBERS = partial(re.compile(r"\d+").sub, "")
 # Held back from every fit to choose its ridge: one window in this many, one at least.
 _HELD_BACK = 8
-# Of text so many tokens for each input are enough for a fit, which then misses some two hundredths
-# more than it must, where they are more than a Gram has in no time: tokens times inputs squared.
+# A fit to so many tokens of text for each of its inputs misses some two hundredths more than it
+# must, which is enough; but where a Gram takes next to no time, tokens times inputs squared below
+# so much, more of them are seen.
 _TOKENS_AN_INPUT, _LITTLE = 48, 2**33
 
 

@@ -232,7 +232,7 @@ def pack(moments: Moments) -> dict[str, Tensor]:
     for layer, head in enumerate(moments.heads):
         named |= {f"heads.{layer}.{of.name}": getattr(head, of.name) for of in fields(head)}
     named |= {f"curves.{axis}": tensor for axis, tensor in moments.curves.items()}
-    named |= {"layers": moments.layers_L, "dropped": moments.dropped_OLG}
+    named |= {"layers": moments.layers_L, "dropped by text": moments.dropped_OLG}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -255,7 +255,7 @@ def unpack(named: Mapping[str, Tensor], execution: Execution) -> Moments:
     heads = tuple(HeadMoments(**under(f"heads.{layer}")) for layer in sorted(layers))
     head_DD, layers_L, dropped_OLG = (
         None if name not in named else named[name].to(execution.device, copy=True)
-        for name in ("head", "layers", "dropped")
+        for name in ("head", "layers", "dropped by text")
     )
     return Moments(
         sites_DD=listed("sites_DD"),

@@ -81,7 +81,8 @@ def add_to_head(sums: HeadSums, read_NE: Tensor, said_NV: Tensor, wanted_NV: Ten
     )
     for logits_NV, total_V, total_VE in of_both:
         shares_NV = torch.empty_like(logits_NV, dtype=read_NE.dtype)
-        rows, step = rows_at_once(logits_NV), _rows(total_VE)
+        # A GPU has room for more, and is slow to be told.
+        rows, step = rows_at_once(logits_NV), _rows(total_VE) * (16 if total_VE.is_cuda else 1)
         for piece_NV, place_NV in zip(logits_NV.split(rows), shares_NV.split(rows), strict=True):
             wide_NV = widen(piece_NV).softmax(-1)
             total_V.add_(wide_NV.sum(0))

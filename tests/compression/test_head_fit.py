@@ -225,6 +225,17 @@ def test_a_step_is_taken_where_it_wins_more_than_chance_would(noise, taken, refi
     assert groups[-1].head_fit.step_gain == pytest.approx(0.01 if taken else 0, abs=1e-9)
 
 
+def test_heads_side_by_side_need_modules_of_their_own(refitted):
+    """Of two that stand in one, the last would speak for both."""
+    refitter, groups = refitted(tiny_model("llama"), suits_head=False)
+    small, dense = ends_of(refitter, groups)
+    scaled = scaled_norm(refitter, small.head, 0.7)
+    plain, other = mean_divergences(refitter, [small, with_head(refitter, small, scaled)], dense)
+    assert plain != other
+    with pytest.raises(ValueError, match="modules of their own"):
+        mean_divergences(refitter, [small, replace(small, head={**small.head, **scaled})], dense)
+
+
 def test_a_mean_comes_with_its_error(refitted):
     refitter, _ = refitted(tiny_model("llama"))
     values = torch.randn(2, 50, dtype=torch.float64) + 3
