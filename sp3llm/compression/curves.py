@@ -91,27 +91,24 @@ class WriterInputs:
 
     def add(self, number: int, relative: Tensor, stream: Stream, start: int) -> None:
         """Add what a writer reads in windows from `start` on, `(windows, tokens, P)`."""
-        tells = min(max(self.before - start, 0), len(relative))
-        for part in (slice(0, tells), slice(tells, len(relative))):
-            if part.start == part.stop:
+        end = start + len(relative)
+        for first, last in ((start, min(end, self.before)), (max(start, self.before), end)):
+            if first >= last:
                 continue
-            if number == self.neurons and start + part.start >= self.before:
-                self._keep_before()
-            taken = slice(start + part.start, start + part.stop)
-            tokens_NP = real_rows(relative[part], stream.real, taken)
+            if number == self.neurons and first >= self.before:
+                self.without_judging()
+            part = relative[first - start : last - start]
+            tokens_NP = real_rows(part, stream.real, slice(first, last))
             add_second_moment(self.squares_PP[number], tokens_NP)
             self.tokens += tokens_NP[..., 0].numel()
 
-    def without_judging(self) -> Tensor | None:
-        """The sum of the FFN's writer without the windows that tell; None: it is the same."""
-        if self.neurons is None:
-            return None
-        self._keep_before()  # a process may have none of them
-        return self.before_PP
-
-    def _keep_before(self) -> None:
+    def without_judging(self) -> Tensor:
+        """The sum of the FFN's writer without the windows that tell: what it is when this is first
+        asked for, at the first of these, or of a process that has none at the end.
+        """
         if self.before_PP is None:
             self.before_PP = self.squares_PP[self.neurons].to("cpu", copy=True)
+        return self.before_PP
 
 
 def writer_probes(run: DensePass, stream: Stream, inputs: WriterInputs) -> dict[str, Probe]:
@@ -174,7 +171,9 @@ def add_curves(
                 "hold NaN or infinity: its activations are extreme; use a checkpoint whose weights "
                 "are scaled as usual, or fix the shape with --allocate width."
             )
-        tokens = square_PP.new_tensor([inputs.tokens / len(inputs.squares_PP)])
+        tokens, before_PP = square_PP.new_tensor([inputs.tokens / len(inputs.squares_PP)]), None
+        if number == inputs.neurons:
+            before_PP = inputs.without_judging()  # while the sum is this process's own
         ranks.all_reduce_(square_PP, tokens)
         square_PP /= tokens
         writer, axis = writers[number]
@@ -189,7 +188,6 @@ def add_curves(
             gone_G, curve = _dropped(run, axis, square_PP, weight_DP.T, weight_PS)
             if axis == families.FFN:
                 dropped_OG = gone_G[None]
-                before_PP = inputs.without_judging()
                 if before_PP is not None:
                     before_PP = before_PP.to(square_PP)
                     ranks.all_reduce_(before_PP)

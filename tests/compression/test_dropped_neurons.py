@@ -14,6 +14,7 @@ from sp3llm.compression.trials import losses_of, trials_of
 from sp3llm.compression.units import kept_neurons
 from sp3llm.models import families
 from sp3llm.models.shapes import Shape
+from sp3llm.runtime.processes import Ranks
 from tests.conftest import family_of_model, save_model, tiny_model
 from tests.helpers import EXECUTION
 
@@ -83,6 +84,31 @@ def test_windows_that_shapes_are_judged_by_choose_no_neurons_of_trials(measured,
     assert torch.equal(again[0], by_all_others[0])
     assert not torch.equal(by_all, by_all_others)
     assert len(by_all) == 1
+
+
+def test_a_process_without_windows_that_judge_sends_its_own_sum_twice(
+    tmp_path, tokens, monkeypatch
+):
+    """As the first of two, the other of which has seen the same."""
+    sent = []
+
+    def twice(_, *tensors):
+        sent.extend(tensor.clone() for tensor in tensors if tensor.shape == (40, 40))
+        for tensor in tensors:
+            tensor.mul_(2)
+
+    monkeypatch.setattr(Ranks, "all_reduce_", twice)
+    monkeypatch.setattr(Ranks, "broadcast_", lambda *_: None)
+    model = tiny_model("llama")
+    checkpoint, family = save_model(model, tmp_path), family_of_model(model)
+    execution = replace(EXECUTION, ranks=Ranks(0, 2), batch_tokens=tokens.shape[1])
+    assert execution.local_windows(*tokens.shape).tolist() == [0, 2]
+    arguments = (checkpoint, family, tokens, None, "normalised", "pca", execution)
+    moments, _ = measure_dense(*arguments, least_units={families.FFN: 8}, judging=1)
+    assert len(sent) == 2 * len(model.model.layers)
+    for whole, before in zip(sent[::2], sent[1::2], strict=True):
+        assert torch.equal(whole, before)
+    assert torch.equal(*moments.dropped_OLG)
 
 
 def test_as_many_neurons_stay_as_the_shape_has(measured):
