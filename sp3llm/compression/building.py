@@ -277,11 +277,11 @@ def _own_share(refitter: Refitter, tokens: Tensor) -> tuple[Refitter, Tensor]:
     windows, and how much text all processes have, and these windows.
     """
     local_windows = refitter.execution.local_windows(*tokens.shape)
-    if not isinstance(tokens, Examples):
-        refitter = replace(refitter, text_tokens=refitter.unseen_from * tokens.shape[1])
+    text_tokens = 0 if isinstance(tokens, Examples) else refitter.unseen_from * tokens.shape[1]
     held_from = int((local_windows < refitter.held_from).sum())
     unseen_from = int((local_windows < refitter.unseen_from).sum())
-    refitter = replace(refitter, held_from=held_from, unseen_from=unseen_from)
+    of_share = {"held_from": held_from, "unseen_from": unseen_from, "text_tokens": text_tokens}
+    refitter = replace(refitter, **of_share)
     return refitter, rows_of(tokens, local_windows)
 
 
